@@ -1,0 +1,37 @@
+# Every target does the set-up it needs. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test test-all lint types mutants clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/stamp  ## make .venv with the pinned packages
+
+.venv/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup  ## train, convert, verify and plot on real text
+	$(BIN)/alibi demo --output demo --overwrite
+
+test: setup  ## the parity tests
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+test-all: setup mutants  ## the parity tests, the longer proofs and the planted faults
+	$(BIN)/pytest -n 2
+
+mutants: setup  ## plant faults one by one and see the tests catch each
+	$(BIN)/python -m parity_tests.meta.mutants
+
+lint: setup  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## static types
+	$(BIN)/basedpyright --level error
+
+clean:  ## remove what set-up and demo made
+	rm -rf .venv demo

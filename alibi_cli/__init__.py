@@ -1,0 +1,1 @@
+"""The `alibi` command: the only code that sits above both backends."""

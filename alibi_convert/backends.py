@@ -1,0 +1,242 @@
+"""What a proof of parity asks of a backend, in NumPy terms; each framework is imported when used.
+
+`verify` and the parity tests drive both backends through this one face, so that neither proof can
+treat them differently. Parameters are canonical tensors (torch names and layout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.tensors import Tensors, as_numpy, as_torch
+from alibi_spec import ALiBiConfig
+from alibi_spec.exact import ExactAttention
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Backend(Protocol):
+    """One framework on one device."""
+
+    name: str
+
+    def exact_logits(self, case: ExactAttention) -> np.ndarray:
+        """Biased logits of the case's attention layer, float32."""
+        ...
+
+    def trace(
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: np.ndarray,
+        attention_mask: np.ndarray | None,
+        dtype: str,
+    ) -> dict[str, np.ndarray]:
+        """Every intermediate, with parameters and computation in `dtype`."""
+        ...
+
+    def gradients(
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: np.ndarray,
+        attention_mask: np.ndarray | None,
+        cotangent: np.ndarray,
+        dtype: str,
+    ) -> dict[str, np.ndarray]:
+        """Gradient of Σ cotangent · output with respect to every parameter."""
+        ...
+
+    def generate(
+        self, config: ALiBiConfig, tensors: Arrays, prompt: np.ndarray, max_new_tokens: int
+    ) -> np.ndarray:
+        """Greedy continuation in float32."""
+        ...
+
+
+class TorchBackend:
+    """`alibi_torch` on one torch device."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.name = f"torch {device}"
+
+    def exact_logits(self, case: ExactAttention) -> np.ndarray:
+        model = self._model(case.config, case.parameters, "float32")
+        logits = model.layers[0].attn.biased_logits(
+            self._put(case.inputs), model.slopes, self._put(case.attention_mask)
+        )
+        return as_numpy(logits)
+
+    def trace(
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: np.ndarray,
+        attention_mask: np.ndarray | None,
+        dtype: str,
+    ) -> dict[str, np.ndarray]:
+        import torch
+
+        import alibi_torch
+
+        model = self._model(config, tensors, dtype)
+        with torch.no_grad():
+            values = alibi_torch.trace(
+                model, self._inputs(config, inputs, dtype), self._put(attention_mask)
+            )
+        return {name: as_numpy(value) for name, value in values.items()}
+
+    def gradients(
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: np.ndarray,
+        attention_mask: np.ndarray | None,
+        cotangent: np.ndarray,
+        dtype: str,
+    ) -> dict[str, np.ndarray]:
+        model = self._model(config, tensors, dtype)
+        output = model(self._inputs(config, inputs, dtype), self._put(attention_mask))
+        output.backward(self._put(cotangent).to(output.dtype))
+        return {name: as_numpy(parameter.grad) for name, parameter in model.named_parameters()}
+
+    def generate(
+        self, config: ALiBiConfig, tensors: Arrays, prompt: np.ndarray, max_new_tokens: int
+    ) -> np.ndarray:
+        import alibi_torch
+
+        model = self._model(config, tensors, "float32")
+        return as_numpy(alibi_torch.generate(model, self._put(prompt), max_new_tokens))
+
+    def _model(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
+        import torch
+
+        import alibi_torch
+
+        bare = config.vocab_size is None
+        model = (alibi_torch.ALiBiTransformer if bare else alibi_torch.ALiBiLM)(config)
+        model.load_state_dict({name: as_torch(array) for name, array in tensors.items()})
+        return model.to(self.device, getattr(torch, dtype)).eval()
+
+    def _inputs(self, config: ALiBiConfig, inputs: np.ndarray, dtype: str) -> Any:
+        import torch
+
+        tensor = self._put(inputs)
+        return tensor.to(getattr(torch, dtype)) if config.vocab_size is None else tensor
+
+    def _put(self, array: np.ndarray | None) -> Any:
+        return None if array is None else as_torch(array).to(self.device)
+
+
+class FlaxBackend:
+    """`alibi_flax` on one JAX device, with matrix products in full float32."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.name = f"flax {device}"
+
+    def exact_logits(self, case: ExactAttention) -> np.ndarray:
+        import jax.numpy as jnp
+
+        from alibi_spec import model_slopes
+
+        model = self._model(case.config, "float32")
+        with self._settings():
+            logits = model.apply(
+                {"params": self._params(case.config, case.parameters, "float32")},
+                jnp.asarray(case.inputs),
+                jnp.asarray(model_slopes(case.config)),
+                jnp.asarray(case.attention_mask),
+                method=lambda model, *args: model.layers[0].attn.biased_logits(*args),
+            )
+        return np.asarray(logits)
+
+    def trace(
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: np.ndarray,
+        attention_mask: np.ndarray | None,
+        dtype: str,
+    ) -> dict[str, np.ndarray]:
+        import alibi_flax
+
+        with self._settings():
+            values = alibi_flax.trace(
+                self._model(config, dtype),
+                self._params(config, tensors, dtype),
+                self._inputs(config, inputs, dtype),
+                self._put(attention_mask),
+            )
+        return {name: np.asarray(value) for name, value in values.items()}
+
+    def gradients(
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: np.ndarray,
+        attention_mask: np.ndarray | None,
+        cotangent: np.ndarray,
+        dtype: str,
+    ) -> dict[str, np.ndarray]:
+        import jax
+
+        model = self._model(config, dtype)
+
+        def output(params: Any) -> Any:
+            placed = self._inputs(config, inputs, dtype)
+            return model.apply({"params": params}, placed, self._put(attention_mask))
+
+        with self._settings():
+            value, pullback = jax.vjp(output, self._params(config, tensors, dtype))
+            (gradients,) = pullback(self._put(cotangent).astype(value.dtype))
+        return canonical_tensors(gradients, config)
+
+    def generate(
+        self, config: ALiBiConfig, tensors: Arrays, prompt: np.ndarray, max_new_tokens: int
+    ) -> np.ndarray:
+        import alibi_flax
+
+        with self._settings():
+            params = self._params(config, tensors, "float32")
+            tokens = alibi_flax.generate(
+                self._model(config, "float32"), params, self._put(prompt), max_new_tokens
+            )
+        return np.asarray(tokens)
+
+    def _model(self, config: ALiBiConfig, dtype: str) -> Any:
+        import alibi_flax
+
+        bare = config.vocab_size is None
+        model_class = alibi_flax.ALiBiTransformer if bare else alibi_flax.ALiBiLM
+        return model_class(config, dtype=dtype, param_dtype=dtype)
+
+    def _params(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        tree = flax_tree(Tensors.of(tensors), config)
+        return jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
+
+    def _inputs(self, config: ALiBiConfig, inputs: np.ndarray, dtype: str) -> Any:
+        array = self._put(inputs)
+        return array.astype(dtype) if config.vocab_size is None else array
+
+    def _put(self, array: np.ndarray | None) -> Any:
+        import jax.numpy as jnp
+
+        return None if array is None else jnp.asarray(array)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        import jax
+
+        device = jax.devices(self.device)[0]
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            yield

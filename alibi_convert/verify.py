@@ -1,0 +1,220 @@
+"""Prove that a model computes the same in both backends, and that two checkpoints are one model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from alibi_convert.backends import FlaxBackend, TorchBackend
+from alibi_convert.checkpoint import Checkpoint, open_checkpoint
+from alibi_convert.convert import first_difference
+from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.tensors import Tensors
+from alibi_spec import ALiBiConfig, reference_forward
+from alibi_spec.budgets import BUDGETS, gradient_floor, relative_error
+from alibi_spec.exact import exact_attention
+
+_BUDGET = BUDGETS["float32", "cpu"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement that was put to the test.
+
+    Attributes:
+        name: the statement.
+        passed: whether it held.
+        measured: what was seen, in words and figures.
+    """
+
+    name: str
+    passed: bool
+    measured: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; it passed when every check did."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Every check held."""
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+
+
+def verify(
+    source: str | os.PathLike[str],
+    other: str | os.PathLike[str] | None = None,
+    *,
+    inputs: np.ndarray | None = None,
+    new_tokens: int = 256,
+    seed: int = 0,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+) -> Verification:
+    """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
+
+    Both are held against the float64 reference too, in float32, with padding on either side.
+
+    Args:
+        source: what PyTorch runs; anything that `open_checkpoint` reads.
+        other: what Flax runs; None is `source`.
+        inputs: tokens [batch, seq] (embeddings [batch, seq, d_model] without a vocabulary) for the
+            comparison of activations; None draws three random sequences past `max_len`.
+        new_tokens: length of the greedy continuation that must agree.
+        seed: of everything random.
+        config, allow_pt: as for `open_checkpoint`.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        ValueError: a backend is not installed.
+    """
+    return Verification(
+        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt))
+    )
+
+
+def verify_steps(
+    source: str | os.PathLike[str],
+    other: str | os.PathLike[str] | None = None,
+    inputs: np.ndarray | None = None,
+    new_tokens: int = 256,
+    seed: int = 0,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+) -> Iterator[Check]:
+    """The checks of `verify` one by one, each as soon as it is known."""
+    for module, extra in (("torch", "torch"), ("flax", "flax")):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"verify needs both backends and {module} is missing; install "
+                             f"alibi-duo[{extra}]")  # fmt: skip
+    ours = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    theirs = ours if other is None else open_checkpoint(other, config=config, allow_pt=allow_pt)
+    if other is not None:
+        difference = first_difference(ours, theirs)
+        measured = difference or f"{len(ours.tensors)} tensors, bitwise"
+        yield Check("both checkpoints hold the same model", difference is None, measured)
+        if ours.config != theirs.config or ours.tensors.shapes != theirs.tensors.shapes:
+            return  # nothing further can be compared
+    yield _round_trip(ours)
+    yield _exact_logits(ours.config, seed)
+    rng = np.random.default_rng(seed)
+    inputs, attention_mask = _inputs(ours.config, inputs, rng)
+    yield from _activations(ours, theirs, inputs, attention_mask)
+    yield _gradients(ours, theirs, inputs, attention_mask, rng)
+    if ours.config.vocab_size is not None and ours.config.causal:
+        yield _generation(ours, theirs, inputs[:1, :32], new_tokens)
+
+
+def _round_trip(checkpoint: Checkpoint) -> Check:
+    config = checkpoint.config
+    back = canonical_tensors(flax_tree(checkpoint.tensors, config), config)
+    found = Checkpoint(checkpoint.path, "", "", config, Tensors.of(back), {})
+    difference = first_difference(checkpoint, found)
+    measured = difference or f"{len(back)} tensors, bitwise"
+    return Check("parameters survive torch -> Flax -> torch", difference is None, measured)
+
+
+def _exact_logits(config: ALiBiConfig, seed: int) -> Check:
+    case = exact_attention(config, seed=seed)
+    wrong = []
+    for backend in (TorchBackend(), FlaxBackend()):
+        logits = backend.exact_logits(case)
+        differing = int((logits.view(np.uint32) != case.biased_logits.view(np.uint32)).sum())
+        if differing:
+            wrong.append(f"{backend.name} differs in {differing}")
+    count = f"{case.biased_logits.size} logits"
+    measured = f"of {count}: {', '.join(wrong)}" if wrong else f"{count}, bitwise"
+    return Check(
+        "biased logits on exact inputs are those of the specification", not wrong, measured
+    )
+
+
+def _inputs(
+    config: ALiBiConfig, inputs: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and a mask that pads the first sequence on the left and the last on the right."""
+    if inputs is None:
+        batch, seq = 3, min(config.max_len + 64, 1024)
+        if config.vocab_size is None:
+            inputs = rng.standard_normal((batch, seq, config.d_model))
+        else:
+            inputs = rng.integers(0, config.vocab_size, (batch, seq))
+    batch, seq = inputs.shape[:2]
+    attention_mask = np.ones((batch, seq), dtype=np.int64)
+    if batch > 1:
+        attention_mask[0, : seq // 5] = 0
+        attention_mask[-1, seq - seq // 4 :] = 0
+    return inputs, attention_mask
+
+
+def _activations(
+    ours: Checkpoint, theirs: Checkpoint, inputs: np.ndarray, attention_mask: np.ndarray
+) -> Iterator[Check]:
+    config = ours.config
+    exact = reference_forward(config, ours.tensors, inputs, attention_mask)
+    last = "output" if config.vocab_size is None else "logits"
+    for backend, checkpoint in ((TorchBackend(), ours), (FlaxBackend(), theirs)):
+        found = backend.trace(config, checkpoint.tensors, inputs, attention_mask, "float32")
+        errors = {name: relative_error(value, exact[name]) for name, value in found.items()}
+        outside = [name for name, error in errors.items() if not error <= _BUDGET.forward]
+        measured = (
+            f"first outside: {outside[0]} at {errors[outside[0]]:.1e}"
+            if outside
+            else f"{last} {errors[last]:.1e}, worst {max(errors.values()):.1e}"
+        )
+        yield Check(
+            f"{backend.name}: every layer within {_BUDGET.forward:.0e} of float64",
+            not outside,
+            measured,
+        )
+
+
+def _gradients(
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    inputs: np.ndarray,
+    attention_mask: np.ndarray,
+    rng: np.random.Generator,
+) -> Check:
+    config = ours.config
+    width = config.d_model if config.vocab_size is None else config.vocab_size
+    cotangent = rng.standard_normal((*inputs.shape[:2], width))
+    arguments = (inputs, attention_mask, cotangent)
+    exact = TorchBackend().gradients(config, ours.tensors, *arguments, "float64")
+    floor = gradient_floor(exact)
+    worst, where = 0.0, ""
+    for backend, checkpoint in ((TorchBackend(), ours), (FlaxBackend(), theirs)):
+        found = backend.gradients(config, checkpoint.tensors, *arguments, "float32")
+        for name, gradient in exact.items():
+            error = relative_error(found[name], gradient, floor)
+            if not error <= worst:
+                worst, where = error, f"{backend.name} {name}"
+    return Check(
+        f"gradients of all {len(exact)} parameters within {_BUDGET.gradient:.0e} of float64",
+        worst <= _BUDGET.gradient,
+        f"worst {worst:.1e} ({where})",
+    )
+
+
+def _generation(ours: Checkpoint, theirs: Checkpoint, prompt: np.ndarray, new_tokens: int) -> Check:
+    torch_tokens = TorchBackend().generate(ours.config, ours.tensors, prompt, new_tokens)
+    flax_tokens = FlaxBackend().generate(theirs.config, theirs.tensors, prompt, new_tokens)
+    differing = np.flatnonzero(torch_tokens[0] != flax_tokens[0])
+    measured = (
+        f"they part at new token {differing[0] - prompt.shape[1] + 1}"
+        if differing.size
+        else f"{new_tokens} tokens, identical"
+    )
+    return Check(f"the same {new_tokens} greedily chosen tokens", not differing.size, measured)

@@ -1,0 +1,133 @@
+"""The face of attention: checks the call and picks a kernel. It knows nothing of models."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Integer, Key
+
+from alibi_flax.kernels import KERNELS, dense
+from alibi_spec.checks import check_attention, check_attention_options, check_mask
+
+
+def attention(
+    query: Float[Array, "batch query_len heads head_dim"],
+    key: Float[Array, "batch key_len heads head_dim"],
+    value: Float[Array, "batch key_len heads value_dim"],
+    slopes: Float[Array, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None = None,
+    segment_ids: Integer[Array, "batch key_len"] | None = None,
+    tolerance: str | float = "dtype",
+    implementation: str = "auto",
+    distance: str = "absolute",
+    dropout: float = 0.0,
+    dropout_rng: Key[Array, ""] | None = None,
+) -> Float[Array, "batch query_len heads value_dim"]:
+    """Attention with linear biases (Press et al. 2021; SPEC.md §3-§4).
+
+    softmax over j of scale · q_i·k_j - m |i - j|, times v. With fewer queries than keys the last
+    query stands at the last key, as in cached decoding. A query that sees no key gives zeros.
+
+    Args:
+        query, key, value: float16, bfloat16, float32 or float64.
+        slopes: m for each head, float32.
+        causal: queries see no later keys.
+        scale: factor on q·k; None is 1/sqrt(head_dim).
+        attention_mask: 0 hides a key (padding on either side).
+        segment_ids: queries see keys of their own segment only (packed sequences).
+        tolerance: share of attention mass per row that an implementation may drop; "dense" drops
+            none.
+        implementation: "auto" or one of `attention_implementations()`.
+        distance: "absolute", or "signed" for m (j - i) on both sides (jaketae/alibi encoders).
+        dropout: rate on the probabilities.
+        dropout_rng: key for dropout; required when `dropout` is above 0.
+
+    Returns:
+        The attended values, in the dtype of `value`; logits and softmax are float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown option.
+    """
+    _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
+    check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    if dropout > 0 and dropout_rng is None:
+        raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
+    kernel = KERNELS["dense" if implementation == "auto" else implementation]
+    return kernel(
+        query,
+        key,
+        value,
+        slopes,
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        distance=distance,
+        dropout=dropout,
+        dropout_rng=dropout_rng,
+    )
+
+
+def biased_logits(
+    query: Float[Array, "batch query_len heads head_dim"],
+    key: Float[Array, "batch key_len heads head_dim"],
+    slopes: Float[Array, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None = None,
+    segment_ids: Integer[Array, "batch key_len"] | None = None,
+    distance: str = "absolute",
+) -> Float[Array, "batch heads query_len key_len"]:
+    """What the softmax of `attention` is taken of: float32 (float64), -inf where masked.
+
+    Arguments and errors are those of `attention`.
+    """
+    _check_call(query, key, None, slopes, attention_mask, segment_ids, distance, scale)
+    return dense.biased_logits(
+        query,
+        key,
+        slopes,
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        distance=distance,
+    )
+
+
+def attention_implementations() -> tuple[str, ...]:
+    """Names that `attention` accepts as `implementation`, besides "auto"."""
+    return tuple(KERNELS)
+
+
+def _check_call(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    slopes: Array,
+    attention_mask: Array | None,
+    segment_ids: Array | None,
+    distance: str,
+    scale: float | None,
+) -> None:
+    value_shape = None if value is None else _heads_first(value)
+    check_attention(
+        _heads_first(query), _heads_first(key), value_shape, slopes.shape, distance, scale
+    )
+    for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if mask is not None:
+            is_integer = not jnp.issubdtype(mask.dtype, jnp.floating)
+            check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[1])
+
+
+def _heads_first(array: Array) -> tuple[int, ...]:
+    """Shape with the axes in the order that `check_attention` speaks of."""
+    if array.ndim != 4:
+        return array.shape
+    batch, seq, heads, head_dim = array.shape
+    return (batch, heads, seq, head_dim)

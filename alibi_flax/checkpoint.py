@@ -1,0 +1,80 @@
+"""Checkpoints in and out of the Flax models; the only file here that knows `alibi_convert`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alibi_convert.checkpoint import open_checkpoint
+from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.store import replacing, write_folder
+from alibi_convert.tensors import Tensors
+from alibi_flax.model import ALiBiLM, ALiBiTransformer
+from alibi_spec import ALiBiConfig
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
+    """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
+
+    Args:
+        path: a checkpoint folder, or a .safetensors, .pt or .msgpack file.
+        dtype: of the parameters and the computation; None keeps the checkpoint's.
+        config: for files that do not carry a configuration.
+        allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+
+    Raises:
+        CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
+        ValueError: float64 parameters while JAX has 64-bit numbers switched off.
+    """
+    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+    wanted = {header.dtype for header in checkpoint.tensors.headers.values()}
+    if (
+        dtype is None
+        and np.dtype(np.float64) in wanted
+        and jnp.asarray(0.0, float).dtype != np.float64
+    ):
+        raise ValueError(
+            f"{path} holds float64 and JAX would cut it to float32; set jax_enable_x64 or pass "
+            "dtype=jnp.float32"
+        )
+    tree = flax_tree(checkpoint.tensors, checkpoint.config)
+    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
+    model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
+    param_dtype = jax.tree.leaves(params)[0].dtype
+    return model_class(checkpoint.config, param_dtype=param_dtype), params
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    model: ALiBiLM | ALiBiTransformer,
+    params: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write `config.json` and `model.safetensors`, for both backends.
+
+    Args:
+        folder: a path that does not exist yet.
+        model: the module whose `config` describes the params.
+        params: what `init` returns under "params".
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        CheckpointError: a ValueError: the folder exists, or the params do not fit the model.
+    """
+    tensors = canonical_tensors(params, model.config)
+    with replacing(Path(folder), overwrite) as temporary:
+        temporary.mkdir()
+        write_folder(temporary, model.config, Tensors.of(tensors))

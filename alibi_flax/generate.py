@@ -1,0 +1,52 @@
+"""Greedy continuation of a prompt."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Integer
+
+from alibi_flax.model import ALiBiLM
+from alibi_spec.checks import check_generation
+
+
+def generate(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    prompt: Integer[Array, "batch prompt_len"],
+    max_new_tokens: int,
+) -> Integer[Array, "batch total_len"]:
+    """The prompt followed by the likeliest next token, `max_new_tokens` times.
+
+    Every step reads the whole sequence again: this is the plain definition, not the fast one. The
+    sequence may outgrow `max_len`.
+
+    Raises:
+        ValueError: the model is an encoder, or `max_new_tokens` is negative.
+    """
+    check_generation(model.config.causal, max_new_tokens)
+    return _generate(model, params, jnp.asarray(prompt), max_new_tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _generate(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    prompt: Integer[Array, "batch prompt_len"],
+    max_new_tokens: int,
+) -> Integer[Array, "batch total_len"]:
+    # One compilation for all steps: the buffer has its final length from the start, and a causal
+    # model never looks at what is still empty.
+    prompt_len = prompt.shape[1]
+    tokens = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
+
+    def step(position: Integer[Array, ""], tokens: Array) -> Array:
+        logits: Any = model.apply({"params": params}, tokens)
+        next_token = logits[:, position - 1].argmax(axis=-1)
+        return tokens.at[:, position].set(next_token.astype(tokens.dtype))
+
+    return jax.lax.fori_loop(prompt_len, prompt_len + max_new_tokens, step, tokens)

@@ -1,0 +1,54 @@
+"""Every intermediate that the parity proof compares, under the reference model's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+from jax import Array
+from jaxtyping import Float, Num
+
+from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask, Block, FeedForward
+
+
+def trace(
+    model: ALiBiLM | ALiBiTransformer,
+    params: dict[str, Any],
+    inputs: Num[Array, "batch seq *d_model"],
+    attention_mask: AttentionMask | None = None,
+) -> dict[str, Float[Array, "..."]]:
+    """Run the model and return what it computed, in order of computation.
+
+    Returns:
+        Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
+        "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
+        language model. Names and values are those of `alibi_spec.reference_forward`.
+
+    Raises:
+        ValueError: as for the model's own call.
+    """
+    values: dict[str, Float[Array, "..."]] = {}
+
+    def record(
+        call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> Float[Array, "..."]:
+        output = call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return output
+        module: nn.Module = context.module
+        name = ".".join(part.replace("layers_", "layers.") for part in module.path)
+        name = name.removeprefix("transformer.")
+        if isinstance(module, Attention):
+            logits = module.biased_logits(*args[:3])
+            values[name.replace("attn", "biased_logits")] = logits
+        if isinstance(module, Attention | FeedForward | Block):
+            values[name] = output
+        if isinstance(module, ALiBiTransformer):
+            values["output"] = output
+        return output
+
+    with nn.intercept_methods(record):
+        result: Any = model.apply({"params": params}, inputs, attention_mask)
+    if isinstance(model, ALiBiLM):
+        values["logits"] = result
+    return values

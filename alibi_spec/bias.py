@@ -1,0 +1,78 @@
+"""Slopes, distances and the linear bias itself (SPEC.md §2)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int
+
+    from alibi_spec.config import ALiBiConfig
+
+SLOPE_RULES = ("paper", "geometric")
+DISTANCES = ("absolute", "signed")
+
+
+def slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarray, " heads"]:
+    """The paper's slopes for any head count (Press et al. 2021, §3 and its released code).
+
+    With P the largest power of two not above `num_heads`, the first P are 2^(-M k / P) for
+    k = 1 … P and the others 2^(-M k / 2P) for k = 1, 3, 5 …, where M is `bias_max`.
+
+    Computed in float64, rounded to float32 once: every backend starts from the same bits.
+
+    Raises:
+        ValueError: `num_heads` below 1 or `bias_max` not above 0.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads} is not valid; expected at least 1")
+    if not bias_max > 0:
+        raise ValueError(f"bias_max={bias_max} is not valid; expected a number above 0")
+    power = 2 ** int(math.log2(num_heads))
+    first = [2 ** (-bias_max * k / power) for k in range(1, power + 1)]
+    rest = [2 ** (-bias_max * k / (2 * power)) for k in range(1, 2 * (num_heads - power), 2)]
+    return np.array(first + rest, dtype=np.float64).astype(np.float32)
+
+
+def geometric_slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarray, " heads"]:
+    """jaketae/alibi's slopes: 2^(-M k / heads), k = 1 … heads, whatever the head count."""
+    ratio = (2**bias_max) ** (1 / num_heads)
+    return np.array([1 / ratio**k for k in range(1, num_heads + 1)]).astype(np.float32)
+
+
+def model_slopes(config: ALiBiConfig) -> Float32[np.ndarray, " heads"]:
+    """The slopes that a model of this configuration uses."""
+    if config.slopes == "paper":
+        return slopes(config.num_heads, config.bias_max)
+    if config.slopes == "geometric":
+        return geometric_slopes(config.num_heads, config.bias_max)
+    return np.array(config.slopes, dtype=np.float64).astype(np.float32)
+
+
+def relative_position(query_len: int, key_len: int) -> Int[np.ndarray, "query_len key_len"]:
+    """j - i for every query i and key j; the last query stands at the last key.
+
+    Integers relative to the query: exact, and small where attention is large, so that the product
+    with a slope keeps its bits at any sequence length.
+    """
+    query_position = np.arange(key_len - query_len, key_len)
+    return np.arange(key_len)[None, :] - query_position[:, None]
+
+
+def bias(
+    slopes: Float[np.ndarray, " heads"],
+    query_len: int,
+    key_len: int,
+    distance: str = "absolute",
+) -> Float[np.ndarray, "heads query_len key_len"]:
+    """-m |i - j| ("absolute") or m (j - i) ("signed"), in the dtype of `slopes`.
+
+    One rounding per element: slope and distance are exact, their product is rounded once.
+    """
+    relative = relative_position(query_len, key_len)
+    if distance == "absolute":
+        relative = -np.abs(relative)
+    return slopes[:, None, None] * relative.astype(slopes.dtype)

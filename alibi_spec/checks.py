@@ -1,0 +1,131 @@
+"""What both backends say to bad arguments: one message per mistake, from shapes and flags alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from alibi_spec.bias import DISTANCES
+
+
+def require_vocabulary(vocab_size: int | None) -> int:
+    """`vocab_size`, or ValueError when an `ALiBiLM` is built without one."""
+    if vocab_size is None:
+        raise ValueError("ALiBiLM needs vocab_size; give it to ALiBiConfig, e.g. vocab_size=256")
+    return vocab_size
+
+
+def forbid_vocabulary(vocab_size: int | None) -> None:
+    """Raise ValueError when an `ALiBiTransformer` is built with a vocabulary."""
+    if vocab_size is not None:
+        raise ValueError(
+            f"vocab_size={vocab_size} describes an ALiBiLM; use ALiBiLM, or vocab_size=None for a "
+            "bare ALiBiTransformer"
+        )
+
+
+def check_embeddings(shape: Sequence[int], is_floating: bool, d_model: int) -> None:
+    """Raise ValueError unless embeddings are floating [batch, seq, d_model]."""
+    if len(shape) != 3 or shape[-1] != d_model or shape[1] == 0:
+        raise ValueError(
+            f"embeddings have shape {list(shape)}; expected [batch, seq, d_model={d_model}] "
+            "with at least one position"
+        )
+    if not is_floating:
+        raise ValueError("embeddings are not floating point; pass tokens to ALiBiLM instead")
+
+
+def check_tokens(shape: Sequence[int], is_integer: bool) -> None:
+    """Raise ValueError unless tokens are integers [batch, seq]."""
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(
+            f"tokens have shape {list(shape)}; expected [batch, seq] with at least one position"
+            + ("; add a batch axis with tokens[None]" if len(shape) == 1 else "")
+        )
+    if not is_integer:
+        raise ValueError(
+            "tokens are not integers; pass token ids, or embeddings to ALiBiTransformer"
+        )
+
+
+def check_token_range(lowest: int, highest: int, vocab_size: int) -> None:
+    """Raise ValueError unless every token lies inside the vocabulary."""
+    if lowest < 0 or highest >= vocab_size:
+        outside = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"token {outside} is outside the vocabulary; expected 0 … {vocab_size - 1} "
+            f"(vocab_size={vocab_size})"
+        )
+
+
+def check_mask(name: str, shape: Sequence[int], is_integer: bool, batch: int, key_len: int) -> None:
+    """Raise ValueError unless a mask (or segment ids) is integer or boolean [batch, seq]."""
+    if list(shape) != [batch, key_len]:
+        raise ValueError(
+            f"{name} has shape {list(shape)}; expected [batch={batch}, seq={key_len}], "
+            "one entry per key"
+        )
+    if not is_integer:
+        raise ValueError(f"{name} is floating point; expected booleans or integers (0 is padding)")
+
+
+def check_attention(
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+    value_shape: Sequence[int] | None,
+    slopes_shape: Sequence[int],
+    distance: str,
+    scale: float | None,
+) -> None:
+    """Raise ValueError unless shapes, given as [batch, heads, seq, head_dim], fit one another."""
+    for name, shape in (("query", query_shape), ("key", key_shape), ("value", value_shape)):
+        if shape is not None and len(shape) != 4:
+            raise ValueError(f"{name} has {len(shape)} axes; expected 4")
+    batch, heads, query_len, head_dim = query_shape
+    key_len = key_shape[2]
+    if list(key_shape) != [batch, heads, key_len, head_dim]:
+        raise ValueError(
+            f"key does not fit query: query has batch={batch}, heads={heads}, head_dim={head_dim}; "
+            f"key has batch={key_shape[0]}, heads={key_shape[1]}, head_dim={key_shape[3]}"
+        )
+    if value_shape is not None and list(value_shape[:3]) != list(key_shape[:3]):
+        raise ValueError(
+            f"value does not fit key: key has batch={batch}, heads={heads}, length={key_len}; "
+            f"value has batch={value_shape[0]}, heads={value_shape[1]}, length={value_shape[2]}"
+        )
+    if query_len > key_len:
+        raise ValueError(
+            f"query length {query_len} exceeds key length {key_len}; the last query stands at the "
+            "last key, so there can be no more queries than keys"
+        )
+    if list(slopes_shape) != [heads]:
+        raise ValueError(f"slopes have shape {list(slopes_shape)}; expected [heads={heads}]")
+    if distance not in DISTANCES:
+        raise ValueError(f"distance={distance!r} is not valid; expected one of {DISTANCES}")
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale={scale!r} is not valid; expected None or a number above 0")
+
+
+def check_attention_options(
+    tolerance: str | float, dropout: float, implementation: str, implementations: Sequence[str]
+) -> None:
+    """Raise ValueError unless the options of one attention call are known."""
+    if implementation not in ("auto", *implementations):
+        raise ValueError(
+            f"implementation={implementation!r} is not known; expected one of "
+            f"{('auto', *implementations)}"
+        )
+    if tolerance != "dtype" and not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
+        raise ValueError(
+            f"tolerance={tolerance!r} is not valid; expected 'dtype' or a share in [0, 1)"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} is not valid; expected a rate in [0, 1)")
+
+
+def check_generation(causal: bool, max_new_tokens: int) -> None:
+    """Raise ValueError unless a model of this kind can continue a sequence by so many tokens."""
+    if not causal:
+        raise ValueError("an encoder (causal=False) cannot generate; use a causal model")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is not valid; expected at least 0")

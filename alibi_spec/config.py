@@ -1,0 +1,236 @@
+"""ALiBiConfig: every architectural choice in one frozen, validated record (SPEC.md §1)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from alibi_spec.bias import DISTANCES, SLOPE_RULES
+
+
+@dataclass(frozen=True)
+class ALiBiConfig:
+    """What a model computes, independent of framework, dtype and device.
+
+    The first seven fields and their defaults are those of jaketae/alibi; the mathematics is that of
+    Press et al. 2021. `ALiBiConfig.jaketae` restores that repository's own mathematics.
+
+    Attributes:
+        num_layers: pre-norm blocks, at least 1.
+        d_model: width of the residual stream; a multiple of `num_heads`.
+        num_heads: attention heads, any number.
+        max_len: longest sequence seen in training. A record only: longer sequences simply work.
+        dropout: rate on the output of each residual branch, in [0, 1).
+        causal: True for a decoder, False for an encoder.
+        expansion_factor: hidden width of the feed-forward layers over `d_model`.
+        vocab_size: tokens known to an `ALiBiLM`; None describes a bare `ALiBiTransformer`.
+        tie_embeddings: the head of an `ALiBiLM` is its token embedding.
+        slopes: "paper" (Press et al. 2021), "geometric" (jaketae/alibi) or one float per head.
+        bias_max: the exponent M of the paper's slopes 2^(-M k / heads).
+        distance: "absolute" biases by -m |i - j|; "signed" by m (j - i), also for future keys.
+        attention_scale: factor on q·k; None is 1/sqrt(head_dim).
+        attention_dropout: rate on the attention probabilities; None is `dropout`.
+        attention_bias: the query, key, value and output projections have biases.
+        output_projection: attention ends in a linear map.
+        final_norm: a LayerNorm follows the last block.
+        norm_eps: epsilon inside every LayerNorm.
+        init_std: standard deviation of initial weights.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names it and the mend.
+    """
+
+    num_layers: int = 6
+    d_model: int = 256
+    num_heads: int = 8
+    max_len: int = 256
+    dropout: float = 0.1
+    causal: bool = True
+    expansion_factor: int = 1
+    vocab_size: int | None = None
+    tie_embeddings: bool = True
+    slopes: str | tuple[float, ...] = "paper"
+    bias_max: float = 8.0
+    distance: str = "absolute"
+    attention_scale: float | None = None
+    attention_dropout: float | None = None
+    attention_bias: bool = True
+    output_projection: bool = True
+    final_norm: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if isinstance(self.slopes, Sequence) and not isinstance(self.slopes, str):
+            object.__setattr__(self, "slopes", tuple(self.slopes))
+        for name, (is_valid, expected) in _FIELD_RULES.items():
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
+                f"choose num_heads among the divisors of d_model (e.g. {_nearest_divisor(self)})"
+            )
+        if isinstance(self.slopes, tuple) and len(self.slopes) != self.num_heads:
+            raise ValueError(
+                f"slopes has {len(self.slopes)} values for num_heads={self.num_heads}; "
+                "give one slope per head"
+            )
+
+    @classmethod
+    def jaketae(cls, **overrides: Any) -> ALiBiConfig:
+        """The exact mathematics of jaketae/alibi (SPEC.md §7); `overrides` as for `ALiBiConfig`.
+
+        Scores are divided by sqrt(d_model), slopes are one geometric sequence for any head count,
+        encoders reward future keys, and there is neither output projection nor final norm nor
+        dropout on probabilities.
+
+        Raises:
+            ValueError: as for `ALiBiConfig`.
+        """
+        d_model = overrides.get("d_model", cls.d_model)
+        quirks: dict[str, Any] = {
+            "slopes": "geometric",
+            "distance": "signed",
+            "attention_dropout": 0.0,
+            "attention_bias": False,
+            "output_projection": False,
+            "final_norm": False,
+        }
+        if _is_count(d_model):  # otherwise the constructor says what is wrong with it
+            quirks["attention_scale"] = 1 / math.sqrt(d_model)
+        return cls.from_dict(quirks | overrides)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the feed-forward layers."""
+        return self.d_model * self.expansion_factor
+
+    @property
+    def scale(self) -> float:
+        """The factor on q·k (SPEC.md §3)."""
+        return (
+            1 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
+        )
+
+    @property
+    def probability_dropout(self) -> float:
+        """Dropout rate on the attention probabilities."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def residual_init_std(self) -> float:
+        """Standard deviation of initial weights that write to the residual stream (SPEC.md §6)."""
+        return self.init_std / math.sqrt(2 * self.num_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON values."""
+        values = asdict(self)
+        if isinstance(self.slopes, tuple):
+            values["slopes"] = list(self.slopes)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ALiBiConfig:
+        """The inverse of `to_dict`; absent fields take their defaults.
+
+        Raises:
+            ValueError: an unknown field (the nearest known one is named) or an invalid value.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1)
+                hint = (
+                    f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
+                )
+                raise ValueError(f"unknown option {name!r} in the configuration{hint}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Every field as an indented JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ALiBiConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not a JSON object, an unknown field or an invalid value.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"the configuration is a JSON {type(values).__name__}, not an object")
+        return cls.from_dict(values)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_slopes(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_number(slope) and slope >= 0 for slope in value)
+    return isinstance(value, str) and value in SLOPE_RULES
+
+
+def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_valid(value)
+
+
+def _nearest_divisor(config: ALiBiConfig) -> int:
+    divisors = [n for n in range(1, config.d_model + 1) if config.d_model % n == 0]
+    return min(divisors, key=lambda n: abs(n - config.num_heads))
+
+
+_COUNT = (_is_count, "an integer of at least 1")
+_RATE = (_is_rate, "a number in [0, 1)")
+_FLAG = (lambda value: isinstance(value, bool), "True or False")
+_POSITIVE = (_is_positive, "a number above 0")
+
+_FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_layers": _COUNT,
+    "d_model": _COUNT,
+    "num_heads": _COUNT,
+    "max_len": _COUNT,
+    "dropout": _RATE,
+    "causal": _FLAG,
+    "expansion_factor": _COUNT,
+    "vocab_size": (_or_none(_is_count), "None or an integer of at least 1"),
+    "tie_embeddings": _FLAG,
+    "slopes": (_is_slopes, f"one of {SLOPE_RULES} or one finite number >= 0 per head"),
+    "bias_max": _POSITIVE,
+    "distance": (lambda value: value in DISTANCES, f"one of {DISTANCES}"),
+    "attention_scale": (_or_none(_is_positive), "None or a number above 0"),
+    "attention_dropout": (_or_none(_is_rate), "None or a number in [0, 1)"),
+    "attention_bias": _FLAG,
+    "output_projection": _FLAG,
+    "final_norm": _FLAG,
+    "norm_eps": _POSITIVE,
+    "init_std": _POSITIVE,
+}

@@ -1,0 +1,121 @@
+"""The face of attention: checks the call and picks a kernel. It knows nothing of models."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from alibi_spec.checks import check_attention, check_attention_options, check_mask
+from alibi_torch.kernels import KERNELS, dense
+
+
+def attention(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads key_len head_dim"],
+    value: Float[Tensor, "batch heads key_len value_dim"],
+    slopes: Float[Tensor, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None = None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None = None,
+    tolerance: str | float = "dtype",
+    implementation: str = "auto",
+    distance: str = "absolute",
+    dropout: float = 0.0,
+    dropout_rng: torch.Generator | None = None,
+) -> Float[Tensor, "batch heads query_len value_dim"]:
+    """Attention with linear biases (Press et al. 2021; SPEC.md §3-§4).
+
+    softmax over j of scale · q_i·k_j - m |i - j|, times v. With fewer queries than keys the last
+    query stands at the last key, as in cached decoding. A query that sees no key gives zeros.
+
+    Args:
+        query, key, value: float16, bfloat16, float32 or float64.
+        slopes: m for each head, float32.
+        causal: queries see no later keys.
+        scale: factor on q·k; None is 1/sqrt(head_dim).
+        attention_mask: 0 hides a key (padding on either side).
+        segment_ids: queries see keys of their own segment only (packed sequences).
+        tolerance: share of attention mass per row that an implementation may drop; "dense" drops
+            none.
+        implementation: "auto" or one of `attention_implementations()`.
+        distance: "absolute", or "signed" for m (j - i) on both sides (jaketae/alibi encoders).
+        dropout: rate on the probabilities.
+        dropout_rng: generator for dropout; None is torch's own.
+
+    Returns:
+        The attended values, in the dtype of `value`; logits and softmax are float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown option.
+    """
+    _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
+    check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    kernel = KERNELS["dense" if implementation == "auto" else implementation]
+    return kernel(
+        query,
+        key,
+        value,
+        slopes,
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        distance=distance,
+        dropout=dropout,
+        dropout_rng=dropout_rng,
+    )
+
+
+def biased_logits(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads key_len head_dim"],
+    slopes: Float[Tensor, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None = None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None = None,
+    distance: str = "absolute",
+) -> Float[Tensor, "batch heads query_len key_len"]:
+    """What the softmax of `attention` is taken of: float32 (float64), -inf where masked.
+
+    Arguments and errors are those of `attention`.
+    """
+    _check_call(query, key, None, slopes, attention_mask, segment_ids, distance, scale)
+    return dense.biased_logits(
+        query,
+        key,
+        slopes,
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        distance=distance,
+    )
+
+
+def attention_implementations() -> tuple[str, ...]:
+    """Names that `attention` accepts as `implementation`, besides "auto"."""
+    return tuple(KERNELS)
+
+
+def _check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    slopes: Tensor,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    distance: str,
+    scale: float | None,
+) -> None:
+    value_shape = None if value is None else value.shape
+    check_attention(query.shape, key.shape, value_shape, slopes.shape, distance, scale)
+    for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if mask is not None:
+            is_integer = not mask.is_floating_point()
+            check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[2])

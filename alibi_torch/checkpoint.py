@@ -1,0 +1,67 @@
+"""Checkpoints in and out of the torch models; the only file here that knows `alibi_convert`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from alibi_convert.checkpoint import open_checkpoint
+from alibi_convert.store import replacing, write_folder
+from alibi_convert.tensors import Tensors, as_torch
+from alibi_spec import ALiBiConfig
+
+
+class PretrainedModule(nn.Module):
+    """A module that comes from, and goes to, checkpoints that both backends read."""
+
+    config: ALiBiConfig
+
+    def __init__(self, config: ALiBiConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        config: ALiBiConfig | None = None,
+        allow_pt: bool = False,
+    ) -> Self:
+        """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
+
+        Args:
+            path: a checkpoint folder, or a .safetensors, .pt or .msgpack file.
+            dtype: of the parameters; None keeps the checkpoint's.
+            config: for files that do not carry a configuration.
+            allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+
+        Raises:
+            CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
+            ValueError: the checkpoint is of the other model class.
+        """
+        checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+        model = cls(checkpoint.config)
+        state = {name: as_torch(array) for name, array in checkpoint.tensors.items()}
+        model.load_state_dict(state, assign=True)
+        return (model if dtype is None else model.to(dtype)).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write `config.json` and `model.safetensors`, for both backends.
+
+        Args:
+            folder: a path that does not exist yet.
+            overwrite: replace a checkpoint that is there.
+
+        Raises:
+            CheckpointError: a ValueError: the folder exists, or holds other files.
+        """
+        tensors: dict[str, Any] = self.state_dict()
+        with replacing(Path(folder), overwrite) as temporary:
+            temporary.mkdir()
+            write_folder(temporary, self.config, Tensors.of(tensors))

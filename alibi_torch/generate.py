@@ -1,0 +1,30 @@
+"""Greedy continuation of a prompt."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Integer
+from torch import Tensor
+
+from alibi_spec.checks import check_generation
+from alibi_torch.model import ALiBiLM
+
+
+@torch.inference_mode()
+def generate(
+    model: ALiBiLM, prompt: Integer[Tensor, "batch prompt_len"], max_new_tokens: int
+) -> Integer[Tensor, "batch total_len"]:
+    """The prompt followed by the likeliest next token, `max_new_tokens` times.
+
+    Every step reads the whole sequence again: this is the plain definition, not the fast one. The
+    sequence may outgrow `max_len`.
+
+    Raises:
+        ValueError: the model is an encoder, or `max_new_tokens` is negative.
+    """
+    check_generation(model.config.causal, max_new_tokens)
+    tokens = prompt
+    for _ in range(max_new_tokens):
+        next_token = model(tokens)[:, -1].argmax(dim=-1)
+        tokens = torch.cat([tokens, next_token[:, None].to(tokens.dtype)], dim=1)
+    return tokens

@@ -1,0 +1,108 @@
+"""Dense attention: slow, obvious, and the yardstick for every other kernel.
+
+It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and knows nothing of
+models. The bias stays in float32 (float64 for float64 inputs) whatever the inputs are: bfloat16
+cannot count past 256.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+
+def biased_logits(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads key_len head_dim"],
+    slopes: Float[Tensor, " heads"],
+    *,
+    causal: bool,
+    scale: float | None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None,
+    distance: str,
+) -> Float[Tensor, "batch heads query_len key_len"]:
+    """scale · q·k + bias, -inf where a query may not see a key (SPEC.md §3)."""
+    visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
+    return torch.where(visible, _logits(query, key, slopes, scale, distance), -math.inf)
+
+
+def attention(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads key_len head_dim"],
+    value: Float[Tensor, "batch heads key_len value_dim"],
+    slopes: Float[Tensor, " heads"],
+    *,
+    causal: bool,
+    scale: float | None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None,
+    distance: str,
+    dropout: float,
+    dropout_rng: torch.Generator | None,
+) -> Float[Tensor, "batch heads query_len value_dim"]:
+    """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
+    visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
+    # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
+    # end, because softmax of -inf alone is NaN, in gradients too.
+    no_key = ~visible.any(dim=-1, keepdim=True)
+    logits = _logits(query, key, slopes, scale, distance)
+    probabilities = torch.softmax(torch.where(visible | no_key, logits, -math.inf), dim=-1)
+    if dropout > 0:
+        keep = torch.empty_like(probabilities).bernoulli_(1 - dropout, generator=dropout_rng)
+        probabilities = probabilities * keep / (1 - dropout)
+    attended = torch.matmul(probabilities.to(value.dtype), value)
+    return attended.masked_fill(no_key, 0.0)
+
+
+def _logits(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads key_len head_dim"],
+    slopes: Float[Tensor, " heads"],
+    scale: float | None,
+    distance: str,
+) -> Float[Tensor, "batch heads query_len key_len"]:
+    query_len, key_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        scores = scale * torch.matmul(query.to(dtype), key.to(dtype).mT)
+    return scores + _bias(slopes.to(dtype), query_len, key_len, distance)
+
+
+def _bias(
+    slopes: Float[Tensor, " heads"], query_len: int, key_len: int, distance: str
+) -> Float[Tensor, "heads query_len key_len"]:
+    relative = _relative_position(query_len, key_len, slopes.device)
+    if distance == "absolute":
+        relative = -relative.abs()
+    return slopes[:, None, None] * relative.to(slopes.dtype)
+
+
+def _relative_position(
+    query_len: int, key_len: int, device: torch.device
+) -> Integer[Tensor, "query_len key_len"]:
+    query_position = torch.arange(key_len - query_len, key_len, device=device)
+    return torch.arange(key_len, device=device)[None, :] - query_position[:, None]
+
+
+def _visible_keys(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads key_len head_dim"],
+    causal: bool,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None,
+) -> Bool[Tensor, "#batch 1 query_len key_len"]:
+    query_len, key_len, device = query.shape[2], key.shape[2], query.device
+    visible = torch.ones((1, 1, query_len, key_len), dtype=torch.bool, device=device)
+    if causal:
+        visible = visible & (_relative_position(query_len, key_len, device) <= 0)
+    if attention_mask is not None:
+        visible = visible & (attention_mask != 0)[:, None, None, :]
+    if segment_ids is not None:
+        query_segment = segment_ids[:, key_len - query_len :]
+        visible = visible & (query_segment[:, None, :, None] == segment_ids[:, None, None, :])
+    return visible

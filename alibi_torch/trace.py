@@ -1,0 +1,53 @@
+"""Every intermediate that the parity proof compares, under the reference model's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
+
+
+def trace(
+    model: ALiBiLM | ALiBiTransformer,
+    inputs: Num[Tensor, "batch seq *d_model"],
+    attention_mask: AttentionMask | None = None,
+) -> dict[str, Float[Tensor, "..."]]:
+    """Run the model and return what it computed, in order of computation.
+
+    Returns:
+        Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
+        "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
+        language model. Names and values are those of `alibi_spec.reference_forward`.
+
+    Raises:
+        ValueError: as for the model's own call.
+    """
+    values: dict[str, Float[Tensor, "..."]] = {}
+    transformer = model.transformer if isinstance(model, ALiBiLM) else model
+    handles = []
+
+    def record(module: Any, name: str) -> None:
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            if name.endswith(".attn"):
+                values[name.replace("attn", "biased_logits")] = module.biased_logits(*args)
+            values[name] = output
+
+        handles.append(module.register_forward_hook(hook))
+
+    layers: Any = transformer.layers
+    for index, layer in enumerate(layers):
+        record(layer.attn, f"layers.{index}.attn")
+        record(layer.ffn, f"layers.{index}.ffn")
+        record(layer, f"layers.{index}")
+    record(transformer, "output")
+    try:
+        result = model(inputs, attention_mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if isinstance(model, ALiBiLM):
+        values["logits"] = result
+    return values
