@@ -39,12 +39,9 @@ def from_pretrained(
         ValueError: float64 parameters while JAX has 64-bit numbers switched off.
     """
     checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
-    wanted = {header.dtype for header in checkpoint.tensors.headers.values()}
-    if (
-        dtype is None
-        and np.dtype(np.float64) in wanted
-        and jnp.asarray(0.0, float).dtype != np.float64
-    ):
+    dtypes = {header.dtype for header in checkpoint.tensors.headers.values()}
+    has_float64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    if dtype is None and np.dtype(np.float64) in dtypes and not has_float64:
         raise ValueError(
             f"{path} holds float64 and JAX would cut it to float32; set jax_enable_x64 or pass "
             "dtype=jnp.float32"

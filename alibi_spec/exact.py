@@ -51,7 +51,7 @@ def exact_attention(
     """An exact case with the heads, widths and options of `config`.
 
     Raises:
-        ValueError: the case would not be exact (more positions or heads than 24 bits can carry).
+        ValueError: the case would not be exact: scale, width or length need more than 24 bits.
     """
     config = replace(
         config,
@@ -78,9 +78,9 @@ def exact_attention(
 
     query, key = (_project(config, parameters, inputs, name) for name in ("query", "key"))
     slopes = np.array(config.slopes)
-    scaled = config.scale * (np.abs(query) @ np.abs(key).swapaxes(-1, -2))
+    largest_score = (np.abs(query).max(axis=2) * np.abs(key).max(axis=2)).sum(axis=-1).max()
     unit = min(config.scale * (_ACTIVATION_UNIT * _WEIGHT_UNIT) ** 2, slopes.min())
-    _require_exact("biased logits", scaled.max() + slopes.max() * seq, unit)
+    _require_exact("biased logits", config.scale * largest_score + slopes.max() * seq, unit)
     logits = biased_logits(
         query,
         key,

@@ -8,7 +8,7 @@ Checkpoints and training live elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,7 @@ class ALiBiTransformer(PretrainedModule):
             x = layer(x, self.slopes, attention_mask)
         return self.final_norm(x) if self.config.final_norm else x
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # The slopes follow the module to its device but stay float32: `.to(bfloat16)` would round
         # them, and `.to_empty()` would leave them undefined.
         super()._apply(fn, recurse)

@@ -70,7 +70,7 @@ def _logits(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query.astype(dtype), key.astype(dtype))
-    return scores + _bias(slopes.astype(dtype), query_len, key_len, distance)
+    return scores + _bias(slopes.astype(dtype), query_len, key_len, distance)[None]
 
 
 def _bias(
@@ -79,7 +79,7 @@ def _bias(
     relative = _relative_position(query_len, key_len)
     if distance == "absolute":
         relative = -jnp.abs(relative)
-    return slopes[:, None, None] * relative.astype(slopes.dtype)
+    return slopes[:, None, None] * relative.astype(slopes.dtype)[None]
 
 
 def _relative_position(query_len: int, key_len: int) -> Integer[Array, "query_len key_len"]:
@@ -97,7 +97,7 @@ def _visible_keys(
     query_len, key_len = query.shape[1], key.shape[1]
     visible = jnp.ones((1, 1, query_len, key_len), dtype=jnp.bool_)
     if causal:
-        visible = visible & (_relative_position(query_len, key_len) <= 0)
+        visible = visible & (_relative_position(query_len, key_len) <= 0)[None, None]
     if attention_mask is not None:
         visible = visible & (attention_mask != 0)[:, None, None, :]
     if segment_ids is not None:

@@ -70,7 +70,7 @@ def _logits(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
         scores = scale * torch.matmul(query.to(dtype), key.to(dtype).mT)
-    return scores + _bias(slopes.to(dtype), query_len, key_len, distance)
+    return scores + _bias(slopes.to(dtype), query_len, key_len, distance)[None]
 
 
 def _bias(
@@ -79,7 +79,7 @@ def _bias(
     relative = _relative_position(query_len, key_len, slopes.device)
     if distance == "absolute":
         relative = -relative.abs()
-    return slopes[:, None, None] * relative.to(slopes.dtype)
+    return slopes[:, None, None] * relative.to(slopes.dtype)[None]
 
 
 def _relative_position(
@@ -99,7 +99,7 @@ def _visible_keys(
     query_len, key_len, device = query.shape[2], key.shape[2], query.device
     visible = torch.ones((1, 1, query_len, key_len), dtype=torch.bool, device=device)
     if causal:
-        visible = visible & (_relative_position(query_len, key_len, device) <= 0)
+        visible = visible & (_relative_position(query_len, key_len, device) <= 0)[None, None]
     if attention_mask is not None:
         visible = visible & (attention_mask != 0)[:, None, None, :]
     if segment_ids is not None:

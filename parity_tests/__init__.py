@@ -1,0 +1,1 @@
+"""The proof: both backends against the specification, on every device that is present."""

@@ -1,0 +1,96 @@
+"""The named configurations and inputs, hostile ones included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from alibi_spec import ALiBiConfig, parameter_table
+
+BATCH, SEQ = 3, 300  # past 256, where bfloat16 stops counting
+
+_SMALL: dict[str, Any] = {"num_layers": 2, "d_model": 48, "max_len": 64, "expansion_factor": 2}
+
+CONFIGS: dict[str, ALiBiConfig] = {
+    "decoder": ALiBiConfig(**_SMALL, num_heads=4),
+    "encoder": ALiBiConfig(**_SMALL, num_heads=4, causal=False),
+    "lm-tied": ALiBiConfig(**_SMALL, num_heads=6, vocab_size=101),
+    "lm-untied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101, tie_embeddings=False),
+    "odd-heads": ALiBiConfig(num_layers=2, d_model=7 * 5, num_heads=7),
+    "one-head": ALiBiConfig(num_layers=1, d_model=5, num_heads=1, causal=False, bias_max=3.0),
+    "bare": ALiBiConfig(
+        **_SMALL,
+        num_heads=4,
+        attention_bias=False,
+        output_projection=False,
+        final_norm=False,
+        attention_scale=0.3,
+    ),
+    "own-slopes": ALiBiConfig(**_SMALL, num_heads=3, slopes=(0.0, 0.3, 2.0), norm_eps=1e-3),
+    "jaketae-decoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=6),
+    "jaketae-encoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=3, causal=False),
+}
+
+_LEFT, _EMPTY, _RIGHT = (0, slice(0, 100)), (1, slice(0, SEQ)), (2, slice(SEQ - 70, SEQ))
+PADDINGS: dict[str, tuple[tuple[int, slice], ...]] = {  # sequence and positions that are padding
+    "unpadded": (),
+    "left": (_LEFT,),
+    "right": (_RIGHT,),
+    "both-and-empty": (_LEFT, _EMPTY, _RIGHT),
+}
+
+each_config = pytest.mark.parametrize("config_name", CONFIGS)
+each_padding = pytest.mark.parametrize("padding", PADDINGS)
+
+
+def draw_parameters(config: ALiBiConfig, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """float32 parameters far from their initial values: no zero bias, no unit norm.
+
+    Weights have the scale that keeps activations near one. For "bfloat16" every value is one that
+    bfloat16 can hold, so that what a test measures is the computation.
+    """
+    rng = np.random.default_rng(0)
+    parameters = {}
+    for row in parameter_table(config):
+        if row.init == "ones":
+            values = 1 + 0.3 * rng.standard_normal(row.shape)
+        elif row.init == "zeros":
+            values = 0.3 * rng.standard_normal(row.shape)
+        else:
+            values = rng.standard_normal(row.shape) / np.sqrt(row.shape[-1])
+        parameters[row.name] = _representable(values, dtype)
+    return parameters
+
+
+def draw_inputs(
+    config: ALiBiConfig, dtype: str = "float32", batch: int = BATCH, seq: int = SEQ
+) -> np.ndarray:
+    """Tokens, or float32 embeddings with a mean that fast variance formulas stumble over."""
+    rng = np.random.default_rng(1)
+    if config.vocab_size is None:
+        return _representable(3 + rng.standard_normal((batch, seq, config.d_model)), dtype)
+    tokens = rng.integers(0, config.vocab_size, (batch, seq))
+    tokens.setflags(write=False)
+    return tokens
+
+
+def draw_mask(padding: str) -> np.ndarray | None:
+    """An attention mask [BATCH, SEQ] with the named padding."""
+    if not PADDINGS[padding]:
+        return None
+    mask = np.ones((BATCH, SEQ), dtype=np.int64)
+    for sequence, positions in PADDINGS[padding]:
+        mask[sequence, positions] = 0
+    mask.setflags(write=False)
+    return mask
+
+
+def _representable(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32, read-only, rounded to what `dtype` can hold."""
+    narrow = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    array = values.astype(narrow).astype(np.float32)
+    array.setflags(write=False)
+    return array

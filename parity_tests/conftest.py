@@ -1,0 +1,38 @@
+"""Hostile settings for the whole run, and a summary that names what this machine lacks."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+import torch
+
+from parity_tests.implementations import IMPLEMENTATIONS, absences
+
+# 64-bit numbers are on, so that a float32 model which drifts to float64 is caught by its dtype.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)  # the tests run in parallel processes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        action="append",
+        default=[],
+        choices=[each.name for each in IMPLEMENTATIONS],
+        help="fail unless this implementation can run here",
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    for name in session.config.getoption("--require"):
+        if name in absences():
+            raise pytest.UsageError(f"{name} was required and is absent: {absences()[name]}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = [each.name for each in IMPLEMENTATIONS if each.name not in absences()]
+    terminalreporter.write_sep("-", "implementations")
+    terminalreporter.write_line(f"ran on: {', '.join(ran)}")
+    for name, reason in absences().items():
+        terminalreporter.write_line(f"absent: {name} ({reason})")

@@ -1,0 +1,98 @@
+"""The comparisons themselves: they see one bit, one element, one NaN, one shape, one dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alibi_spec.budgets import BUDGETS, relative_error
+from parity_tests.compare import (
+    assert_bitwise,
+    assert_comparable,
+    assert_gradients_within,
+    assert_trace_within,
+    assert_within,
+)
+
+EXACT = np.linspace(-3, 5, 24).reshape(2, 3, 4)
+BUDGET = BUDGETS["float32", "cpu"]
+
+
+def test_bitwise_sees_one_ulp() -> None:
+    array = EXACT.astype(np.float32)
+    assert_bitwise(array.copy(), array, "same")
+    moved = array.copy()
+    moved[1, 2, 3] = np.nextafter(moved[1, 2, 3], np.float32(9))
+    with pytest.raises(AssertionError, match=r"1 of 24 elements differ, first at \[1, 2, 3\]"):
+        assert_bitwise(moved, array, "moved")
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [
+        (np.float32([0.0]), np.float32([-0.0])),
+        (np.float32([1.0]), np.float64([1.0])),
+        (np.float32([1.0]), np.float32([[1.0]])),
+        (np.float32([np.nan]), np.float32([1.0])),
+    ],
+)
+def test_bitwise_sees_sign_dtype_shape_and_nan(actual: np.ndarray, expected: np.ndarray) -> None:
+    with pytest.raises(AssertionError):
+        assert_bitwise(actual, expected, "different")
+    assert_bitwise(np.float32([np.nan, -np.inf]), np.float32([np.nan, -np.inf]), "same")
+
+
+def test_within_sees_one_element() -> None:
+    assert_within(EXACT.copy(), EXACT, 0.0, "same")
+    moved = EXACT.copy()
+    moved[0, 1, 2] += 5 * 2e-5
+    assert_within(moved, EXACT, 2.1e-5, "inside")
+    with pytest.raises(AssertionError, match=r"relative error 2\.00e-05 exceeds 1e-05"):
+        assert_within(moved, EXACT, 1e-5, "outside")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_within_sees_what_is_not_finite(wrong: float) -> None:
+    broken = EXACT.copy()
+    broken[0, 0, 0] = wrong
+    for actual, exact in ((broken, EXACT), (EXACT, broken)):
+        if not np.isnan(exact).any():
+            with pytest.raises(AssertionError):
+                assert_within(actual, exact, 1.0, "not finite")
+    assert relative_error(np.zeros(3), np.zeros(3)) == 0
+    assert relative_error(np.array([1e-30]), np.zeros(1)) == np.inf
+
+
+def test_within_sees_shapes() -> None:
+    with pytest.raises(AssertionError, match="shape"):
+        assert_within(EXACT[:1], EXACT, 1.0, "broadcastable")
+
+
+def test_trace_names_the_first_layer() -> None:
+    exact = {"layers.0": EXACT, "layers.1": EXACT, "output": EXACT}
+    found = {name: array.astype(np.float32) for name, array in exact.items()}
+    assert_trace_within(found, exact, BUDGET, "float32", "same")
+    found["layers.1"] = found["layers.1"] * np.float32(1.001)
+    found["output"] = found["output"] * np.float32(1.1)
+    with pytest.raises(AssertionError, match=r"layers\.1"):
+        assert_trace_within(found, exact, BUDGET, "float32", "moved")
+    found["layers.0"] = exact["layers.0"]
+    with pytest.raises(AssertionError, match=r"layers\.0: dtype float64 instead of float32"):
+        assert_trace_within(found, exact, BUDGET, "float32", "widened")
+
+
+def test_comparable_sees_a_sloppy_backend() -> None:
+    errors = {"a": {"layers.0": 1e-7, "layers.1": 2e-7}, "b": {"layers.0": 3e-7, "layers.1": 9e-6}}
+    with pytest.raises(AssertionError, match=r"layers\.1: b errs"):
+        assert_comparable(errors, BUDGET, 1e-7)
+    errors["b"]["layers.1"] = 7e-7
+    assert_comparable(errors, BUDGET, 1e-7)
+
+
+def test_gradients_see_a_missing_and_a_wrong_parameter() -> None:
+    exact = {"a": EXACT, "b": EXACT / 50}
+    assert_gradients_within({"a": EXACT, "b": EXACT / 50}, exact, 1e-9, "same")
+    with pytest.raises(AssertionError, match="missing"):
+        assert_gradients_within({"a": EXACT}, exact, 1e-9, "missing")
+    with pytest.raises(AssertionError, match="gradient of b"):
+        assert_gradients_within({"a": EXACT, "b": EXACT / 51}, exact, 1e-3, "wrong")

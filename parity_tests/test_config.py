@@ -1,0 +1,119 @@
+"""The configuration: defaults, validation, JSON; and the slopes that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import alibi_spec
+from alibi_spec import ALiBiConfig
+from parity_tests.cases import CONFIGS, each_config
+from parity_tests.compare import assert_bitwise
+
+SEED_FIELDS = {
+    "num_layers": 6,
+    "d_model": 256,
+    "num_heads": 8,
+    "max_len": 256,
+    "dropout": 0.1,
+    "causal": True,
+    "expansion_factor": 1,
+}
+
+
+def test_first_fields_are_the_seeds() -> None:
+    fields = dataclasses.fields(ALiBiConfig)[: len(SEED_FIELDS)]
+    assert {field.name: field.default for field in fields} == SEED_FIELDS
+    assert ALiBiConfig(*SEED_FIELDS.values()) == ALiBiConfig()
+
+
+def test_jaketae_is_the_seed() -> None:
+    config = ALiBiConfig.jaketae(d_model=96, num_heads=6)
+    assert config.scale == 1 / math.sqrt(96)
+    assert (config.slopes, config.distance) == ("geometric", "signed")
+    assert (config.output_projection, config.final_norm, config.attention_bias) == (False,) * 3
+    assert (config.dropout, config.probability_dropout) == (0.1, 0.0)
+    assert ALiBiConfig.jaketae(final_norm=True).final_norm
+
+
+@each_config
+def test_json_round_trip(config_name: str) -> None:
+    config = CONFIGS[config_name]
+    assert ALiBiConfig.from_json(config.to_json()) == config
+    assert hash(ALiBiConfig.from_dict(config.to_dict())) == hash(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_heads": 0}, "num_heads=0 is not valid; expected an integer of at least 1"),
+        ({"num_heads": 7}, r"num_heads=7 does not divide d_model=256; .*e\.g\. 8"),
+        ({"num_layers": -1}, "num_layers=-1"),
+        ({"num_layers": True}, "num_layers=True"),
+        ({"d_model": 256.0}, r"d_model=256\.0"),
+        ({"dropout": -0.1}, r"dropout=-0\.1 is not valid; expected a number in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+        ({"dropout": math.nan}, "dropout=nan"),
+        ({"attention_dropout": 2}, "attention_dropout=2"),
+        ({"causal": 1}, "causal=1 is not valid; expected True or False"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"slopes": "linear"}, "slopes='linear' is not valid; expected one of"),
+        ({"slopes": (0.5,)}, "slopes has 1 values for num_heads=8; give one slope per head"),
+        ({"slopes": (-1.0,) * 8}, "slopes="),
+        ({"bias_max": 0}, "bias_max=0"),
+        ({"distance": "squared"}, "distance='squared'"),
+        ({"attention_scale": math.inf}, "attention_scale=inf"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"init_std": "small"}, "init_std='small'"),
+        ({"num_head": 4}, "unknown option 'num_head' in the configuration; did you mean num_heads"),
+        ({"colour": 4}, "unknown option 'colour' in the configuration; known: num_layers, "),
+    ],
+)
+def test_bad_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ALiBiConfig.from_dict(values)
+    if "num_head" not in values and "colour" not in values:
+        with pytest.raises(ValueError, match=message):
+            ALiBiConfig.jaketae(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "a JSON list, not an object"),
+        ('{"x": 1}', "unknown option"),
+    ],
+)
+def test_bad_json(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ALiBiConfig.from_json(text)
+
+
+def test_slopes_of_the_paper() -> None:
+    assert_bitwise(alibi_spec.slopes(8), np.float32(2.0) ** -np.arange(1, 9, dtype=np.float32), "8")
+    twelve = [2.0**-k for k in range(1, 9)] + [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5]
+    assert_bitwise(alibi_spec.slopes(12), np.array(twelve).astype(np.float32), "12")
+    assert_bitwise(alibi_spec.slopes(1), np.array([2.0**-8], dtype=np.float32), "1")
+
+
+@pytest.mark.parametrize("bias_max", [8.0, 16.0, 5.5])
+@pytest.mark.parametrize("num_heads", range(1, 72))
+def test_slopes_are_those_of_mpt(num_heads: int, bias_max: float) -> None:
+    """MPT's formula, which reaches the paper's list from the next larger power of two."""
+    power = 2 ** math.ceil(math.log2(num_heads))
+    longer = [2.0 ** -(bias_max * k / power) for k in range(1, power + 1)]
+    expected = (longer[1::2] + longer[0::2])[:num_heads] if power != num_heads else longer
+    assert_bitwise(
+        alibi_spec.slopes(num_heads, bias_max), np.array(expected).astype(np.float32), "slopes"
+    )
+
+
+@pytest.mark.parametrize(("num_heads", "bias_max"), [(0, 8.0), (4, 0.0), (4, math.nan)])
+def test_bad_slopes(num_heads: int, bias_max: float) -> None:
+    with pytest.raises(ValueError, match="is not valid; expected"):
+        alibi_spec.slopes(num_heads, bias_max)

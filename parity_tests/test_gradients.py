@@ -1,0 +1,105 @@
+"""Gradients of every parameter: each backend's, the other's, and the reference's differences."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from alibi_spec import reference_forward
+from alibi_spec.budgets import BUDGETS
+from parity_tests.cases import CONFIGS, draw_inputs, draw_mask, draw_parameters, each_config
+from parity_tests.compare import assert_gradients_within
+from parity_tests.implementations import IMPLEMENTATIONS, Implementation, each_implementation
+
+TORCH_CPU = IMPLEMENTATIONS[0]
+each_gradient_padding = pytest.mark.parametrize("padding", ["unpadded", "both-and-empty"])
+
+
+@each_implementation(("cpu", "gpu"), besides=TORCH_CPU)
+@each_gradient_padding
+@each_config
+def test_float64(implementation: Implementation, config_name: str, padding: str) -> None:
+    """Two independent derivations by two frameworks agree where nothing is rounded away."""
+    found = _gradients(implementation, config_name, padding, "float64")
+    budget = BUDGETS["float64", implementation.platform]
+    exact = _exact(config_name, padding)
+    assert_gradients_within(found, exact, budget.gradient, implementation.name)
+
+
+@each_implementation()
+@each_gradient_padding
+@each_config
+def test_float32(implementation: Implementation, config_name: str, padding: str) -> None:
+    found = _gradients(implementation, config_name, padding, "float32")
+    budget = BUDGETS["float32", implementation.platform]
+    exact = _exact(config_name, padding)
+    assert_gradients_within(found, exact, budget.gradient, implementation.name)
+
+
+@each_implementation()
+@each_config
+def test_bfloat16(implementation: Implementation, config_name: str) -> None:
+    found = _gradients(implementation, config_name, "unpadded", "bfloat16")
+    budget = BUDGETS["bfloat16", implementation.platform]
+    exact = _exact(config_name, "unpadded", "bfloat16")
+    assert_gradients_within(found, exact, budget.gradient, implementation.name)
+
+
+@each_gradient_padding
+@each_config
+def test_reference_moves_as_the_gradient_says(config_name: str, padding: str) -> None:
+    """A central difference of the reference, along a direction that touches every parameter.
+
+    The step balances truncation (step²) and cancellation (2^-53 / step): 1e-5 leaves about 1e-9.
+    """
+    config, mask = CONFIGS[config_name], draw_mask(padding)
+    inputs = draw_inputs(config)
+    parameters = {name: array.astype(np.float64) for name, array in draw_parameters(config).items()}
+    cotangent = _cotangent(config_name)
+    rng = np.random.default_rng(3)
+    direction = {name: rng.standard_normal(array.shape) for name, array in parameters.items()}
+    step = 1e-5
+
+    def value(sign: int) -> np.ndarray:
+        moved = {name: array + sign * step * direction[name] for name, array in parameters.items()}
+        trace = reference_forward(config, moved, inputs, mask)
+        return cotangent * trace["output" if config.vocab_size is None else "logits"]
+
+    difference = float((value(+1) - value(-1)).sum()) / (2 * step)
+    exact = _exact(config_name, padding)
+    slope = sum(float((exact[name] * direction[name]).sum()) for name in exact)
+    magnitude = sum(float(np.abs(exact[name] * direction[name]).sum()) for name in exact)
+    assert abs(difference - slope) <= BUDGETS["float32", "cpu"].gradient * magnitude
+
+
+def _gradients(
+    implementation: Implementation,
+    config_name: str,
+    padding: str,
+    dtype: str,
+    values: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Gradients computed in `dtype`, at a point that the dtype `values` can hold."""
+    config = CONFIGS[config_name]
+    return implementation.create().gradients(
+        config,
+        draw_parameters(config, values or dtype),
+        draw_inputs(config, values or dtype),
+        draw_mask(padding),
+        _cotangent(config_name),
+        dtype,
+    )
+
+
+@cache
+def _exact(config_name: str, padding: str, values: str = "float32") -> dict[str, np.ndarray]:
+    return _gradients(TORCH_CPU, config_name, padding, "float64", values)
+
+
+def _cotangent(config_name: str) -> np.ndarray:
+    config = CONFIGS[config_name]
+    width = config.vocab_size or config.d_model
+    batch, seq = draw_inputs(config).shape[:2]
+    return np.random.default_rng(2).standard_normal((batch, seq, width))

@@ -1,0 +1,97 @@
+"""Whole models, layer by layer, against the float64 reference: in float64, float32 and bfloat16."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alibi_spec import reference_forward
+from alibi_spec.budgets import BUDGETS
+from parity_tests.cases import (
+    CONFIGS,
+    draw_inputs,
+    draw_mask,
+    draw_parameters,
+    each_config,
+    each_padding,
+)
+from parity_tests.compare import assert_comparable, assert_trace_within
+from parity_tests.implementations import Implementation, each_implementation, present
+
+
+@each_implementation(("cpu", "gpu"))
+@each_padding
+@each_config
+def test_float64(implementation: Implementation, config_name: str, padding: str) -> None:
+    """Without rounding in the way, every intermediate of every layer is the reference's."""
+    _check(implementation, config_name, padding, "float64")
+
+
+@each_padding
+@each_config
+def test_float32(config_name: str, padding: str) -> None:
+    """Every backend within its budget, and none much worse than its peer, layer by layer."""
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    for each in present():
+        found = _check(each, config_name, padding, "float32")
+        errors.setdefault(each.platform, {})[each.name] = found
+    for platform, peers in errors.items():
+        resolution = float(np.finfo(np.float32).eps)
+        assert_comparable(peers, BUDGETS["float32", platform], resolution)
+
+
+@each_implementation()
+@pytest.mark.parametrize("padding", ["unpadded", "both-and-empty"])
+@each_config
+def test_bfloat16(implementation: Implementation, config_name: str, padding: str) -> None:
+    """Logits and softmax stay float32, so bfloat16 costs the rounding of activations alone."""
+    _check(implementation, config_name, padding, "bfloat16")
+
+
+@each_implementation()
+@pytest.mark.parametrize("config_name", ["lm-tied", "lm-untied"])
+def test_bfloat16_predictions(implementation: Implementation, config_name: str) -> None:
+    """The next-token distribution moves by less than the budget, and top-1 agrees where it can."""
+    budget = BUDGETS["bfloat16", implementation.platform]
+    config = CONFIGS[config_name]
+    inputs, parameters = draw_inputs(config), draw_parameters(config, "bfloat16")
+    exact = reference_forward(config, parameters, inputs)["logits"]
+    trace = implementation.create().trace(config, parameters, inputs, None, "bfloat16")
+    found = trace["logits"].astype(np.float64)
+    divergence = _divergence(exact, found)
+    assert divergence.max() <= budget.divergence, f"KL {divergence.max():.1e} nats"
+    ordered = np.sort(exact, axis=-1)
+    decided = ordered[..., -1] - ordered[..., -2] > 2 * budget.forward * np.abs(exact).max()
+    assert decided.mean() > 0.1  # otherwise the next line says nothing
+    assert np.array_equal(exact.argmax(-1)[decided], found.argmax(-1)[decided])
+
+
+def _check(
+    implementation: Implementation, config_name: str, padding: str, dtype: str
+) -> dict[str, float]:
+    config, mask = CONFIGS[config_name], draw_mask(padding)
+    inputs, parameters = draw_inputs(config, dtype), draw_parameters(config, dtype)
+    exact = reference_forward(config, parameters, inputs, mask)
+    found = implementation.create().trace(config, parameters, inputs, mask, dtype)
+    expected_names = [name for name in exact if name in found]
+    assert set(expected_names) == set(found)
+    assert f"layers.{config.num_layers - 1}.biased_logits" in found
+    assert "output" in found
+    return assert_trace_within(
+        {name: found[name] for name in expected_names},
+        exact,
+        BUDGETS[dtype, implementation.platform],
+        dtype,
+        implementation.name,
+    )
+
+
+def _divergence(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """KL(exact || found) of the softmax of the last axis, in nats."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+    log_exact, log_found = log_softmax(exact), log_softmax(found)
+    return (np.exp(log_exact) * (log_exact - log_found)).sum(axis=-1)

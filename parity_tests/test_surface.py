@@ -1,0 +1,163 @@
+"""Both backends offer the same public names and signatures, and neither imports the other."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import alibi_flax
+import alibi_torch
+from alibi_spec import surface
+
+FUNCTIONS = ("attention", "biased_logits", "attention_implementations")
+
+
+@pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_signatures(backend: object, function: str) -> None:
+    assert _parameters(getattr(backend, function)) == _parameters(getattr(surface, function))
+
+
+@pytest.mark.parametrize("function", ["generate", "trace"])
+def test_flax_adds_params_alone(function: str) -> None:
+    """Linen keeps parameters outside the module: they follow it in every signature."""
+    ours, theirs = (_parameters(getattr(each, function)) for each in (alibi_torch, alibi_flax))
+    assert theirs == [ours[0], ("params", ours[0][1], inspect.Parameter.empty), *ours[1:]]
+
+
+@pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
+def test_public_names(backend: object) -> None:
+    assert set(surface.PUBLIC) <= set(backend.__all__)
+    assert all(hasattr(backend, name) for name in backend.__all__)
+
+
+def test_public_functions_are_documented() -> None:
+    for backend in (alibi_torch, alibi_flax):
+        for name in backend.__all__:
+            assert getattr(backend, name).__doc__, f"{backend.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("alibi_spec", ("torch", "jax", "flax", "safetensors", "einops", "jaxtyping")),
+        ("alibi_convert", ("torch", "jax", "flax", "alibi_torch", "alibi_flax")),
+        ("alibi_torch", ("jax", "flax", "optax", "alibi_flax")),
+        ("alibi_flax", ("torch", "alibi_torch")),
+    ],
+)
+def test_walls(package: str, forbidden: tuple[str, ...]) -> None:
+    """Importing one package imports nothing that it must not know, even where all is installed."""
+    _run(f"""
+        import sys
+        import {package}
+        crossed = [name for name in {forbidden!r} if name in sys.modules]
+        assert not crossed, crossed
+    """)
+
+
+@pytest.mark.parametrize(
+    ("package", "missing"),
+    [("alibi_torch", "jax"), ("alibi_torch", "flax"), ("alibi_flax", "torch")],
+)
+def test_a_backend_works_where_the_other_is_not_installed(package: str, missing: str) -> None:
+    """A checkpoint goes out and in again without the other framework."""
+    save_and_load = {
+        "alibi_torch": """
+            model = alibi_torch.ALiBiLM(config)
+            model.save_pretrained(folder)
+            alibi_torch.ALiBiLM.from_pretrained(folder)
+        """,
+        "alibi_flax": """
+            import jax
+            model = alibi_flax.ALiBiLM(config)
+            tokens = jax.numpy.zeros((1, 3), int)
+            params = model.init(jax.random.key(0), tokens)["params"]
+            alibi_flax.save_pretrained(folder, model, params)
+            alibi_flax.from_pretrained(folder)
+        """,
+    }[package]
+    _run(f"""
+        import sys, tempfile
+        class NotInstalled:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == {missing!r}:
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, NotInstalled())
+        import {package}
+        config = {package}.ALiBiConfig(num_layers=1, d_model=8, num_heads=2, vocab_size=5)
+        folder = tempfile.mkdtemp() + "/model"
+        {textwrap.dedent(save_and_load).strip().replace(chr(10), chr(10) + "        ")}
+    """)
+
+
+def test_verify_says_which_backend_is_missing(tmp_path: object) -> None:
+    _run(f"""
+        import importlib.util
+        from alibi_convert import verify
+        find_spec = importlib.util.find_spec
+        importlib.util.find_spec = lambda name: None if name == "flax" else find_spec(name)
+        try:
+            verify({str(tmp_path)!r})
+        except ValueError as error:
+            assert "install alibi-duo[flax]" in str(error), error
+        else:
+            raise SystemExit("no error")
+    """)
+
+
+def test_annotated_shapes_hold() -> None:
+    """Every jaxtyping annotation of both backends, checked at run time over whole models."""
+    _run("""
+        from jaxtyping import install_import_hook
+        modules = ("attention", "kernels", "model", "generate", "trace")
+        checked = [f"{wing}.{name}" for wing in ("alibi_torch", "alibi_flax") for name in modules]
+        with install_import_hook(checked, "beartype.beartype"):
+            import alibi_torch, alibi_flax
+        import jax, numpy as np, torch
+        from alibi_spec import ALiBiConfig
+        small = dict(num_layers=1, d_model=12, num_heads=3)
+        mask = np.array([[1] * 9, [0] * 4 + [1] * 5])
+        for config in (
+            ALiBiConfig(vocab_size=11, **small),
+            ALiBiConfig(vocab_size=11, tie_embeddings=False, output_projection=False, **small),
+        ):
+            tokens = np.arange(18).reshape(2, 9) % 11
+            ours = alibi_torch.ALiBiLM(config)
+            alibi_torch.trace(ours, torch.from_numpy(tokens), torch.from_numpy(mask) > 0)
+            alibi_torch.generate(ours, torch.from_numpy(tokens), 2)
+            theirs = alibi_flax.ALiBiLM(config)
+            tokens, mask_ = jax.numpy.asarray(tokens), jax.numpy.asarray(mask)
+            params = theirs.init(jax.random.key(0), tokens)["params"]
+            alibi_flax.trace(theirs, params, tokens, mask_)
+            alibi_flax.generate(theirs, params, tokens, 2)
+            rngs = {"dropout": jax.random.key(1)}
+            theirs.apply({"params": params}, tokens, mask_, deterministic=False, rngs=rngs)
+        query, key = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4)
+        try:
+            alibi_torch.attention(query, key, key, torch.zeros(2, dtype=torch.int64))
+        except Exception as error:
+            assert "slopes" in str(error), error
+        else:
+            raise SystemExit("the annotations are not checked")
+    """)
+
+
+def _parameters(function: object) -> list[tuple[str, object, object]]:
+    parameters = inspect.signature(function).parameters.values()
+    return [(each.name, each.kind, each.default) for each in parameters]
+
+
+def _run(code: str) -> None:
+    """Run code in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:alibi", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
