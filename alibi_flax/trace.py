@@ -29,9 +29,7 @@ def trace(
     """
     values: dict[str, Float[Array, "..."]] = {}
 
-    def record(
-        call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
-    ) -> Float[Array, "..."]:
+    def record(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         output = call(*args, **kwargs)
         if context.method_name != "__call__":
             return output

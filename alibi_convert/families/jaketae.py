@@ -16,8 +16,8 @@ from alibi_convert.rules import Rule
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, geometric_slopes
 
-_MATRIX = "(part out) in -> part out in"
-_VECTOR = "(part out) -> part out"
+_MATRIX = "(part rows) columns -> part rows columns"
+_VECTOR = "(part rows) -> part rows"
 
 
 def _recognises(tensors: Tensors) -> bool:

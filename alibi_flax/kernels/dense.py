@@ -99,7 +99,7 @@ def _visible_keys(
     if causal:
         visible = visible & (_relative_position(query_len, key_len) <= 0)[None, None]
     if attention_mask is not None:
-        visible = visible & (attention_mask != 0)[:, None, None, :]
+        visible = visible & attention_mask.astype(jnp.bool_)[:, None, None, :]
     if segment_ids is not None:
         query_segment = segment_ids[:, key_len - query_len :]
         visible = visible & (query_segment[:, None, :, None] == segment_ids[:, None, None, :])

@@ -101,7 +101,7 @@ def _visible_keys(
     if causal:
         visible = visible & (_relative_position(query_len, key_len, device) <= 0)[None, None]
     if attention_mask is not None:
-        visible = visible & (attention_mask != 0)[:, None, None, :]
+        visible = visible & attention_mask.to(torch.bool)[:, None, None, :]
     if segment_ids is not None:
         query_segment = segment_ids[:, key_len - query_len :]
         visible = visible & (query_segment[:, None, :, None] == segment_ids[:, None, None, :])

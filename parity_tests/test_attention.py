@@ -1,0 +1,222 @@
+"""The attention functions on their own: masks, empty rows, segments, cached queries, bad calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import alibi_flax
+import alibi_spec
+import alibi_torch
+from alibi_convert.tensors import as_numpy, as_torch
+from alibi_spec.budgets import BUDGETS
+from parity_tests.compare import assert_bitwise, assert_within
+
+BATCH, HEADS, SEQ, HEAD_DIM = 2, 3, 270, 6
+SLOPES = alibi_spec.slopes(HEADS)
+Attention = Callable[..., np.ndarray]
+
+
+def torch_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, slopes: np.ndarray, **options: Any
+) -> np.ndarray:
+    """[batch, heads, seq, head_dim] in NumPy, through alibi_torch."""
+    for name in ("attention_mask", "segment_ids"):
+        if options.get(name) is not None:
+            options[name] = as_torch(options[name])
+    arrays = (as_torch(array) for array in (query, key, value, slopes))
+    return as_numpy(alibi_torch.attention(*arrays, **options))
+
+
+def flax_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, slopes: np.ndarray, **options: Any
+) -> np.ndarray:
+    """[batch, heads, seq, head_dim] in NumPy, through alibi_flax with strict dtype promotion."""
+    for name in ("attention_mask", "segment_ids"):
+        if options.get(name) is not None:
+            options[name] = jnp.asarray(options[name])
+    arrays = [jnp.asarray(array.swapaxes(1, 2)) for array in (query, key, value)]
+    with jax.numpy_dtype_promotion("strict"):
+        attended = alibi_flax.attention(*arrays, jnp.asarray(slopes), **options)
+    return np.asarray(attended).swapaxes(1, 2)
+
+
+each_backend = pytest.mark.parametrize(
+    "attention", [torch_attention, flax_attention], ids=["torch", "flax"]
+)
+
+
+def _draw(query_len: int = SEQ, dtype: str = "float64") -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(0)
+    shapes = [(BATCH, HEADS, length, HEAD_DIM) for length in (query_len, SEQ, SEQ)]
+    return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def _expected(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    *,
+    causal: bool = True,
+    mask: np.ndarray | None = None,
+    segments: np.ndarray | None = None,
+) -> np.ndarray:
+    """One query at a time, from the definition."""
+    result = np.zeros((*query.shape[:3], value.shape[-1]))
+    offset = key.shape[2] - query.shape[2]
+    for b, h, i in np.ndindex(*query.shape[:3]):
+        position = i + offset
+        weights = {}
+        for j in range(key.shape[2]):
+            hidden = (causal and j > position) or (mask is not None and mask[b, j] == 0)
+            if hidden or (segments is not None and segments[b, j] != segments[b, position]):
+                continue
+            score = float(query[b, h, i] @ key[b, h, j]) / np.sqrt(query.shape[-1])
+            weights[j] = np.exp(score - float(SLOPES[h]) * abs(position - j))
+        if weights:
+            total = sum(weights.values())
+            result[b, h, i] = sum(w / total * value[b, h, j] for j, w in weights.items())
+    return result
+
+
+@each_backend
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("query_len", [SEQ, 1, 37])
+def test_queries_stand_at_the_end(attention: Attention, query_len: int, causal: bool) -> None:
+    query, key, value = _draw(query_len)
+    found = attention(query, key, value, SLOPES, causal=causal)
+    expected = _expected(query, key, value, causal=causal)
+    assert_within(found, expected, BUDGETS["float64", "cpu"].forward, "attention")
+
+
+@each_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_and_segments(attention: Attention, causal: bool) -> None:
+    query, key, value = _draw(20)
+    mask = np.ones((BATCH, SEQ), dtype=np.int64)
+    mask[0, : SEQ - 10] = 0
+    mask[1, SEQ - 5 :] = 0
+    segments = np.sort(np.random.default_rng(1).integers(0, 4, (BATCH, SEQ)), axis=1)
+    options = {"attention_mask": mask, "segment_ids": segments}
+    found = attention(query, key, value, SLOPES, causal=causal, **options)
+    expected = _expected(query, key, value, causal=causal, mask=mask, segments=segments)
+    assert_within(found, expected, BUDGETS["float64", "cpu"].forward, "attention")
+
+
+@each_backend
+@pytest.mark.parametrize("mask_dtype", ["bool", "int32", "int64", "uint8"])
+def test_a_query_without_keys_gives_zeros(attention: Attention, mask_dtype: str) -> None:
+    """Exactly zeros, whatever the padded values hold, and other rows as if nothing happened."""
+    query, key, value = _draw()
+    mask = np.ones((BATCH, SEQ), dtype=mask_dtype)
+    mask[0] = 0
+    mask[1, :50] = 0
+    found = attention(query, key, value * 1e30, SLOPES, attention_mask=mask)
+    assert_bitwise(found[0], np.zeros_like(found[0]), "empty sequence")
+    assert_bitwise(found[1, :, :50], np.zeros_like(found[1, :, :50]), "left padding")
+    short = [array[1:, :, 50:] for array in (query, key, value * 1e30)]
+    assert_within(
+        found[1:, :, 50:],
+        attention(*short, SLOPES),
+        BUDGETS["float64", "cpu"].forward,
+        "left padding moves nothing",
+    )
+
+
+def test_gradients_of_empty_rows_are_finite() -> None:
+    """Zeros in, and no NaN out of the softmax of nothing."""
+    query, key, value = _draw()
+    mask = np.zeros((BATCH, SEQ), dtype=np.int64)
+    arrays = [as_torch(array).requires_grad_() for array in (query, key, value)]
+    attended = alibi_torch.attention(*arrays, as_torch(SLOPES), attention_mask=as_torch(mask))
+    attended.sum().backward()
+
+    def total(arrays: list[jax.Array]) -> jax.Array:
+        options = {"attention_mask": jnp.asarray(mask)}
+        return alibi_flax.attention(*arrays, jnp.asarray(SLOPES), **options).sum()
+
+    seq_first = [jnp.asarray(array.swapaxes(1, 2)) for array in (query, key, value)]
+    gradients = jax.grad(total)(seq_first)
+    for ours, theirs in zip(arrays, gradients, strict=True):
+        assert_bitwise(np.abs(as_numpy(ours.grad)), np.zeros(ours.shape), "torch")
+        assert_bitwise(np.abs(np.asarray(theirs)), np.zeros(theirs.shape), "flax")
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_dtypes_follow_the_values(attention: Attention, dtype: str) -> None:
+    query, key, value = _draw(4, dtype)
+    assert attention(query, key, value, SLOPES).dtype == np.dtype(dtype)
+
+
+@each_backend
+def test_value_width_may_differ(attention: Attention) -> None:
+    query, key, value = _draw(9)
+    wide = np.concatenate([value, value, value], axis=-1)
+    found = attention(query, key, wide, SLOPES)
+    assert found.shape == (BATCH, HEADS, 9, 3 * HEAD_DIM)
+    expected = _expected(query, key, wide)
+    assert_within(found, expected, BUDGETS["float64", "cpu"].forward, "wide")
+
+
+@each_backend
+def test_dropout_keeps_the_mean(attention: Attention) -> None:
+    """Dropped at the stated rate, scaled up to keep the expectation, never a whole row in step."""
+    zeros = np.zeros((1, 1, 400, 4))
+    key = np.zeros((1, 1, 400, 4))
+    value = np.ones((1, 1, 400, 1))
+    is_flax = attention is flax_attention
+    rng: Any = jax.random.key(0) if is_flax else torch.Generator().manual_seed(0)
+    options = {"causal": False, "dropout": 0.25, "dropout_rng": rng}
+    found = attention(zeros, key, value, np.zeros(1, np.float32), **options).ravel()
+    # Each row is a mean of 400 Bernoulli(0.75) / 0.75: deviation sqrt(0.25 / 0.75 / 400).
+    deviation = np.sqrt(0.25 / 0.75 / 400)
+    assert abs(found.mean() - 1) < 5 * deviation / np.sqrt(400)
+    assert abs(found.std() / deviation - 1) < 5 / np.sqrt(2 * 400)
+
+
+def test_flax_dropout_needs_a_key() -> None:
+    query, key, value = _draw(4)
+    with pytest.raises(ValueError, match=r"dropout=0\.5 needs dropout_rng; pass jax\.random\.key"):
+        flax_attention(query, key, value, SLOPES, dropout=0.5)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": np.zeros((BATCH, HEADS, SEQ, 5))}, "key does not fit query: .*head_dim=5"),
+        ({"key": np.zeros((BATCH, HEADS, 3, HEAD_DIM))}, "value does not fit key: .*length=3"),
+        ({"query": np.zeros((BATCH, HEADS, SEQ + 1, HEAD_DIM))}, "query length 271 exceeds key"),
+        ({"slopes": np.zeros(4, np.float32)}, r"slopes have shape \[4\]; expected \[heads=3\]"),
+        ({"attention_mask": np.ones((BATCH, 7), int)}, r"attention_mask has shape \[2, 7\]"),
+        ({"attention_mask": np.ones((BATCH, SEQ))}, "attention_mask is floating point"),
+        ({"segment_ids": np.ones((1, SEQ), int)}, r"segment_ids has shape \[1, 270\]"),
+        ({"implementation": "fused"}, "implementation='fused' is not known; .*'auto', 'dense'"),
+        ({"tolerance": -1.0}, "tolerance="),
+        ({"tolerance": "none"}, "tolerance='none' is not valid; expected 'dtype' or a share"),
+        ({"dropout": 1.0}, r"dropout=1\.0 is not valid"),
+        ({"distance": "cubic"}, "distance='cubic'"),
+        ({"scale": 0.0}, r"scale=0\.0 is not valid"),
+    ],
+)
+def test_bad_calls(attention: Attention, change: dict[str, Any], message: str) -> None:
+    query, key, value = _draw()
+    call = {"query": query, "key": key, "value": value, "slopes": SLOPES} | change
+    with pytest.raises(ValueError, match=message):
+        attention(**call)
+
+
+def test_wrong_rank() -> None:
+    flat = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match="query has 3 axes; expected 4"):
+        alibi_torch.attention(flat, flat, flat, torch.zeros(3))
+    array = jnp.zeros((2, 3, 4))
+    with pytest.raises(ValueError, match="query has 3 axes; expected 4"):
+        alibi_flax.attention(array, array, array, jnp.zeros(3))

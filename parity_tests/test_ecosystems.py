@@ -1,0 +1,315 @@
+"""Each backend behaves as its ecosystem expects: torch's modules and compiler, JAX's transforms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from flax import nnx
+
+import alibi_flax
+import alibi_torch
+from alibi_convert.tensors import as_numpy
+from alibi_spec import ALiBiConfig, model_slopes
+from alibi_spec.budgets import BUDGETS
+from parity_tests.compare import assert_bitwise, assert_within
+
+CONFIG = ALiBiConfig(num_layers=2, d_model=30, num_heads=5, vocab_size=23, dropout=0.2)
+BARE = ALiBiConfig(num_layers=1, d_model=30, num_heads=5)
+TOKENS = np.random.default_rng(0).integers(0, 23, (2, 40))
+MASK = np.concatenate([np.zeros((2, 7), int), np.ones((2, 33), int)], axis=1)
+FLOAT32 = BUDGETS["float32", "cpu"]
+
+
+def _torch_model() -> alibi_torch.ALiBiLM:
+    torch.manual_seed(0)
+    return alibi_torch.ALiBiLM(CONFIG).eval()
+
+
+def _flax_model(**options: Any) -> tuple[alibi_flax.ALiBiLM, Any]:
+    model = alibi_flax.ALiBiLM(CONFIG, **options)
+    return model, model.init(jax.random.key(0), jnp.asarray(TOKENS))["params"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compiles_into_one_graph(training: bool) -> None:
+    """No graph breaks with masks or dropout; outputs and gradients as in eager mode."""
+    model = _torch_model().train(training)
+    tokens, mask = torch.from_numpy(TOKENS), torch.from_numpy(MASK)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    eager = model(tokens, mask)
+    eager.square().mean().backward()
+    gradients = {name: as_numpy(p.grad) for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.manual_seed(1)
+    logits = compiled(tokens, mask)
+    logits.square().mean().backward()
+    limit = FLOAT32.forward
+    assert_within(as_numpy(logits), as_numpy(eager).astype(np.float64), limit, "logits")
+    for name, parameter in model.named_parameters():
+        exact = gradients[name].astype(np.float64)
+        assert_within(as_numpy(parameter.grad), exact, FLOAT32.gradient, name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
+def test_torch_compiles_to_machine_code() -> None:
+    """The default backend, with a new sequence length after the first."""
+    model = _torch_model()
+    compiled = torch.compile(model, fullgraph=True)
+    for length in (40, 33, 25):
+        tokens = torch.from_numpy(TOKENS[:, :length])
+        expected = as_numpy(model(tokens)).astype(np.float64)
+        assert_within(as_numpy(compiled(tokens)), expected, FLOAT32.forward, str(length))
+
+
+def test_torch_autocast_keeps_logits_in_float32() -> None:
+    """bfloat16 activations, float32 biased logits, and an output within bfloat16's budget."""
+    model = _torch_model()
+    tokens = torch.from_numpy(TOKENS)
+    exact = alibi_torch.trace(copy.deepcopy(model).double(), tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = alibi_torch.trace(model, tokens)
+    assert values["layers.0.biased_logits"].dtype == torch.float32
+    assert values["layers.0.ffn"].dtype == torch.bfloat16
+    for name in ("layers.0.biased_logits", "layers.1.biased_logits", "logits"):
+        limit = BUDGETS["bfloat16", "cpu"].forward
+        assert_within(as_numpy(values[name].float()), as_numpy(exact[name]), limit, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_torch_slopes_are_never_rounded_or_stored(dtype: torch.dtype) -> None:
+    model = _torch_model().to(dtype)
+    assert_bitwise(as_numpy(model.transformer.slopes), model_slopes(CONFIG), "after .to(dtype)")
+    assert not any("slopes" in name for name in model.state_dict())
+    empty = _torch_model().to("meta").to_empty(device="cpu")
+    assert_bitwise(as_numpy(empty.transformer.slopes), model_slopes(CONFIG), "after to_empty")
+
+
+def test_torch_state_dict_and_deepcopy() -> None:
+    model = _torch_model()
+    other = alibi_torch.ALiBiLM(CONFIG).eval()
+    assert not other.load_state_dict(model.state_dict()).missing_keys
+    tokens = torch.from_numpy(TOKENS)
+    for each in (other, copy.deepcopy(model)):
+        assert_bitwise(as_numpy(each(tokens)), as_numpy(model(tokens)), "copy")
+
+
+def test_torch_dropout_follows_the_mode() -> None:
+    model, tokens = _torch_model(), torch.from_numpy(TOKENS)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"dropout": 0.2, "attention_dropout": 0.0}, {"dropout": 0.0, "attention_dropout": 0.2}],
+)
+def test_each_kind_of_dropout_is_applied(rates: dict[str, float]) -> None:
+    """On residual branches and on probabilities, each on its own, in both backends."""
+    config = ALiBiConfig(num_layers=1, d_model=30, num_heads=5, **rates)
+    x = np.random.default_rng(0).standard_normal((1, 9, 30)).astype(np.float32)
+    ours = alibi_torch.ALiBiTransformer(config).train()
+    assert not torch.equal(ours(torch.from_numpy(x)), ours(torch.from_numpy(x)))
+    theirs = alibi_flax.ALiBiTransformer(config)
+    params = theirs.init(jax.random.key(0), x)
+    kept = theirs.apply(params, x)
+    dropped = theirs.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    assert not (kept == dropped).all()
+
+
+def test_flax_jit_and_vmap() -> None:
+    """One compiled call, and a vmap over single sequences, give what the plain call gives."""
+    model, params = _flax_model()
+    tokens, mask = jnp.asarray(TOKENS), jnp.asarray(MASK)
+    plain = np.asarray(model.apply({"params": params}, tokens, mask), np.float64)
+
+    def single(tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, tokens[None], mask[None])[0]
+
+    jitted = jax.jit(model.apply)({"params": params}, tokens, mask)
+    assert_within(np.asarray(jitted), plain, FLOAT32.forward, "jit")
+    mapped = jax.vmap(single)(tokens, mask)
+    assert_within(np.asarray(mapped), plain, FLOAT32.forward, "vmap")
+
+
+def test_flax_remat_changes_nothing_but_memory() -> None:
+    """The same params tree and gradients, each block inside a checkpoint of its own."""
+    kept, params = _flax_model()
+    rematerialised, same = _flax_model(remat=True)
+    assert jax.tree.structure(params) == jax.tree.structure(same)
+    tokens = jnp.asarray(TOKENS)
+
+    def loss(params: Any, model: alibi_flax.ALiBiLM) -> jax.Array:
+        return (model.apply({"params": params}, tokens) ** 2).mean()
+
+    ours, theirs = (jax.grad(loss)(params, model) for model in (kept, rematerialised))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert_within(np.asarray(a), np.asarray(b, np.float64), FLOAT32.gradient, "remat")
+    blocks = [
+        str(jax.make_jaxpr(lambda params, model=model: jax.grad(loss)(params, model))(params))
+        for model in (kept, rematerialised)
+    ]
+    assert [jaxpr.count("prevent_cse=True") for jaxpr in blocks] == [0, CONFIG.num_layers]
+
+
+def test_flax_remat_draws_the_same_dropout_twice() -> None:
+    """The recomputed forward pass must drop what the first one dropped: a central difference of the
+    stochastic loss, at a fixed key, is the gradient."""
+    model = alibi_flax.ALiBiLM(CONFIG, param_dtype="float64", remat=True)
+    tokens = jnp.asarray(TOKENS)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    options = {"deterministic": False, "rngs": {"dropout": jax.random.key(2)}}
+
+    def loss(params: Any) -> jax.Array:
+        return (model.apply({"params": params}, tokens, **options) ** 2).mean()
+
+    gradient = jax.grad(loss)(params)
+    norm = sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)) ** 0.5
+    step = 1e-6 / norm
+    ahead, behind = (
+        loss(jax.tree.map(lambda p, g, sign=sign: p + sign * step * g, params, gradient))
+        for sign in (1, -1)
+    )
+    slope = np.asarray((ahead - behind) / (2 * step))
+    assert_within(slope, np.asarray(norm**2), FLOAT32.gradient, "slope along the gradient")
+
+
+def test_flax_whole_model_remat() -> None:
+    """linen's own lifted transform on the whole class."""
+    model, params = _flax_model()
+    lifted = nn.remat(alibi_flax.ALiBiLM)(CONFIG)
+    tokens = jnp.asarray(TOKENS)
+    expected = np.asarray(model.apply({"params": params}, tokens), np.float64)
+    found = lifted.apply({"params": params}, tokens)
+    assert_within(np.asarray(found), expected, FLOAT32.forward, "nn.remat")
+
+
+def test_flax_dropout_is_drawn_from_its_rng() -> None:
+    model, params = _flax_model()
+
+    def logits(seed: int) -> np.ndarray:
+        rngs = {"dropout": jax.random.key(seed)}
+        return np.asarray(
+            model.apply({"params": params}, jnp.asarray(TOKENS), deterministic=False, rngs=rngs)
+        )
+
+    assert_bitwise(logits(0), logits(0), "same key")
+    assert (logits(0) != logits(1)).any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_flax_dtype_and_param_dtype(dtype: str) -> None:
+    """`dtype` rules the computation, `param_dtype` the parameters, and neither the logits."""
+    model, params = _flax_model(dtype=dtype, param_dtype="float32")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+    values = alibi_flax.trace(model, params, jnp.asarray(TOKENS))
+    assert str(values["logits"].dtype) == dtype
+    assert str(values["layers.0.biased_logits"].dtype) == "float32"
+    _, narrow = _flax_model(param_dtype=dtype)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(narrow)} == {dtype}
+
+
+def test_flax_nnx_bridge() -> None:
+    """The linen model as an nnx module: the same output, and gradients through nnx."""
+    tokens = jnp.asarray(TOKENS)
+    model = nnx.bridge.ToNNX(alibi_flax.ALiBiLM(CONFIG), rngs=nnx.Rngs(0)).lazy_init(tokens)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    expected = np.asarray(alibi_flax.ALiBiLM(CONFIG).apply({"params": params}, tokens), np.float64)
+    assert_within(np.asarray(model(tokens)), expected, FLOAT32.forward, "ToNNX")
+    gradients = nnx.grad(lambda model: (model(tokens) ** 2).mean())(model)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
+def test_a_configuration_of_the_other_class(backend: Any) -> None:
+    with pytest.raises(ValueError, match="ALiBiLM needs vocab_size; give it to ALiBiConfig"):
+        backend.ALiBiLM(BARE)
+    with pytest.raises(ValueError, match="vocab_size=23 describes an ALiBiLM"):
+        backend.ALiBiTransformer(CONFIG)
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        (TOKENS[0], None, r"tokens have shape \[40\]; .*add a batch axis with tokens\[None\]"),
+        (TOKENS.astype(np.float32), None, "tokens are not integers; pass token ids"),
+        (TOKENS[:, :0], None, "with at least one position"),
+        (TOKENS + 23, None, r"token 4\d is outside the vocabulary; expected 0 … 22"),
+        (TOKENS - 5, None, r"token -\d is outside the vocabulary"),
+        (TOKENS, MASK[:, :9], r"attention_mask has shape \[2, 9\]; expected \[batch=2, seq=40\]"),
+        (TOKENS, MASK[:1], r"attention_mask has shape \[1, 40\]"),
+        (TOKENS, MASK.astype(np.float32), "attention_mask is floating point"),
+    ],
+)
+def test_bad_tokens_and_masks(
+    backend: str, tokens: np.ndarray, mask: np.ndarray | None, message: str
+) -> None:
+    if backend == "torch":
+        call = _torch_model()
+        arguments = [None if each is None else torch.from_numpy(each) for each in (tokens, mask)]
+    else:
+        model, params = _flax_model()
+
+        def call(*arguments: Any) -> Any:
+            return model.apply({"params": params}, *arguments)
+
+        arguments = [None if each is None else jnp.asarray(each) for each in (tokens, mask)]
+    with pytest.raises(ValueError, match=message):
+        call(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((2, 5, 29), np.float32), r"embeddings have shape \[2, 5, 29\]; .*d_model=30"),
+        (np.zeros((5, 30), np.float32), r"embeddings have shape \[5, 30\]"),
+        (np.zeros((2, 5, 30), np.int64), "embeddings are not floating point; pass tokens to"),
+    ],
+)
+def test_bad_embeddings(x: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        alibi_torch.ALiBiTransformer(BARE)(torch.from_numpy(x))
+    with pytest.raises(ValueError, match=message):
+        alibi_flax.ALiBiTransformer(BARE).init(jax.random.key(0), jnp.asarray(x))
+
+
+def test_greedy_generation_agrees_and_is_greedy() -> None:
+    """Each new token is the argmax of the last logits, and both backends choose the same."""
+    from alibi_convert import torch_to_flax
+
+    model = _torch_model()
+    for parameter in model.parameters():  # far from initial values, where margins are wide
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    params = torch_to_flax(model.state_dict(), CONFIG)
+    prompt, new_tokens = TOKENS[:, :6], 80
+    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), new_tokens))
+    theirs = np.asarray(
+        alibi_flax.generate(alibi_flax.ALiBiLM(CONFIG), params, jnp.asarray(prompt), new_tokens)
+    )
+    assert_bitwise(ours[:, :6], prompt, "prompt")
+    assert_bitwise(ours, theirs, "tokens")
+    logits = model(torch.from_numpy(ours))
+    assert_bitwise(
+        as_numpy(logits.argmax(-1))[:, 5:-1], ours[:, 6:], "argmax of the whole sequence"
+    )
+    assert len(np.unique(ours)) > 3
+
+
+def test_generation_refuses_encoders() -> None:
+    config = ALiBiConfig(num_layers=1, d_model=8, num_heads=1, vocab_size=5, causal=False)
+    with pytest.raises(ValueError, match="an encoder"):
+        alibi_torch.generate(alibi_torch.ALiBiLM(config), torch.zeros(1, 1, dtype=int), 1)
+    with pytest.raises(ValueError, match="an encoder"):
+        alibi_flax.generate(alibi_flax.ALiBiLM(config), {}, jnp.zeros((1, 1), int), 1)
+    with pytest.raises(ValueError, match="max_new_tokens=-1"):
+        alibi_torch.generate(_torch_model(), torch.zeros(1, 1, dtype=int), -1)
