@@ -60,8 +60,10 @@ def open_checkpoint(
     else:
         kind, config, tensors = _open_file(path, config, allow_pt)
     if config is not None:
-        check_shapes({row.name: row.shape for row in parameter_table(config)}, tensors.shapes)
-        return Checkpoint(path, kind, store.FORMAT, config, tensors, {})
+        shapes = {row.name: row.shape for row in parameter_table(config)}
+        check_shapes(shapes, tensors.shapes)
+        ordered = Tensors({name: tensors.headers[name] for name in shapes})
+        return Checkpoint(path, kind, store.FORMAT, config, ordered, {})
     for family in FAMILIES:
         if family.recognises(tensors):
             return _from_family(family, path, kind, tensors)

@@ -101,7 +101,8 @@ def convert(
     with replacing(destination, overwrite) as temporary:
         FORMATS[to].write(temporary, checkpoint.config, checkpoint.tensors)
         if verify:
-            require_same(checkpoint, open_checkpoint(temporary, allow_pt=True))
+            written = open_checkpoint(temporary, allow_pt=True)
+            require_same(checkpoint, replace(written, path=destination))
     return Report(
         source=str(source),
         destination=str(destination),

@@ -247,8 +247,9 @@ class ALiBiLM(nn.Module):
         """
         check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
         if _is_on_host(tokens) and tokens.size:
+            values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
             vocab_size = self.token_embedding.num_embeddings
-            check_token_range(int(tokens.min()), int(tokens.max()), vocab_size)
+            check_token_range(int(values.min()), int(values.max()), vocab_size)
         hidden = self.transformer(self.token_embedding(tokens), attention_mask, deterministic)
         return self.head(hidden)
 

@@ -1,0 +1,455 @@
+"""Checkpoints on disk: every format to every other, bit for bit, and no debris on failure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import alibi_flax
+import alibi_torch
+from alibi_cli.main import main
+from alibi_convert import CheckpointError, MismatchError, convert, inspect, open_checkpoint, verify
+from alibi_convert.convert import require_same
+from alibi_convert.formats import FORMATS, sidecar
+from alibi_convert.store import read_folder, write_folder
+from alibi_convert.tensors import Tensors, as_numpy, as_torch
+from alibi_spec import ALiBiConfig, parameter_table
+from parity_tests.cases import CONFIGS, draw_parameters, each_config
+from parity_tests.compare import assert_bitwise
+
+CONFIG = CONFIGS["lm-untied"]
+Pairs = [(source, target) for source in FORMATS for target in FORMATS]
+
+
+def _write(
+    path: Path, kind: str = "alibi", config: ALiBiConfig = CONFIG, dtype: Any = None
+) -> Path:
+    parameters = draw_parameters(config)
+    arrays = {name: array.astype(dtype or array.dtype) for name, array in parameters.items()}
+    path = path.with_suffix(FORMATS[kind].suffix)
+    FORMATS[kind].write(path, config, Tensors.of(arrays))
+    return path
+
+
+def _assert_holds(path: Path, config: ALiBiConfig, dtype: Any = np.float32) -> None:
+    checkpoint = open_checkpoint(path, allow_pt=True)
+    assert checkpoint.config == config
+    assert list(checkpoint.tensors) == [row.name for row in parameter_table(config)]
+    for name, array in draw_parameters(config).items():
+        assert_bitwise(checkpoint.tensors[name], array.astype(dtype), name)
+
+
+@pytest.mark.parametrize(("source", "target"), Pairs)
+def test_every_format_to_every_other(tmp_path: Path, source: str, target: str) -> None:
+    origin = _write(tmp_path / "origin", source, dtype=ml_dtypes.bfloat16)
+    destination = (tmp_path / "destination").with_suffix(FORMATS[target].suffix)
+    report = convert(origin, destination, to=target, allow_pt=True)
+    assert report.verified
+    assert report.rounding is None
+    assert (report.source_format, report.destination_format) == (source, target)
+    _assert_holds(destination, CONFIG, ml_dtypes.bfloat16)
+
+
+@each_config
+def test_both_backends_read_what_either_wrote(tmp_path: Path, config_name: str) -> None:
+    """torch writes, Flax reads and writes, torch reads: the same bits, the same configuration."""
+    config = CONFIGS[config_name]
+    bare = config.vocab_size is None
+    model_class = alibi_torch.ALiBiTransformer if bare else alibi_torch.ALiBiLM
+    model = model_class(config)
+    model.load_state_dict({name: as_torch(a) for name, a in draw_parameters(config).items()})
+    model.save_pretrained(tmp_path / "from_torch")
+    _assert_holds(tmp_path / "from_torch", config)
+
+    flax_model, params = alibi_flax.from_pretrained(tmp_path / "from_torch")
+    assert type(flax_model).__name__ == model_class.__name__
+    assert flax_model.config == config
+    alibi_flax.save_pretrained(tmp_path / "from_flax", flax_model, params)
+    _assert_holds(tmp_path / "from_flax", config)
+
+    back = model_class.from_pretrained(tmp_path / "from_flax")
+    assert not back.training
+    for name, tensor in model.state_dict().items():
+        assert_bitwise(as_numpy(back.state_dict()[name]), as_numpy(tensor), name)
+
+
+def test_files_hold_no_slopes_and_torch_layout(tmp_path: Path) -> None:
+    """What is on disk is what any safetensors reader would expect of a torch model."""
+    from safetensors.torch import load_file
+
+    _write(tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(state) == {row.name for row in parameter_table(CONFIG)}
+    alibi_torch.ALiBiLM(CONFIG).load_state_dict(state)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config.pop("format"), config.pop("format_version")) == ("alibi-duo", 1)
+    assert ALiBiConfig.from_dict(config) == CONFIG
+
+
+def test_shards(tmp_path: Path) -> None:
+    """A sharded folder opens like a whole one; the index accounts for every byte."""
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    write_folder(folder, CONFIG, Tensors.of(draw_parameters(CONFIG)), max_shard_bytes=20_000)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    total = sum(array.nbytes for array in draw_parameters(CONFIG).values())
+    assert index["metadata"]["total_size"] == total
+    _assert_holds(folder, CONFIG)
+    alibi_torch.ALiBiLM.from_pretrained(folder)
+    alibi_flax.from_pretrained(folder)
+
+    index["weight_map"]["lm_head.weight"] = shards[0].name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index disagree about lm_head\.weight"):
+        read_folder(folder)
+    index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names '\.\./elsewhere\.safetensors', outside"):
+        read_folder(folder)
+
+
+def test_strided_arrays_reach_the_disk_intact(tmp_path: Path) -> None:
+    """safetensors 0.8.0 writes the buffer of a transposed array as if it were contiguous."""
+    parameters = {
+        name: np.asfortranarray(array) if array.ndim == 2 else np.repeat(array, 2)[::2]
+        for name, array in draw_parameters(CONFIG).items()
+    }
+    assert not any(array.flags.c_contiguous for array in parameters.values())
+    for kind, form in FORMATS.items():
+        path = (tmp_path / kind).with_suffix(form.suffix)
+        form.write(path, CONFIG, Tensors.of(parameters))
+        _assert_holds(path, CONFIG)
+
+
+def test_casts_report_their_rounding(tmp_path: Path) -> None:
+    _write(tmp_path / "model")
+    report = convert(tmp_path / "model", tmp_path / "narrow", dtype="bfloat16")
+    assert report.rounding is not None
+    assert 0.5 * 2**-9 < report.rounding <= 2**-8  # half a unit in the last of 8 bits
+    _assert_holds(tmp_path / "narrow", CONFIG, ml_dtypes.bfloat16)
+    report = convert(tmp_path / "narrow", tmp_path / "wide", dtype="float32")
+    assert report.rounding == 0.0
+    parameters = dict(draw_parameters(CONFIG)) | {"lm_head.weight": np.full((101, 48), 7e4)}
+    write_folder(_mkdir(tmp_path / "large"), CONFIG, Tensors.of(parameters))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight holds 70000\.0, beyond the range"):
+        convert(tmp_path / "large", tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_dtypes_of_loaded_models(tmp_path: Path) -> None:
+    """The checkpoint's dtype by default, another on request, float64 never cut in silence."""
+    _write(tmp_path / "narrow", dtype=ml_dtypes.bfloat16)
+    model = alibi_torch.ALiBiLM.from_pretrained(tmp_path / "narrow")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model = alibi_torch.ALiBiLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    _, params = alibi_flax.from_pretrained(tmp_path / "narrow")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    _, params = alibi_flax.from_pretrained(tmp_path / "narrow", dtype=jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    _write(tmp_path / "double", dtype=np.float64)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="holds float64 and JAX would cut"):
+        alibi_flax.from_pretrained(tmp_path / "double")
+
+
+def test_user_files_with_a_configuration_beside_them(tmp_path: Path) -> None:
+    """A state dict saved by hand: the configuration is given, or lies beside the file."""
+    from flax import serialization
+    from safetensors.torch import save_file as save_torch_file
+
+    model = alibi_torch.ALiBiLM(CONFIG)
+    save_torch_file(model.state_dict(), tmp_path / "mine.safetensors")
+    with pytest.raises(CheckpointError, match=r"carries no configuration; pass config=ALiBiConfig"):
+        open_checkpoint(tmp_path / "mine.safetensors")
+    assert open_checkpoint(tmp_path / "mine.safetensors", config=CONFIG).config == CONFIG
+
+    _, params = alibi_flax.from_pretrained(tmp_path / "mine.safetensors", config=CONFIG)
+    for name, tree in (("bare", params), ("variables", {"params": params})):
+        (tmp_path / f"{name}.msgpack").write_bytes(serialization.to_bytes(tree))
+        found = open_checkpoint(tmp_path / f"{name}.msgpack", config=CONFIG)
+        for key, tensor in model.state_dict().items():
+            assert_bitwise(found.tensors[key], as_numpy(tensor), key)
+    with pytest.raises(CheckpointError, match=r"bare\.msgpack\.json is missing; pass config="):
+        open_checkpoint(tmp_path / "bare.msgpack")
+    with pytest.raises(CheckpointError, match=r"0 tensors missing, 0 unexpected, \d+ of the wrong"):
+        open_checkpoint(tmp_path / "bare.msgpack", config=ALiBiConfig(**_doubled(CONFIG)))
+
+
+def test_user_orbax_params(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    tree = alibi_flax.ALiBiLM(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), int))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", tree)
+    with pytest.raises(CheckpointError, match="an orbax checkpoint without a configuration"):
+        open_checkpoint(tmp_path / "orbax")
+    found = open_checkpoint(tmp_path / "orbax", config=CONFIG)
+    kernel = np.asarray(tree["params"]["lm_head"]["kernel"])
+    assert_bitwise(found.tensors["lm_head.weight"], np.ascontiguousarray(kernel.T), "lm_head")
+
+
+def test_pickles_need_consent_and_stay_harmless(tmp_path: Path) -> None:
+    """Refused by default; with consent, tensors alone are read and code is not run."""
+    path = _write(tmp_path / "model", "pt")
+    with pytest.raises(CheckpointError, match=r"is a pickle, .* pass allow_pt=True \(--allow-pt\)"):
+        open_checkpoint(path)
+    _assert_holds(path, CONFIG)
+
+    class Attack:
+        def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"weight": Attack()}, tmp_path / "attack.pt")
+    with pytest.raises(CheckpointError, match="not a plain state dict"):
+        open_checkpoint(tmp_path / "attack.pt", allow_pt=True)
+    assert not (tmp_path / "attacked").exists()
+    torch.save({"model": {"weight": torch.zeros(1)}, "step": 3}, tmp_path / "nested.pt")
+    with pytest.raises(CheckpointError, match=r"more than tensors \(model, step\); save the"):
+        open_checkpoint(tmp_path / "nested.pt", allow_pt=True)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "msgpack"])
+def test_truncated_files(tmp_path: Path, kind: str) -> None:
+    path = _write(tmp_path / "model", kind)
+    _truncate(path)
+    with pytest.raises(CheckpointError, match="is truncated or not"):
+        open_checkpoint(path, allow_pt=True)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is truncated or not"):
+        open_checkpoint(path, allow_pt=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: (f / "config.json").unlink(),
+            "has no config.json; expected a checkpoint folder",
+        ),
+        (lambda f: _truncate(f / "config.json"), "is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "bloom"}'),
+            r"not an alibi-duo configuration \(model_type 'bloom'\)",
+        ),
+        (lambda f: _edit(f, format_version=2), "format_version 2; this release reads 1"),
+        (lambda f: _edit(f, num_heads=7), "num_heads=7 does not divide"),
+        (lambda f: _edit(f, num_head=7), "unknown option 'num_head'"),
+        (lambda f: _edit(f, num_layers=3), r"16 tensors missing, 0 unexpected"),
+        (lambda f: _edit(f, tie_embeddings=True), r"unexpected +lm_head\.weight"),
+        (lambda f: _truncate(f / "model.safetensors"), "is truncated or not safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "does not exist"),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    folder = _write(tmp_path / "model")
+    damage(folder)
+    for read in (open_checkpoint, alibi_torch.ALiBiLM.from_pretrained, alibi_flax.from_pretrained):
+        with pytest.raises(CheckpointError, match=message):
+            read(folder)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "result")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_damaged_orbax(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "model", "orbax")
+    for path in (folder / "params").rglob("*"):
+        if path.is_file() and path.name != "_CHECKPOINT_METADATA":
+            path.unlink()
+    with pytest.raises(CheckpointError, match="is not a complete orbax checkpoint"):
+        open_checkpoint(folder)
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist; give a checkpoint folder or file"):
+        open_checkpoint(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"unknown suffix '\.txt'; expected a folder"):
+        open_checkpoint(tmp_path / "notes.txt")
+    save_file({"weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="carries no configuration"):
+        open_checkpoint(tmp_path / "other.safetensors")
+
+
+def test_wrong_class(tmp_path: Path) -> None:
+    _write(tmp_path / "model")
+    with pytest.raises(ValueError, match="vocab_size=101 describes an ALiBiLM"):
+        alibi_torch.ALiBiTransformer.from_pretrained(tmp_path / "model")
+
+
+def test_destinations_are_respected(tmp_path: Path) -> None:
+    """Existing checkpoints need consent, other people's files are never touched."""
+    source = _write(tmp_path / "model")
+    other = _write(tmp_path / "other", config=CONFIGS["decoder"])
+    with pytest.raises(CheckpointError, match=r"other exists; .*overwrite=True \(--overwrite\)"):
+        convert(source, other)
+    _assert_holds(other, CONFIGS["decoder"])
+    convert(source, other, overwrite=True)
+    _assert_holds(other, CONFIG)
+    convert(source, _mkdir(tmp_path / "empty"))
+    _assert_holds(tmp_path / "empty", CONFIG)
+
+    home = _mkdir(tmp_path / "home")
+    (home / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match=r"holds other files \(thesis\.txt\); choose"):
+            convert(source, home, overwrite=overwrite)
+    beside = sidecar(tmp_path / "model.msgpack")
+    beside.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"model\.msgpack\.json exists"):
+        convert(source, tmp_path / "model.msgpack")
+    assert beside.read_text() == "mine"
+    assert not (tmp_path / "model.msgpack").exists()
+    with pytest.raises(
+        ValueError, match=r"does not end in \.msgpack, the suffix of format msgpack"
+    ):
+        convert(source, tmp_path / "model.bin", to="msgpack")
+    with pytest.raises(ValueError, match="to='onnx' is not known; expected one of alibi, "):
+        convert(source, tmp_path / "model.onnx", to="onnx")
+    with pytest.raises(ValueError, match="dtype='int8' is not known"):
+        convert(source, tmp_path / "small", dtype="int8")
+
+
+def test_nothing_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up half way leaves the source, the old destination and no debris."""
+    source = _write(tmp_path / "model")
+    old = _write(tmp_path / "old", config=CONFIGS["decoder"])
+
+    def full_disk(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("alibi_convert.store.write_safetensors", full_disk)
+    for destination in (old, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            convert(source, destination, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
+    _assert_holds(old, CONFIGS["decoder"])
+
+
+def test_a_wrong_write_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The destination is read back: one flipped bit on the way and it never appears."""
+    source = _write(tmp_path / "model")
+    write = FORMATS["safetensors"].write
+
+    def corrupting(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
+        write(path, config, tensors)
+        contents = bytearray(path.read_bytes())
+        contents[-5] ^= 1
+        path.write_bytes(contents)
+
+    monkeypatch.setitem(
+        FORMATS, "safetensors", type(FORMATS["safetensors"])(".safetensors", corrupting, "")
+    )
+    with pytest.raises(MismatchError, match=r"copy.*\.weight\[\d+, \d+\] is .*, expected"):
+        convert(source, tmp_path / "copy.safetensors")
+    assert not (tmp_path / "copy.safetensors").exists()
+    convert(source, tmp_path / "copy.safetensors", verify=False)
+
+
+def test_differences_are_found(tmp_path: Path) -> None:
+    ours = open_checkpoint(_write(tmp_path / "a"))
+    require_same(ours, ours)
+    with pytest.raises(MismatchError, match="configuration num_heads is 4, expected 3"):
+        require_same(ours, open_checkpoint(_write(tmp_path / "b", config=CONFIGS["decoder"])))
+    wide = open_checkpoint(_write(tmp_path / "c", dtype=np.float64))
+    with pytest.raises(MismatchError, match=r"token_embedding\.weight has dtype float64"):
+        require_same(ours, wide)
+
+
+def test_verify_sees_a_model_that_differs(tmp_path: Path) -> None:
+    """One weight in a later layer, moved by one part in a thousand."""
+    small = ALiBiConfig(num_layers=2, d_model=24, num_heads=3, vocab_size=29, max_len=32)
+    ours = _write(tmp_path / "ours", config=small)
+    result = verify(ours, new_tokens=20)
+    assert result.passed
+    assert len(result.checks) == 6
+    parameters = {name: array.copy() for name, array in draw_parameters(small).items()}
+    parameters["transformer.layers.1.attn.value.weight"][3, 4] *= 1.001
+    write_folder(_mkdir(tmp_path / "theirs"), small, Tensors.of(parameters))
+    result = verify(ours, tmp_path / "theirs", new_tokens=20)
+    assert not result.passed
+    failed = {
+        check.name.split(":")[0]: check.measured for check in result.checks if not check.passed
+    }
+    assert set(failed) >= {"both checkpoints hold the same model", "flax cpu"}
+    assert failed["flax cpu"].startswith("first outside: layers.1.attn at ")
+    result = verify(ours, _write(tmp_path / "smaller", config=CONFIG), new_tokens=20)
+    assert [check.passed for check in result.checks] == [False]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The documented exit codes, one error line, and JSON that parses."""
+    source = _write(tmp_path / "model")
+    assert main(["inspect", str(source)]) == 0
+    assert "ALiBiLM, alibi-duo (alibi)" in capsys.readouterr().out
+    assert main(["inspect", str(source), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == inspect(source)
+
+    destination = tmp_path / "model.msgpack"
+    assert main(["convert", str(source), str(destination), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] is True
+    assert main(["convert", str(source), str(destination)]) == 3
+    assert capsys.readouterr().err.startswith(f"error: {destination} exists")
+    assert main(["convert", str(source), str(destination), "--overwrite", "--dtype=float16"]) == 0
+    assert "largest relative rounding error" in capsys.readouterr().out
+    assert main(["convert", str(source), str(tmp_path / "x.bin"), "--to=msgpack"]) == 2
+
+    assert main(["verify", str(source), str(destination), "--new-tokens=5"]) == 1
+    assert "FAIL both checkpoints hold the same model" in capsys.readouterr().out
+    assert main(["verify", str(source), "--new-tokens=5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+
+    assert main(["inspect", str(tmp_path / "nothing")]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    with pytest.raises(SystemExit) as usage:
+        main(["convert", str(source)])
+    assert usage.value.code == 2
+
+
+def test_command_line_configuration(tmp_path: Path) -> None:
+    """--config takes the JSON of a configuration, or the config.json of a checkpoint."""
+    save_file(dict(draw_parameters(CONFIG)), tmp_path / "mine.safetensors")
+    (tmp_path / "plain.json").write_text(CONFIG.to_json())
+    folder = _write(tmp_path / "model")
+    for index, file in enumerate((tmp_path / "plain.json", folder / "config.json")):
+        destination = tmp_path / f"out{index}"
+        arguments = ["convert", str(tmp_path / "mine.safetensors"), str(destination)]
+        assert main(arguments) == 3
+        assert main([*arguments, "--config", str(file)]) == 0
+        _assert_holds(destination, CONFIG)
+    assert main([*arguments, "--config", str(tmp_path / "absent.json")]) == 3
+
+
+def _doubled(config: ALiBiConfig) -> dict[str, Any]:
+    return config.to_dict() | {"expansion_factor": 2 * config.expansion_factor}
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def _mkdir(path: Path) -> Path:
+    path.mkdir()
+    return path
