@@ -114,7 +114,7 @@ def _torch_logits(
     if not sinusoidal:
         return model(tokens)
     width = model.config.d_model
-    positions = torch.from_numpy(sinusoids(tokens.shape[1], width))
+    positions = torch.from_numpy(sinusoids(tokens.shape[1], width))[None]
     embeddings = model.token_embedding(tokens) * math.sqrt(width) + positions
     return model.head(model.transformer(embeddings))
 
@@ -123,7 +123,7 @@ def _flax_logits(model: Any, params: Any, tokens: jax.Array, sinusoidal: bool) -
     if not sinusoidal:
         return model.apply({"params": params}, tokens)
     width = model.config.d_model
-    positions = jnp.asarray(sinusoids(tokens.shape[1], width))
+    positions = jnp.asarray(sinusoids(tokens.shape[1], width))[None]
 
     def forward(model: alibi_flax.ALiBiLM) -> jax.Array:
         embeddings = model.token_embedding(tokens) * math.sqrt(width) + positions
