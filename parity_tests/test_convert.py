@@ -161,8 +161,12 @@ def test_dtypes_of_loaded_models(tmp_path: Path) -> None:
     _, params = alibi_flax.from_pretrained(tmp_path / "narrow", dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     _write(tmp_path / "double", dtype=np.float64)
-    with jax.enable_x64(False), pytest.raises(ValueError, match="holds float64 and JAX would cut"):
-        alibi_flax.from_pretrained(tmp_path / "double")
+    jax.config.update("jax_enable_x64", False)
+    try:
+        with pytest.raises(ValueError, match="holds float64 and JAX would cut"):
+            alibi_flax.from_pretrained(tmp_path / "double")
+    finally:
+        jax.config.update("jax_enable_x64", True)
 
 
 def test_user_files_with_a_configuration_beside_them(tmp_path: Path) -> None:
