@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import sysconfig
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -21,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from alibi_convert import convert
+from alibi_convert import convert, torch_to_flax
+from alibi_convert.extras import require
+from alibi_convert.store import check_destination
 from alibi_convert.verify import Check, verify_steps
 from alibi_spec import ALiBiConfig
 
@@ -29,14 +30,8 @@ BYTES = 256
 LENGTHS = (1, 2, 4, 8)  # times the training length
 HELD_OUT = 0.1
 EVALUATED = 8  # longest sequences per evaluation
-RESULTS = (
-    "alibi",
-    "sinusoidal",
-    "alibi.msgpack",
-    "alibi.msgpack.json",
-    "report.json",
-    "extrapolation.png",
-)
+FOLDER, FLAX_FILE = "alibi", "alibi.msgpack"
+REPORT, PLOT = "report.json", "extrapolation.png"
 
 
 @dataclass(frozen=True)
@@ -63,24 +58,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("demo"), help="folder for results (default: demo)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
-    parser.add_argument("--steps", type=int, default=500, help="training steps (default: 500)")
-    parser.add_argument("--length", type=int, default=128, help="training length (default: 128)")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per step (default: 16)")
-    parser.add_argument("--layers", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--width", type=int, default=128, help="d_model (default: 128)")
-    parser.add_argument("--heads", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--steps", type=_count, default=500, help="training steps (default: 500)")
+    parser.add_argument("--length", type=_count, default=128, help="training length (default: 128)")
+    parser.add_argument("--batch", type=_count, default=16, help="sequences per step (default: 16)")
+    parser.add_argument("--layers", type=_count, default=3, help="(default: 3)")
+    parser.add_argument("--width", type=_count, default=128, help="d_model (default: 128)")
+    parser.add_argument("--heads", type=_count, default=8, help="(default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+
+
+def _count(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def run(options: argparse.Namespace) -> bool:
     """Run the demo, write its results to `options.output`, and return whether every check passed.
 
     Raises:
-        ValueError: the text is too short, or the output folder holds earlier results.
+        ValueError: the text is too short, a package is missing, or the output folder holds earlier
+            results.
         OSError: the text cannot be read or the output cannot be written.
     """
+    for module, extra in (("torch", "torch"), ("flax", "flax"), ("matplotlib", "demo")):
+        require(module, extra, "the demo")
+    require("tqdm", "demo", "the demo")
+    import alibi_flax
     from alibi_cli.demo_models import bits_per_byte_flax, bits_per_byte_torch, train
 
+    # The same initial deviation for both: with it, embeddings scaled by sqrt(d_model) match the
+    # sinusoids that are added to them.
     config = ALiBiConfig(
         num_layers=options.layers,
         d_model=options.width,
@@ -89,9 +99,18 @@ def run(options: argparse.Namespace) -> bool:
         dropout=0.0,
         expansion_factor=4,
         vocab_size=BYTES,
+        init_std=options.width**-0.5,
     )
     training, held_out, source = _split(options.text, options.length)
-    output = _prepare(options.output, options.overwrite)
+    output: Path = options.output
+    earlier = [name for name in (FOLDER, FLAX_FILE, REPORT, PLOT) if (output / name).exists()]
+    if earlier and not options.overwrite:
+        raise ValueError(
+            f"{output} holds {', '.join(earlier)}; pass --overwrite or another --output"
+        )
+    folder, flax_file = output / FOLDER, output / FLAX_FILE
+    for destination in (folder, flax_file):
+        check_destination(destination, options.overwrite)
     print(f"text: {source}, {len(training):,} bytes to learn from, {len(held_out):,} held out")
 
     # Slopes of zero leave attention without any notion of position; sinusoids bring theirs.
@@ -107,39 +126,38 @@ def run(options: argparse.Namespace) -> bool:
             batch=options.batch,
             seed=options.seed,
         )
-    folders = {}
-    for positions, model in models.items():
-        folders[positions] = output / positions.lower()
-        model.save_pretrained(folders[positions])
 
     print("\nconverting and verifying")
-    flax_file = output / "alibi.msgpack"
-    report = convert(folders["ALiBi"], flax_file)
-    print(f"  {folders['ALiBi']} -> {flax_file}: {report.tensors} tensors")
+    models["ALiBi"].save_pretrained(folder, overwrite=options.overwrite)
+    report = convert(folder, flax_file, overwrite=options.overwrite)
+    print(f"  {folder} -> {flax_file}: {report.tensors} tensors")
     sample = held_out[: 3 * 2 * options.length].reshape(3, -1)
     checks = []
-    for check in verify_steps(folders["ALiBi"], flax_file, inputs=sample, seed=options.seed):
+    for check in verify_steps(folder, flax_file, inputs=sample, seed=options.seed):
         checks.append(check)
         print(f"  {'ok  ' if check.passed else 'FAIL'} {check.name}: {check.measured}", flush=True)
 
     print("\nheld-out bits per byte")
     lengths = [options.length * factor for factor in LENGTHS]
+    text = held_out[: EVALUATED * lengths[-1] + 1]
+    restored = type(models["ALiBi"]).from_pretrained(folder)
+    flax_params = {
+        "ALiBi": alibi_flax.from_pretrained(flax_file)[1],
+        "sinusoidal": torch_to_flax(models["sinusoidal"].state_dict(), configs["sinusoidal"]),
+    }
     curves = []
-    for positions in configs:
-        for backend, measure in (("PyTorch", bits_per_byte_torch), ("Flax", bits_per_byte_flax)):
-            converted = (positions, backend) == ("ALiBi", "Flax")
-            losses = measure(
-                flax_file if converted else folders[positions],
-                held_out[: EVALUATED * lengths[-1] + 1],
-                lengths,
-                sinusoidal=positions == "sinusoidal",
-            )
-            curves.append(Curve(positions, backend, losses))
+    for positions, model in (("ALiBi", restored), ("sinusoidal", models["sinusoidal"])):
+        sinusoidal = positions == "sinusoidal"
+        losses = bits_per_byte_torch(model, text, lengths, sinusoidal=sinusoidal)
+        curves.append(Curve(positions, "PyTorch", losses))
+        flax_model, params = alibi_flax.ALiBiLM(configs[positions]), flax_params[positions]
+        losses = bits_per_byte_flax(flax_model, params, text, lengths, sinusoidal=sinusoidal)
+        curves.append(Curve(positions, "Flax", losses))
     _print_table(curves, lengths)
-    _plot(curves, options.length, output / "extrapolation.png")
-    _write_report(output / "report.json", options, source, checks, curves)
+    _plot(curves, options.length, output / PLOT)
+    _write_report(output / REPORT, options, source, checks, curves)
     passed = all(check.passed for check in checks)
-    print(f"\nresults in {output}: report.json, extrapolation.png, alibi/, alibi.msgpack")
+    print(f"\nresults in {output}: {REPORT}, {PLOT}, {FOLDER}/, {FLAX_FILE}")
     print("every check passed" if passed else "a check FAILED")
     return passed
 
@@ -161,18 +179,6 @@ def _split(path: Path | None, length: int) -> tuple[np.ndarray, np.ndarray, str]
             f"for --length {length}; choose a longer text or a smaller --length"
         )
     return tokens[:-held_out_size], tokens[-held_out_size:], source
-
-
-def _prepare(output: Path, overwrite: bool) -> Path:
-    """An output folder without earlier results of ours; files of anybody else stay."""
-    results = [output / name for name in RESULTS]
-    earlier = [path for path in results if path.exists()]
-    if earlier and not overwrite:
-        raise ValueError(f"{output} holds earlier results; pass --overwrite or another --output")
-    for path in earlier:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    return output
 
 
 def _print_table(curves: list[Curve], lengths: list[int]) -> None:

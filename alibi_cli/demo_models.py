@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -71,10 +70,9 @@ def train(
 
 
 def bits_per_byte_torch(
-    path: Path, text: np.ndarray, lengths: Sequence[int], *, sinusoidal: bool
+    model: alibi_torch.ALiBiLM, text: np.ndarray, lengths: Sequence[int], *, sinusoidal: bool
 ) -> dict[int, float]:
-    """Loss of a checkpoint on the same text, cut into sequences of each length, in PyTorch."""
-    model = alibi_torch.ALiBiLM.from_pretrained(path)
+    """Loss on the same text, cut into sequences of each length, in PyTorch."""
     results = {}
     for length in lengths:
         inputs, targets = (torch.from_numpy(part) for part in _windows(text, length))
@@ -86,10 +84,14 @@ def bits_per_byte_torch(
 
 
 def bits_per_byte_flax(
-    path: Path, text: np.ndarray, lengths: Sequence[int], *, sinusoidal: bool
+    model: alibi_flax.ALiBiLM,
+    params: Any,
+    text: np.ndarray,
+    lengths: Sequence[int],
+    *,
+    sinusoidal: bool,
 ) -> dict[int, float]:
-    """Loss of a checkpoint on the same text, cut into sequences of each length, in Flax."""
-    model, params = alibi_flax.from_pretrained(path)
+    """Loss on the same text, cut into sequences of each length, in Flax."""
 
     @jax.jit
     def mean_loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert import CheckpointError, MismatchError, convert, inspect
-from alibi_convert.convert import DTYPES
 from alibi_convert.formats import FORMATS
 from alibi_convert.store import FORMAT, parse_config, parse_json
+from alibi_convert.tensors import DTYPES
 from alibi_convert.verify import Verification, verify_steps
 from alibi_spec import ALiBiConfig
 
@@ -107,10 +107,10 @@ def _source_options(options: argparse.Namespace) -> dict[str, Any]:
 def _read_config(path: Path | None) -> ALiBiConfig | None:
     if path is None:
         return None
-    text = path.read_text(encoding="utf-8")
-    if parse_json(text, str(path)).get("format") == FORMAT:
-        return parse_config(text, str(path))
-    return ALiBiConfig.from_json(text)
+    values = parse_json(path.read_bytes(), str(path))
+    if values.get("format") == FORMAT:
+        return parse_config(path.read_bytes(), str(path))
+    return ALiBiConfig.from_dict(values)
 
 
 def _inspect(options: argparse.Namespace) -> int:

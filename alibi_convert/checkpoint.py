@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from alibi_convert import formats, store
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES, Family
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
-from alibi_convert.tensors import Tensors, as_torch
+from alibi_convert.tensors import DTYPES, Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
 
-_PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+_FLOATS = frozenset(DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,18 @@ def open_checkpoint(
         kind, config, tensors = _open_folder(path, config)
     else:
         kind, config, tensors = _open_file(path, config, allow_pt)
+    odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
+    if odd:
+        name, dtype = next(iter(odd.items()))
+        raise CheckpointError(f"{path}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
+    for family in FAMILIES:
+        if family.recognises(tensors):
+            return _from_family(family, path, kind, config, tensors)
     if config is not None:
         shapes = {row.name: row.shape for row in parameter_table(config)}
         check_shapes(shapes, tensors.shapes)
         ordered = Tensors({name: tensors.headers[name] for name in shapes})
         return Checkpoint(path, kind, store.FORMAT, config, ordered, {})
-    for family in FAMILIES:
-        if family.recognises(tensors):
-            return _from_family(family, path, kind, tensors)
     raise CheckpointError(
         f"{path} carries no configuration; pass config=ALiBiConfig(…) (--config FILE)"
     )
@@ -75,7 +80,7 @@ def open_checkpoint(
 def _open_folder(
     folder: Path, config: ALiBiConfig | None
 ) -> tuple[str, ALiBiConfig | None, Tensors]:
-    if (folder / "_CHECKPOINT_METADATA").exists():  # orbax params alone
+    if (folder / store.ORBAX_MARK).exists():  # orbax params alone
         if config is None:
             raise CheckpointError(
                 f"{folder} is an orbax checkpoint without a configuration; pass "
@@ -91,14 +96,14 @@ def _open_folder(
 def _open_file(
     path: Path, config: ALiBiConfig | None, allow_pt: bool
 ) -> tuple[str, ALiBiConfig | None, Tensors]:
-    if config is None and formats.sidecar(path).exists():
-        config = store.read_config(formats.sidecar(path))
     if path.suffix == ".safetensors":
         tensors, metadata = store.read_safetensors(path)
         if config is None and "alibi_config" in metadata:
             config = store.parse_config(metadata["alibi_config"], f"metadata of {path}")
         return "safetensors", config, tensors
-    if path.suffix in _PICKLE_SUFFIXES:
+    if config is None and formats.sidecar(path).exists():
+        config = store.read_config(formats.sidecar(path))
+    if path.suffix in PICKLE_SUFFIXES:
         if not allow_pt:
             raise CheckpointError(
                 f"{path} is a pickle, which can be made to run code; if you trust it, pass "
@@ -114,12 +119,20 @@ def _open_file(
         return "msgpack", config, formats.read_msgpack(path, config)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
-        f"{', '.join(_PICKLE_SUFFIXES)} or .msgpack"
+        f"{', '.join(PICKLE_SUFFIXES)} or .msgpack"
     )
 
 
-def _from_family(family: Family, path: Path, kind: str, tensors: Tensors) -> Checkpoint:
+def _from_family(
+    family: Family, path: Path, kind: str, given: ALiBiConfig | None, tensors: Tensors
+) -> Checkpoint:
     config = family.config(tensors)
+    if given is not None:  # it may add what shapes cannot say, and nothing else
+        config = replace(config, dropout=given.dropout, max_len=given.max_len)
+        if config != given:
+            raise CheckpointError(
+                f"the configuration given is not that of {path}, which is {config}"
+            )
     shapes = {row.name: row.shape for row in parameter_table(config)}
     rules, derived = family.rules(config), family.derived(config)
     check_shapes(

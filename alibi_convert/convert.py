@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from alibi_convert.checkpoint import Checkpoint, open_checkpoint
+from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from alibi_convert.errors import CheckpointError, MismatchError
 from alibi_convert.formats import FORMATS
 from alibi_convert.store import replacing
-from alibi_convert.tensors import LazyTensor, Tensors
+from alibi_convert.tensors import DTYPES, LazyTensor, Tensors
 from alibi_spec import ALiBiConfig
-
-DTYPES: Mapping[str, np.dtype] = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-}
 
 
 @dataclass(frozen=True)
@@ -178,6 +169,8 @@ def _bits(tensor: np.ndarray) -> np.ndarray:
 
 def _format_of(destination: Path) -> str:
     by_suffix = {kind.suffix: name for name, kind in FORMATS.items() if kind.suffix}
+    if destination.suffix in PICKLE_SUFFIXES and destination.suffix not in by_suffix:
+        raise ValueError(f"{destination}: torch state dicts are written as .pt or .safetensors")
     return by_suffix.get(destination.suffix, "alibi")
 
 

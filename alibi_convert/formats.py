@@ -6,12 +6,16 @@ torch, flax and orbax are imported by the format that needs them, when it is use
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alibi_convert.errors import CheckpointError
+from alibi_convert.extras import require
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.store import (
     CONFIG_FILE,
@@ -22,6 +26,19 @@ from alibi_convert.store import (
 )
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_spec import ALiBiConfig
+
+# What torch.load and the unpickler under it raise for broken files.
+_UNPICKLING_ERRORS = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    IndexError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +67,15 @@ def read_pt(path: Path) -> Tensors:
     Raises:
         CheckpointError: truncated, not a state dict, or holding more than tensors.
     """
+    require("torch", "torch", "reading .pt")
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        is_zip = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except _UNPICKLING_ERRORS as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is truncated or not a plain state dict: {cause}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
@@ -74,6 +94,7 @@ def read_msgpack(path: Path, config: ALiBiConfig) -> Tensors:
     Raises:
         CheckpointError: truncated, not msgpack, or not the params of this configuration.
     """
+    require("flax", "flax", "reading .msgpack")
     from flax import serialization
     from msgpack.exceptions import UnpackException
 
@@ -90,11 +111,19 @@ def read_orbax(folder: Path, config: ALiBiConfig) -> Tensors:
     Raises:
         CheckpointError: broken, or not the params of this configuration.
     """
+    require("orbax.checkpoint", "flax", "reading orbax")
+    import jax
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folder.absolute())
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            # As NumPy arrays: the devices that wrote it need not be here.
+            saved = checkpointer.metadata(folder.absolute()).item_metadata
+            if saved is None:
+                raise FileNotFoundError("it describes no arrays")
+            one = ocp.RestoreArgs(restore_type=np.ndarray)
+            as_arrays = jax.tree.map(lambda _: one, saved.tree)
+            tree = checkpointer.restore(folder.absolute(), restore_args=as_arrays)
     except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
         cause = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} is not a complete orbax checkpoint: {cause}") from None
@@ -112,6 +141,7 @@ def _write_safetensors(path: Path, config: ALiBiConfig, tensors: Tensors) -> Non
 
 
 def _write_pt(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
+    require("torch", "torch", "writing .pt")
     import torch
 
     torch.save({name: as_torch(array) for name, array in tensors.items()}, path)
@@ -119,6 +149,7 @@ def _write_pt(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
 
 
 def _write_msgpack(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
+    require("flax", "flax", "writing .msgpack")
     from flax import serialization
 
     path.write_bytes(serialization.msgpack_serialize(flax_tree(tensors, config)))
@@ -126,6 +157,7 @@ def _write_msgpack(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
 
 
 def _write_orbax(folder: Path, config: ALiBiConfig, tensors: Tensors) -> None:
+    require("orbax.checkpoint", "flax", "writing orbax")
     import orbax.checkpoint as ocp
 
     folder.mkdir()

@@ -67,8 +67,9 @@ def to_torch_layout(row: Parameter, tensor: np.ndarray) -> np.ndarray:
 
 def _rearrange(tensor: np.ndarray, pattern: str, row: Parameter) -> np.ndarray:
     sizes = {axis: row.axis_sizes[axis] for axis in re.findall(r"\w+", pattern)}
-    # safetensors 0.8.0 writes a strided view as if it were contiguous.
-    return np.ascontiguousarray(einops.rearrange(tensor, pattern, **sizes))
+    # A copy, never a view of somebody's live parameters; contiguous, because safetensors 0.8.0
+    # writes a strided array as if it were.
+    return np.array(einops.rearrange(tensor, pattern, **sizes), order="C")
 
 
 def flax_tree(tensors: Tensors, config: ALiBiConfig) -> dict[str, Any]:
@@ -107,8 +108,12 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...],
     if isinstance(node, Mapping):
         for key, child in node.items():
             yield from _leaves(child, (*path, str(key)))
-    else:
+    elif hasattr(node, "shape") and hasattr(node, "dtype"):
         yield path, node
+    else:
+        raise CheckpointError(
+            f"{'/'.join(path)} is a {type(node).__name__}, expected an array; give the params alone"
+        )
 
 
 def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> None:

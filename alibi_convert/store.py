@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from alibi_convert.errors import CheckpointError
+from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import LazyTensor, Tensors
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, parameter_table
 
 FORMAT = "alibi-duo"
 FORMAT_VERSION = 1
@@ -28,6 +29,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ORBAX_FOLDER = "params"
+ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file that orbax puts into every checkpoint
 MAX_SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {
@@ -52,7 +54,7 @@ def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:  # bad JSON or bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
         raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{origin} holds a JSON {type(values).__name__}, expected an object")
@@ -133,8 +135,10 @@ def read_folder(folder: Path) -> tuple[ALiBiConfig, Tensors]:
     if not (folder / INDEX_FILE).exists():
         return config, read_safetensors(folder / WEIGHTS_FILE)[0]
     weight_map = parse_json((folder / INDEX_FILE).read_bytes(), INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensors to file names")
     headers: dict[str, LazyTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
@@ -159,7 +163,12 @@ def write_safetensors(
 def write_folder(
     folder: Path, config: ALiBiConfig, tensors: Tensors, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """`config.json` and one safetensors file, or shards with an index, into an existing folder."""
+    """`config.json` and one safetensors file, or shards with an index, into an existing folder.
+
+    Raises:
+        CheckpointError: the tensors are not those of the configuration.
+    """
+    check_shapes({row.name: row.shape for row in parameter_table(config)}, tensors.shapes)
     (folder / CONFIG_FILE).write_text(config_json(config), encoding="utf-8")
     shards = _plan_shards(tensors, max_shard_bytes)
     if len(shards) == 1:
@@ -192,34 +201,55 @@ def replacing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     """A path to write to that becomes `destination` if the block succeeds, and vanishes if not.
 
     The path lies in a temporary folder beside the destination, so that the last step is a rename.
-    Files written next to it move along first.
+    Files written next to it move along. What was there before comes back if anything fails.
 
     Raises:
         CheckpointError: the destination exists and `overwrite` is False, or it is a folder with
             files that are not a checkpoint's.
     """
-    _check_destination(destination, overwrite)
+    destination = destination.resolve()
+    check_destination(destination, overwrite)
+    new_parents = [parent for parent in destination.parents if not parent.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=destination.parent, prefix=f".{destination.name}."
-    ) as folder:
-        workplace = Path(folder)
-        temporary = workplace / destination.name
-        yield temporary
-        companions = [path for path in workplace.iterdir() if path != temporary]
-        for path in companions:
-            _check_destination(destination.parent / path.name, overwrite)
-        for path in companions:
-            os.replace(path, destination.parent / path.name)
-        if destination.is_dir():
-            os.replace(destination, workplace / f"{destination.name}.replaced")
-        os.replace(temporary, destination)
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=destination.parent, prefix=f".{destination.name}."
+        ) as folder:
+            temporary = Path(folder) / destination.name
+            yield temporary
+            _move_into_place(temporary, destination, overwrite)
+    except BaseException:
+        for parent in new_parents:
+            parent.rmdir()
+        raise
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
+def _move_into_place(temporary: Path, destination: Path, overwrite: bool) -> None:
+    companions = [path for path in temporary.parent.iterdir() if path != temporary]
+    targets = {path: destination.with_name(path.name) for path in (*companions, temporary)}
+    for target in targets.values():
+        check_destination(target, overwrite)
+    replaced = temporary.parent / "replaced"
+    replaced.mkdir()
+    try:
+        for path, target in targets.items():
+            if target.exists():
+                os.replace(target, replaced / target.name)
+            os.replace(path, target)
+    except BaseException:
+        for path, target in targets.items():
+            if not path.exists():  # it had moved already
+                os.replace(target, path)
+            if (replaced / target.name).exists():
+                os.replace(replaced / target.name, target)
+        raise
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raise CheckpointError unless a checkpoint may be written here: see `replacing`."""
     if destination.is_dir():
-        contents = sorted(child.name for child in destination.iterdir())
-        foreign = [name for name in contents if not _is_ours(name)]
+        contents = sorted(destination.iterdir())
+        foreign = [path.name for path in contents if not _is_ours(path)]
         if foreign:
             raise CheckpointError(
                 f"{destination} holds other files ({', '.join(foreign[:4])}); choose another folder"
@@ -232,6 +262,8 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
         )
 
 
-def _is_ours(name: str) -> bool:
-    is_shard = name.startswith("model-") and name.endswith(".safetensors")
-    return is_shard or name in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, ORBAX_FOLDER)
+def _is_ours(path: Path) -> bool:
+    if path.name == ORBAX_FOLDER:
+        return (path / ORBAX_MARK).exists()
+    is_shard = path.name.startswith("model-") and path.name.endswith(".safetensors")
+    return is_shard or path.name in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE)

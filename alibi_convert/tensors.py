@@ -9,6 +9,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+# What parameters may be.
+DTYPES: Mapping[str, np.dtype] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+
 
 @dataclass(frozen=True)
 class LazyTensor:

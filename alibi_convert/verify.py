@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,10 +12,11 @@ import numpy as np
 from alibi_convert.backends import FlaxBackend, TorchBackend
 from alibi_convert.checkpoint import Checkpoint, open_checkpoint
 from alibi_convert.convert import first_difference
+from alibi_convert.extras import require
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, reference_forward
-from alibi_spec.budgets import BUDGETS, gradient_floor, relative_error
+from alibi_spec.budgets import BUDGETS, activation_errors, gradient_floor, relative_error
 from alibi_spec.exact import exact_attention
 
 _BUDGET = BUDGETS["float32", "cpu"]
@@ -95,10 +95,8 @@ def verify_steps(
     allow_pt: bool = False,
 ) -> Iterator[Check]:
     """The checks of `verify` one by one, each as soon as it is known."""
-    for module, extra in (("torch", "torch"), ("flax", "flax")):
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"verify needs both backends and {module} is missing; install "
-                             f"alibi-duo[{extra}]")  # fmt: skip
+    require("torch", "torch", "verify")
+    require("flax", "flax", "verify")
     ours = open_checkpoint(source, config=config, allow_pt=allow_pt)
     theirs = ours if other is None else open_checkpoint(other, config=config, allow_pt=allow_pt)
     if other is not None:
@@ -146,7 +144,7 @@ def _inputs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and a mask that pads the first sequence on the left and the last on the right."""
     if inputs is None:
-        batch, seq = 3, min(config.max_len + 64, 1024)
+        batch, seq = 3, min(config.max_len + 64, 320)
         if config.vocab_size is None:
             inputs = rng.standard_normal((batch, seq, config.d_model))
         else:
@@ -167,7 +165,7 @@ def _activations(
     last = "output" if config.vocab_size is None else "logits"
     for backend, checkpoint in ((TorchBackend(), ours), (FlaxBackend(), theirs)):
         found = backend.trace(config, checkpoint.tensors, inputs, attention_mask, "float32")
-        errors = {name: relative_error(value, exact[name]) for name, value in found.items()}
+        errors = activation_errors(config, found, exact)
         outside = [name for name, error in errors.items() if not error <= _BUDGET.forward]
         measured = (
             f"first outside: {outside[0]} at {errors[outside[0]]:.1e}"

@@ -32,7 +32,7 @@ def attention(
     query stands at the last key, as in cached decoding. A query that sees no key gives zeros.
 
     Args:
-        query, key, value: float16, bfloat16, float32 or float64.
+        query, key, value: of one dtype: float16, bfloat16, float32 or float64.
         slopes: m for each head, float32.
         causal: queries see no later keys.
         scale: factor on q·k; None is 1/sqrt(head_dim).
@@ -56,7 +56,7 @@ def attention(
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0 and dropout_rng is None:
         raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
-    kernel = KERNELS["dense" if implementation == "auto" else implementation]
+    kernel = KERNELS[attention_implementations()[0] if implementation == "auto" else implementation]
     return kernel(
         query,
         key,
@@ -115,9 +115,14 @@ def _check_call(
     distance: str,
     scale: float | None,
 ) -> None:
-    value_shape = None if value is None else _heads_first(value)
+    arrays = [query, key] if value is None else [query, key, value]
     check_attention(
-        _heads_first(query), _heads_first(key), value_shape, slopes.shape, distance, scale
+        *(_heads_first(query), _heads_first(key)),
+        None if value is None else _heads_first(value),
+        slopes.shape,
+        [str(array.dtype) for array in arrays],
+        distance,
+        scale,
     )
     for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if mask is not None:

@@ -39,18 +39,19 @@ def from_pretrained(
         ValueError: float64 parameters while JAX has 64-bit numbers switched off.
     """
     checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
-    dtypes = {header.dtype for header in checkpoint.tensors.headers.values()}
+    stored = {header.dtype for header in checkpoint.tensors.headers.values()}
+    wanted = stored if dtype is None else {np.dtype(dtype)}
     has_float64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-    if dtype is None and np.dtype(np.float64) in dtypes and not has_float64:
+    if np.dtype(np.float64) in wanted and not has_float64:
         raise ValueError(
-            f"{path} holds float64 and JAX would cut it to float32; set jax_enable_x64 or pass "
+            f"float64 parameters of {path} would be cut to float32; set jax_enable_x64, or pass "
             "dtype=jnp.float32"
         )
     tree = flax_tree(checkpoint.tensors, checkpoint.config)
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
     param_dtype = jax.tree.leaves(params)[0].dtype
-    return model_class(checkpoint.config, param_dtype=param_dtype), params
+    return model_class(checkpoint.config, dtype=dtype, param_dtype=param_dtype), params
 
 
 def save_pretrained(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Integer
 
-from alibi_flax.model import ALiBiLM
-from alibi_spec.checks import check_generation
+from alibi_flax.model import ALiBiLM, checked_tokens
+from alibi_spec.checks import check_generation, require_vocabulary
 
 
 def generate(
@@ -26,10 +26,11 @@ def generate(
     sequence may outgrow `max_len`.
 
     Raises:
-        ValueError: the model is an encoder, or `max_new_tokens` is negative.
+        ValueError: the model is an encoder, or the prompt or `max_new_tokens` is not valid.
     """
     check_generation(model.config.causal, max_new_tokens)
-    return _generate(model, params, jnp.asarray(prompt), max_new_tokens)
+    tokens = checked_tokens(prompt, require_vocabulary(model.config.vocab_size))
+    return _generate(model, params, jnp.asarray(tokens), max_new_tokens)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Integer
 from alibi_flax.attention import attention, biased_logits
 from alibi_spec import ALiBiConfig, model_slopes
 from alibi_spec.checks import (
+    check_array,
     check_embeddings,
     check_mask,
     check_token_range,
@@ -192,8 +193,11 @@ class ALiBiTransformer(nn.Module):
         Raises:
             ValueError: wrong shape or dtype of `x` or `attention_mask`.
         """
+        check_array("embeddings", x, (Array, np.ndarray), "a JAX or NumPy array")
         check_embeddings(x.shape, jnp.issubdtype(x.dtype, jnp.floating), self.config.d_model)
         if attention_mask is not None:
+            kinds = (Array, np.ndarray)
+            check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
             is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
         slopes = jnp.asarray(model_slopes(self.config))
@@ -245,11 +249,7 @@ class ALiBiLM(nn.Module):
         Raises:
             ValueError: wrong shape, dtype or range of `tokens`, or wrong `attention_mask`.
         """
-        check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
-        if _is_on_host(tokens) and tokens.size:
-            values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
-            vocab_size = self.token_embedding.num_embeddings
-            check_token_range(int(values.min()), int(values.max()), vocab_size)
+        tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
         hidden = self.transformer(self.token_embedding(tokens), attention_mask, deterministic)
         return self.head(hidden)
 
@@ -267,7 +267,19 @@ def _layer_norm(config: ALiBiConfig, dtype: Any, param_dtype: Any) -> nn.LayerNo
     )
 
 
-def _is_on_host(tokens: Any) -> bool:
+def checked_tokens(
+    tokens: Integer[Array, "batch seq"], vocab_size: int
+) -> Integer[Array, "batch seq"]:
+    """The tokens, or ValueError; their range is checked where they can be looked at."""
+    check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
+    check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
+    if _has_values_on_host(tokens) and tokens.size:
+        values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
+        check_token_range(int(values.min()), int(values.max()), vocab_size)
+    return tokens
+
+
+def _has_values_on_host(tokens: Any) -> bool:
     if isinstance(tokens, np.ndarray):
         return True
     if isinstance(tokens, Tracer):

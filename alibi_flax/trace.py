@@ -46,7 +46,8 @@ def trace(
         return output
 
     with nn.intercept_methods(record):
-        result: Any = model.apply({"params": params}, inputs, attention_mask)
+        # Recomputed blocks would hand out tracers.
+        result: Any = model.clone(remat=False).apply({"params": params}, inputs, attention_mask)
     if isinstance(model, ALiBiLM):
         values["logits"] = result
     return values

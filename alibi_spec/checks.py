@@ -24,6 +24,12 @@ def forbid_vocabulary(vocab_size: int | None) -> None:
         )
 
 
+def check_array(name: str, value: object, kinds: tuple[type, ...], expected: str) -> None:
+    """Raise ValueError unless `value` is an array of the backend."""
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected {expected}")
+
+
 def check_embeddings(shape: Sequence[int], is_floating: bool, d_model: int) -> None:
     """Raise ValueError unless embeddings are floating [batch, seq, d_model]."""
     if len(shape) != 3 or shape[-1] != d_model or shape[1] == 0:
@@ -74,10 +80,18 @@ def check_attention(
     key_shape: Sequence[int],
     value_shape: Sequence[int] | None,
     slopes_shape: Sequence[int],
+    dtypes: Sequence[str],
     distance: str,
     scale: float | None,
 ) -> None:
-    """Raise ValueError unless shapes, given as [batch, heads, seq, head_dim], fit one another."""
+    """Raise ValueError unless the arrays of one attention call fit one another.
+
+    Shapes are given as [batch, heads, seq, head_dim]; `dtypes` are those of query, key (and value).
+    """
+    if len(set(dtypes)) > 1 or "float" not in dtypes[0]:
+        raise ValueError(
+            f"query, key and value have dtypes {', '.join(dtypes)}; expected one floating dtype"
+        )
     for name, shape in (("query", query_shape), ("key", key_shape), ("value", value_shape)):
         if shape is not None and len(shape) != 4:
             raise ValueError(f"{name} has {len(shape)} axes; expected 4")
@@ -127,5 +141,7 @@ def check_generation(causal: bool, max_new_tokens: int) -> None:
     """Raise ValueError unless a model of this kind can continue a sequence by so many tokens."""
     if not causal:
         raise ValueError("an encoder (causal=False) cannot generate; use a causal model")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is not valid; expected at least 0")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens!r} is not valid; expected an integer of at least 0"
+        )

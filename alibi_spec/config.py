@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from alibi_spec.bias import DISTANCES, SLOPE_RULES
@@ -65,12 +66,13 @@ class ALiBiConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if isinstance(self.slopes, Sequence) and not isinstance(self.slopes, str):
-            object.__setattr__(self, "slopes", tuple(self.slopes))
+        if not isinstance(self.slopes, str) and isinstance(self.slopes, Iterable):
+            object.__setattr__(self, "slopes", tuple(map(_plain, self.slopes)))
         for name, (is_valid, expected) in _FIELD_RULES.items():
-            value = getattr(self, name)
+            value = _plain(getattr(self, name))
             if not is_valid(value):
                 raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
+            object.__setattr__(self, name, value)
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
@@ -170,19 +172,27 @@ class ALiBiConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the configuration is not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"the configuration is a JSON {type(values).__name__}, not an object")
         return cls.from_dict(values)
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which have no dtype to leak into a model."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool | int) else value
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 2.0**100  # well inside float32; NaN is not
 
 
 def _is_rate(value: Any) -> bool:
@@ -204,8 +214,9 @@ def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _nearest_divisor(config: ALiBiConfig) -> int:
-    divisors = [n for n in range(1, config.d_model + 1) if config.d_model % n == 0]
-    return min(divisors, key=lambda n: abs(n - config.num_heads))
+    nearby = range(max(1, config.num_heads - 1000), config.num_heads + 1000)
+    divisors = [n for n in nearby if config.d_model % n == 0]
+    return min(divisors, key=lambda n: abs(n - config.num_heads), default=1)
 
 
 _COUNT = (_is_count, "an integer of at least 1")
@@ -224,7 +235,7 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vocab_size": (_or_none(_is_count), "None or an integer of at least 1"),
     "tie_embeddings": _FLAG,
     "slopes": (_is_slopes, f"one of {SLOPE_RULES} or one finite number >= 0 per head"),
-    "bias_max": _POSITIVE,
+    "bias_max": (lambda value: _is_positive(value) and value <= 100, "a number in (0, 100]"),
     "distance": (lambda value: value in DISTANCES, f"one of {DISTANCES}"),
     "attention_scale": (_or_none(_is_positive), "None or a number above 0"),
     "attention_dropout": (_or_none(_is_rate), "None or a number in [0, 1)"),

@@ -2,8 +2,8 @@
 
 Parameters and activations are small integers times powers of two; scale and slopes are powers of
 two. Every product and every partial sum, in any order, up to the biased logits is then an integer
-below 2^24 times one power of two: exactly representable, whatever the order of summation, fused
-multiply-adds or TF32 inputs. `exact_attention` proves this for the very arrays it returns.
+below 2^24 times one power of two: exactly representable, whatever the order of summation and with
+or without fused multiply-adds. `exact_attention` proves this for the very arrays it returns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def exact_attention(
         config,
         num_layers=1,
         vocab_size=None,
-        attention_scale=2.0 ** round(math.log2(config.scale)),
+        attention_scale=2.0 ** min(max(round(math.log2(config.scale)), -8), 4),
         slopes=tuple(2.0 ** -(1 + head % 8) for head in range(config.num_heads)),
     )
     rng = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ import numpy as np
 from alibi_spec.bias import bias, model_slopes
 from alibi_spec.checks import check_embeddings, check_mask, check_token_range, check_tokens
 from alibi_spec.masks import masked_softmax, visible_keys
+from alibi_spec.parameters import parameter_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Integer, Num
@@ -82,7 +83,7 @@ def reference_forward(
         block's output); "output"; and "logits" [batch, seq, vocab] with a vocabulary.
 
     Raises:
-        ValueError: inputs or mask have the wrong shape, dtype or range.
+        ValueError: inputs or mask have the wrong shape, dtype or range; parameters are missing.
     """
     is_integer = np.issubdtype(inputs.dtype, np.integer)
     if config.vocab_size is None:
@@ -93,6 +94,9 @@ def reference_forward(
     if attention_mask is not None:
         is_floating = np.issubdtype(attention_mask.dtype, np.floating)
         check_mask("attention_mask", attention_mask.shape, not is_floating, *inputs.shape[:2])
+    missing = [row.name for row in parameter_table(config) if row.name not in parameters]
+    if missing:
+        raise ValueError(f"{len(missing)} parameters are missing, first {missing[0]}")
     prefix = "" if config.vocab_size is None else "transformer."
     slopes = model_slopes(config)
     trace: dict[str, Float64[np.ndarray, "..."]] = {}

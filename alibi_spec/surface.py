@@ -45,6 +45,9 @@ def attention_implementations() -> tuple[str, ...]: ...
 def generate(model: Any, prompt: Any, max_new_tokens: int) -> Any: ...
 
 
+def trace(model: Any, inputs: Any, attention_mask: Any = None) -> dict[str, Any]: ...
+
+
 PUBLIC = (
     "ALiBiConfig",
     "ALiBiLM",

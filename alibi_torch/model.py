@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table
 from alibi_spec.checks import (
+    check_array,
     check_embeddings,
     check_mask,
     check_token_range,
@@ -139,7 +141,8 @@ class ALiBiTransformer(PretrainedModule):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if config.final_norm:
             self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        self.register_buffer("slopes", torch.from_numpy(model_slopes(config)), persistent=False)
+        slopes = torch.tensor(model_slopes(config).tolist(), dtype=torch.float32)
+        self.register_buffer("slopes", slopes, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -160,8 +163,15 @@ class ALiBiTransformer(PretrainedModule):
         Raises:
             ValueError: wrong shape or dtype of `x` or `attention_mask`.
         """
+        check_array("embeddings", x, (Tensor,), "a torch.Tensor")
         check_embeddings(x.shape, x.is_floating_point(), self.config.d_model)
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"embeddings are {x.dtype} and the model is {dtype}; use x.to({dtype})"
+            )
         if attention_mask is not None:
+            check_array("attention_mask", attention_mask, (Tensor,), "a torch.Tensor")
             is_integer = not attention_mask.is_floating_point()
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
         for layer in self.layers:
@@ -172,7 +182,8 @@ class ALiBiTransformer(PretrainedModule):
         # The slopes follow the module to its device but stay float32: `.to(bfloat16)` would round
         # them, and `.to_empty()` would leave them undefined.
         super()._apply(fn, recurse)
-        self.slopes = torch.from_numpy(model_slopes(self.config)).to(self.slopes.device)
+        slopes, device = model_slopes(self.config).tolist(), self.slopes.device
+        self.slopes = torch.tensor(slopes, dtype=torch.float32, device=device)
         return self
 
 
@@ -210,10 +221,7 @@ class ALiBiLM(PretrainedModule):
         Raises:
             ValueError: wrong shape, dtype or range of `tokens`, or wrong `attention_mask`.
         """
-        check_tokens(tokens.shape, not tokens.is_floating_point() and tokens.dtype != torch.bool)
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            vocab_size = self.token_embedding.num_embeddings
-            check_token_range(int(tokens.min()), int(tokens.max()), vocab_size)
+        tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
         return self.head(self.transformer(self.token_embedding(tokens), attention_mask))
 
     def head(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq vocab"]:
@@ -221,6 +229,24 @@ class ALiBiLM(PretrainedModule):
         if self.config.tie_embeddings:
             return F.linear(x, self.token_embedding.weight)
         return self.lm_head(x)
+
+
+def checked_tokens(
+    tokens: Integer[Tensor, "batch seq"], vocab_size: int
+) -> Integer[Tensor, "batch seq"]:
+    """The tokens as int64, or ValueError; their range is checked where they can be looked at."""
+    check_array("tokens", tokens, (Tensor,), "a torch.Tensor of token ids")
+    check_tokens(tokens.shape, not tokens.is_floating_point() and tokens.dtype != torch.bool)
+    tokens = tokens.long()
+    if _has_values_on_host(tokens) and tokens.numel():
+        check_token_range(int(tokens.min()), int(tokens.max()), vocab_size)
+    return tokens
+
+
+def _has_values_on_host(tokens: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(tokens) is not Tensor:  # fake tensors, for one
+        return False
+    return tokens.device.type == "cpu" and not is_functorch_wrapped_tensor(tokens)  # under vmap
 
 
 def _initialise(model: nn.Module, config: ALiBiConfig) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from alibi_spec.budgets import Budget, gradient_floor, relative_error
+from alibi_spec import ALiBiConfig
+from alibi_spec.budgets import Budget, activation_errors, gradient_floor, relative_error
 
 
 def assert_bitwise(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
@@ -39,6 +40,7 @@ def assert_within(
 
 
 def assert_trace_within(
+    config: ALiBiConfig,
     actual: Mapping[str, np.ndarray],
     exact: Mapping[str, np.ndarray],
     budget: Budget,
@@ -46,27 +48,31 @@ def assert_trace_within(
     what: str,
 ) -> dict[str, float]:
     """Every intermediate within the budget, naming the first that leaves it; returns the errors."""
-    errors = {}
     for name, value in actual.items():
         expected = "float32" if dtype == "bfloat16" and name.endswith("biased_logits") else dtype
         if str(value.dtype) != expected:
             raise AssertionError(f"{what} {name}: dtype {value.dtype} instead of {expected}")
-        assert_within(value, exact[name], budget.forward, f"{what} {name}")
-        errors[name] = relative_error(np.asarray(value, np.float64), exact[name])
+        if value.shape != exact[name].shape:
+            raise AssertionError(f"{what} {name}: shape {value.shape}, not {exact[name].shape}")
+    errors = activation_errors(config, actual, exact)
+    for name, error in errors.items():
+        if not error <= budget.forward:
+            limit = f"{budget.forward:.0e}"
+            raise AssertionError(f"{what} {name}: relative error {error:.2e} exceeds {limit}")
     return errors
 
 
 def assert_comparable(
-    errors: Mapping[str, Mapping[str, float]], budget: Budget, resolution: float
+    errors: Mapping[str, Mapping[str, float]], ratio: float, resolution: float
 ) -> None:
-    """No implementation errs more than `budget.ratio` times as much as another, layer by layer.
+    """No implementation errs more than `ratio` times as much as another, layer by layer.
 
     Errors below `resolution` are indistinguishable from one rounding of the largest element.
     """
     for name in next(iter(errors.values())):
         by_size = sorted(errors, key=lambda implementation: errors[implementation][name])
         least, most = by_size[0], by_size[-1]
-        limit = budget.ratio * max(errors[least][name], resolution)
+        limit = ratio * max(errors[least][name], resolution)
         if errors[most][name] > limit:
             raise AssertionError(
                 f"{name}: {most} errs by {errors[most][name]:.2e}, {least} by only "
@@ -76,13 +82,16 @@ def assert_comparable(
 
 def assert_gradients_within(
     actual: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray], relative: float, what: str
-) -> None:
-    """The same parameters, and every element of every gradient within `relative`."""
+) -> dict[str, float]:
+    """The same parameters, every element of every gradient within `relative`; the errors."""
     if set(actual) != set(exact):
         raise AssertionError(f"{what}: gradients of {sorted(set(actual) ^ set(exact))} missing")
     floor = gradient_floor(exact)
+    errors = {}
     for name, gradient in exact.items():
         assert_within(actual[name], gradient, relative, f"{what} gradient of {name}", floor)
+        errors[name] = relative_error(np.asarray(actual[name], np.float64), gradient, floor)
+    return errors
 
 
 def _assert_alike(actual: np.ndarray, expected: np.ndarray, what: str) -> None:

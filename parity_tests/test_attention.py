@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from parity_tests.compare import assert_bitwise, assert_within
 
 BATCH, HEADS, SEQ, HEAD_DIM = 2, 3, 270, 6
 SLOPES = alibi_spec.slopes(HEADS)
-Attention = Callable[..., np.ndarray]
+Attention = Any  # a partial of one of the two functions below
 
 
 def torch_attention(
@@ -47,8 +47,17 @@ def flax_attention(
     return np.asarray(attended).swapaxes(1, 2)
 
 
+# Every implementation of either backend is held to every test below.
 each_backend = pytest.mark.parametrize(
-    "attention", [torch_attention, flax_attention], ids=["torch", "flax"]
+    "attention",
+    [
+        pytest.param(partial(call, implementation=name), id=f"{backend}-{name}")
+        for backend, call, names in (
+            ("torch", torch_attention, alibi_torch.attention_implementations()),
+            ("flax", flax_attention, alibi_flax.attention_implementations()),
+        )
+        for name in ("auto", *names)
+    ],
 )
 
 
@@ -171,7 +180,7 @@ def test_dropout_keeps_the_mean(attention: Attention) -> None:
     zeros = np.zeros((1, 1, 400, 4))
     key = np.zeros((1, 1, 400, 4))
     value = np.ones((1, 1, 400, 1))
-    is_flax = attention is flax_attention
+    is_flax = attention.func is flax_attention
     rng: Any = jax.random.key(0) if is_flax else torch.Generator().manual_seed(0)
     options = {"causal": False, "dropout": 0.25, "dropout_rng": rng}
     found = attention(zeros, key, value, np.zeros(1, np.float32), **options).ravel()
@@ -194,6 +203,11 @@ def test_flax_dropout_needs_a_key() -> None:
         ({"key": np.zeros((BATCH, HEADS, SEQ, 5))}, "key does not fit query: .*head_dim=5"),
         ({"key": np.zeros((BATCH, HEADS, 3, HEAD_DIM))}, "value does not fit key: .*length=3"),
         ({"query": np.zeros((BATCH, HEADS, SEQ + 1, HEAD_DIM))}, "query length 271 exceeds key"),
+        ({"value": np.zeros((BATCH, HEADS, SEQ, 2), int)}, "have dtypes .*; expected one floating"),
+        (
+            {"key": np.zeros((BATCH, HEADS, SEQ, HEAD_DIM), np.float32)},
+            "expected one floating dtype",
+        ),
         ({"slopes": np.zeros(4, np.float32)}, r"slopes have shape \[4\]; expected \[heads=3\]"),
         ({"attention_mask": np.ones((BATCH, 7), int)}, r"attention_mask has shape \[2, 7\]"),
         ({"attention_mask": np.ones((BATCH, SEQ))}, "attention_mask is floating point"),
@@ -220,3 +234,18 @@ def test_wrong_rank() -> None:
     array = jnp.zeros((2, 3, 4))
     with pytest.raises(ValueError, match="query has 3 axes; expected 4"):
         alibi_flax.attention(array, array, array, jnp.zeros(3))
+
+
+def test_a_float64_scale_does_not_widen() -> None:
+    query, key, _ = _draw(3, "float32")
+    arrays = [jnp.asarray(array.swapaxes(1, 2)) for array in (query, key)]
+    logits = alibi_flax.biased_logits(*arrays, jnp.asarray(SLOPES), scale=np.float64(0.3))
+    assert logits.dtype == jnp.float32
+
+
+def test_autocast_does_not_narrow_float32_attention() -> None:
+    arrays = [as_torch(array) for array in _draw(5, "float32")]
+    plain = alibi_torch.attention(*arrays, as_torch(SLOPES))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = alibi_torch.attention(*arrays, as_torch(SLOPES))
+    assert_bitwise(as_numpy(inside), as_numpy(plain), "autocast")

@@ -65,6 +65,14 @@ def test_json_round_trip(config_name: str) -> None:
         ({"slopes": (0.5,)}, "slopes has 1 values for num_heads=8; give one slope per head"),
         ({"slopes": (-1.0,) * 8}, "slopes="),
         ({"bias_max": 0}, "bias_max=0"),
+        (
+            {"bias_max": 2000, "slopes": "geometric"},
+            r"bias_max=2000.* expected a number in \(0, 100\]",
+        ),
+        ({"bias_max": 10**400}, "bias_max=1000"),
+        ({"d_model": 10**12}, "d_model=1000000000000"),
+        ({"d_model": 2**31 - 1, "num_heads": 2**30}, "does not divide"),
+        ({"slopes": (1e300,) * 8}, "slopes="),
         ({"distance": "squared"}, "distance='squared'"),
         ({"attention_scale": math.inf}, "attention_scale=inf"),
         ({"norm_eps": 0.0}, "norm_eps"),
@@ -86,12 +94,28 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
     [
         ("{", "not valid JSON"),
         ("[1]", "a JSON list, not an object"),
+        ("[" * 99_999, "not valid"),
         ('{"x": 1}', "unknown option"),
     ],
 )
 def test_bad_json(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ALiBiConfig.from_json(text)
+
+
+def test_numpy_numbers_become_plain_ones() -> None:
+    """A float64 scale must not widen a float32 model, and JSON must be able to hold it."""
+    config = ALiBiConfig(
+        num_heads=np.int64(8),
+        attention_scale=np.float64(0.25),
+        norm_eps=np.float32(0.5),
+        slopes=alibi_spec.slopes(8),
+    )
+    values = config.to_dict()
+    assert {type(values[name]) for name in ("attention_scale", "norm_eps")} == {float}
+    assert type(config.num_heads) is int
+    assert {type(slope) for slope in config.slopes} == {float}
+    assert ALiBiConfig.from_json(config.to_json()) == config
 
 
 def test_slopes_of_the_paper() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +166,7 @@ def test_dtypes_of_loaded_models(tmp_path: Path) -> None:
     _write(tmp_path / "double", dtype=np.float64)
     jax.config.update("jax_enable_x64", False)
     try:
-        with pytest.raises(ValueError, match="holds float64 and JAX would cut"):
+        with pytest.raises(ValueError, match="would be cut to float32; set jax_enable"):
             alibi_flax.from_pretrained(tmp_path / "double")
     finally:
         jax.config.update("jax_enable_x64", True)
@@ -282,6 +285,119 @@ def test_damaged_orbax(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_params_that_are_no_arrays(tmp_path: Path) -> None:
+    from flax import serialization
+
+    tree = {"step": 3, "params": {"kernel": np.zeros(2)}}
+    (tmp_path / "state.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    with pytest.raises(CheckpointError, match="step is a int, expected an array; give the params"):
+        open_checkpoint(tmp_path / "state.msgpack", config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ('{"weight_map": {"a": 3}}', "has no weight_map from tensors to file names"),
+        ('{"weight_map": ["a"]}', "has no weight_map"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_damaged_indexes(tmp_path: Path, contents: str, message: str) -> None:
+    folder = _write(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(contents)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_every_truncation_of_a_pickle(tmp_path: Path) -> None:
+    path = _write(tmp_path / "model", "pt")
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="is truncated or not a plain state dict"):
+            open_checkpoint(path, allow_pt=True)
+
+
+def test_pickles_of_old_torch(tmp_path: Path) -> None:
+    """Files from before torch 1.6 cannot be mapped, and are read all the same."""
+    path = _write(tmp_path / "model", "pt")
+    state = torch.load(path, weights_only=True)
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    _assert_holds(path, CONFIG)
+
+
+def test_parameters_are_floating_point(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "model", dtype=np.int32)
+    with pytest.raises(CheckpointError, match=r"\.weight is int32; expected one of"):
+        open_checkpoint(folder)
+
+
+def test_a_file_knows_its_own_configuration_best(tmp_path: Path) -> None:
+    path = _write(tmp_path / "model", "safetensors")
+    other = _write(tmp_path / "other", config=CONFIGS["decoder"])
+    sidecar(path).write_text((other / "config.json").read_text())
+    assert open_checkpoint(path).config == CONFIG
+
+
+def test_orbax_from_other_devices(tmp_path: Path) -> None:
+    """Params that were sharded over four devices open on one."""
+    _write(tmp_path / "plain")
+    code = f"""
+import jax, numpy as np, orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import alibi_flax
+assert len(jax.devices()) == 4
+_, params = alibi_flax.from_pretrained({str(tmp_path / "plain")!r})
+sharding = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+def place(leaf):
+    return jax.device_put(leaf, sharding) if leaf.shape[0] % 4 == 0 else leaf
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save({str(tmp_path / "orbax")!r}, jax.tree.map(place, params))
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    found = open_checkpoint(tmp_path / "orbax", config=CONFIG)
+    for name, array in draw_parameters(CONFIG).items():
+        assert_bitwise(found.tensors[name], array, name)
+
+
+def test_a_changed_model_is_not_saved(tmp_path: Path) -> None:
+    model = alibi_torch.ALiBiLM(CONFIG)
+    model.token_embedding = torch.nn.Embedding(20, CONFIG.d_model)
+    with pytest.raises(CheckpointError, match=r"token_embedding\.weight  is \[20, 48\]"):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
+        ("flax", ["convert", "SOURCE", "out.msgpack"], "flax"),
+        ("orbax.checkpoint", ["convert", "SOURCE", "out", "--to=orbax"], "flax"),
+        ("torch", ["convert", "SOURCE", "out.pt"], "torch"),
+        ("matplotlib", ["demo"], "demo"),
+        ("torch", ["verify", "SOURCE"], "torch"),
+    ],
+)
+def test_missing_extras(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    arguments: list[str],
+    extra: str,
+) -> None:
+    source = _write(tmp_path / "model")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == module else find_spec(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main([str(source) if each == "SOURCE" else each for each in arguments]) == 2
+    assert f"pip install 'alibi-duo[{extra}]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; give a checkpoint folder or file"):
         open_checkpoint(tmp_path / "nothing")
@@ -328,6 +444,8 @@ def test_destinations_are_respected(tmp_path: Path) -> None:
         convert(source, tmp_path / "model.bin", to="msgpack")
     with pytest.raises(ValueError, match="to='onnx' is not known; expected one of alibi, "):
         convert(source, tmp_path / "model.onnx", to="onnx")
+    with pytest.raises(ValueError, match=r"model\.pth: torch state dicts are written as \.pt or"):
+        convert(source, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="dtype='int8' is not known"):
         convert(source, tmp_path / "small", dtype="int8")
 
@@ -347,6 +465,51 @@ def test_nothing_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.Mo
             convert(source, destination, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
     _assert_holds(old, CONFIGS["decoder"])
+
+
+@pytest.mark.parametrize("target", ["old", "old.msgpack"])
+def test_what_was_there_comes_back_when_the_swap_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """The last rename fails: the old checkpoint, and the configuration beside it, are as before."""
+    source = _write(tmp_path / "model")
+    kind = "msgpack" if target.endswith("msgpack") else "alibi"
+    old = _write(tmp_path / "old", kind, config=CONFIGS["decoder"])
+    before = {path.name for path in tmp_path.iterdir()}
+    rename = os.replace
+
+    def failing(origin: Any, destination: Any) -> None:
+        if Path(destination) == old and "replaced" not in str(origin):
+            raise OSError(5, "Input/output error")
+        rename(origin, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        convert(source, old, overwrite=True)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == before
+    _assert_holds(old, CONFIGS["decoder"])
+
+
+def test_folders_that_only_look_like_ours(tmp_path: Path) -> None:
+    source = _write(tmp_path / "model")
+    thesis = _mkdir(_mkdir(tmp_path / "home") / "params") / "thesis.txt"
+    thesis.write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds other files \(params\)"):
+        convert(source, tmp_path / "home", overwrite=True)
+    assert thesis.exists()
+
+
+def test_failures_leave_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _write(tmp_path / "model")
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("alibi_convert.store.write_safetensors", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, tmp_path / "new" / "deep" / "result")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_wrong_write_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

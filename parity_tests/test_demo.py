@@ -42,7 +42,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (output / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
 
     assert main(arguments) == 2
-    assert "holds earlier results; pass --overwrite" in capsys.readouterr().err
+    assert "holds alibi, alibi.msgpack, report.json, extrapolation.png; pass --overwrite" in (
+        capsys.readouterr().err
+    )
     assert main([*arguments, "--overwrite"]) == 0
     assert notes.read_text() == "mine"
 
@@ -57,3 +59,22 @@ def test_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*arguments, f"--text={text}", "--overwrite"]) == 2
     assert "has 9 bytes; at least" in capsys.readouterr().err
     assert main([*arguments, f"--text={tmp_path / 'absent'}", "--overwrite"]) == 3
+
+
+def test_a_folder_of_the_same_name_survives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seed's own clone is called alibi, too."""
+    clone = tmp_path / "alibi" / "model.py"
+    clone.parent.mkdir()
+    clone.write_text("class ALiBiTransformer: ...")
+    assert main(["demo", *SMALL, f"--output={tmp_path}", "--overwrite"]) == 3
+    assert "holds other files (model.py)" in capsys.readouterr().err
+    assert clone.exists()
+
+
+@pytest.mark.parametrize("knob", ["--steps=0", "--batch=-1", "--layers=x"])
+def test_impossible_knobs(knob: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as usage:
+        main(["demo", *SMALL, knob, f"--output={tmp_path}"])
+    assert usage.value.code == 2

@@ -94,6 +94,66 @@ def test_torch_slopes_are_never_rounded_or_stored(dtype: torch.dtype) -> None:
     assert_bitwise(as_numpy(empty.transformer.slopes), model_slopes(CONFIG), "after to_empty")
 
 
+def test_torch_on_the_meta_device() -> None:
+    """Built under a device context, or moved there: shapes alone, and slopes where the model is."""
+    with torch.device("meta"):
+        model = alibi_torch.ALiBiLM(CONFIG)
+        tokens = torch.zeros(2, 5, dtype=torch.int64)
+    assert model.transformer.slopes.device.type == "meta"
+    assert model(tokens).shape == (2, 5, 23)
+    assert _torch_model().to("meta")(tokens).shape == (2, 5, 23)
+
+
+def test_torch_per_sample_gradients() -> None:
+    """vmap over grad over functional_call, where nobody may look at the tokens' values."""
+    model, tokens = _torch_model(), torch.from_numpy(TOKENS)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (tokens[None],)).square().mean()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens)
+    for index in range(len(tokens)):
+        expected = torch.func.grad(loss)(parameters, tokens[index])
+        assert_gradients_within(
+            {name: as_numpy(gradient[index]) for name, gradient in found.items()},
+            {name: as_numpy(gradient).astype(np.float64) for name, gradient in expected.items()},
+            FLOAT32.gradient,
+            f"sample {index}",
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32])
+def test_tokens_of_any_integer_dtype(dtype: type) -> None:
+    model, (flax_model, params) = _torch_model(), _flax_model()
+    narrow = TOKENS.astype(dtype)
+    expected = as_numpy(model(torch.from_numpy(TOKENS)))
+    assert_bitwise(as_numpy(model(torch.from_numpy(narrow))), expected, "torch")
+    expected = np.asarray(flax_model.apply({"params": params}, jnp.asarray(TOKENS)))
+    found = np.asarray(flax_model.apply({"params": params}, jnp.asarray(narrow)))
+    assert_bitwise(found, expected, "flax")
+
+
+def test_torch_embeddings_have_the_dtype_of_the_model() -> None:
+    model = alibi_torch.ALiBiTransformer(BARE)
+    with pytest.raises(
+        ValueError, match=r"embeddings are torch\.float64.*use x\.to\(torch\.float32"
+    ):
+        model(torch.zeros(1, 2, 30, dtype=torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.zeros(1, 2, 30, dtype=torch.bfloat16))
+
+
+def test_arguments_that_are_no_arrays() -> None:
+    model, (flax_model, params) = _torch_model(), _flax_model()
+    with pytest.raises(ValueError, match=r"tokens is a list; expected a torch\.Tensor"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match="tokens is a list; expected a JAX or NumPy array"):
+        flax_model.apply({"params": params}, [[1, 2]])
+    with pytest.raises(ValueError, match=r"attention_mask is a ndarray; expected a torch\.Tensor"):
+        model(torch.from_numpy(TOKENS), MASK)
+
+
 def test_torch_state_dict_and_deepcopy() -> None:
     model = _torch_model()
     other = alibi_torch.ALiBiLM(CONFIG).eval()
@@ -194,6 +254,22 @@ def test_flax_whole_model_remat() -> None:
     expected = np.asarray(model.apply({"params": params}, tokens), np.float64)
     found = lifted.apply({"params": params}, tokens)
     assert_within(np.asarray(found), expected, FLOAT32.forward, "nn.remat")
+
+
+def test_flax_trace_sees_through_remat() -> None:
+    model, params = _flax_model(remat=True)
+    for name, value in alibi_flax.trace(model, params, jnp.asarray(TOKENS)).items():
+        assert np.isfinite(np.asarray(value)[..., :1]).all(), name
+
+
+def test_flax_under_strict_promotion() -> None:
+    """No dtype is mixed in silence. (bfloat16 is, inside linen's own LayerNorm.)"""
+    model, params = _flax_model()
+    with jax.numpy_dtype_promotion("strict"):
+        rngs = {"dropout": jax.random.key(0)}
+        arguments = ({"params": params}, jnp.asarray(TOKENS), jnp.asarray(MASK))
+        logits = model.apply(*arguments, deterministic=False, rngs=rngs)
+    assert logits.dtype == jnp.float32
 
 
 def test_flax_dropout_is_drawn_from_its_rng() -> None:
@@ -314,5 +390,32 @@ def test_generation_refuses_encoders() -> None:
         alibi_torch.generate(alibi_torch.ALiBiLM(config), torch.zeros(1, 1, dtype=int), 1)
     with pytest.raises(ValueError, match="an encoder"):
         alibi_flax.generate(alibi_flax.ALiBiLM(config), {}, jnp.zeros((1, 1), int), 1)
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        alibi_torch.generate(_torch_model().train(), torch.zeros(1, 1, dtype=int), 1)
+    with pytest.raises(ValueError, match=r"max_new_tokens=2\.0 is not valid; expected an integer"):
+        alibi_torch.generate(_torch_model(), torch.zeros(1, 1, dtype=int), 2.0)
     with pytest.raises(ValueError, match="max_new_tokens=-1"):
         alibi_torch.generate(_torch_model(), torch.zeros(1, 1, dtype=int), -1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (TOKENS + 100, "is outside the vocabulary"),
+        (TOKENS[0], "add a batch axis"),
+        (TOKENS[:, :0], "at least one position"),
+    ],
+)
+def test_bad_prompts(prompt: np.ndarray, message: str) -> None:
+    flax_model, params = _flax_model()
+    with pytest.raises(ValueError, match=message):
+        alibi_torch.generate(_torch_model(), torch.from_numpy(prompt), 0)
+    with pytest.raises(ValueError, match=message):
+        alibi_flax.generate(flax_model, params, jnp.asarray(prompt), 3)
+
+
+def test_generated_tokens_can_be_trained_on() -> None:
+    model = _torch_model()
+    tokens = alibi_torch.generate(model, torch.from_numpy(TOKENS[:, :4]), 3)
+    model(tokens).square().mean().backward()
+    assert model.token_embedding.weight.grad is not None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from alibi_spec import reference_forward
 from alibi_spec.budgets import BUDGETS
 from parity_tests.cases import CONFIGS, draw_inputs, draw_mask, draw_parameters, each_config
-from parity_tests.compare import assert_gradients_within
-from parity_tests.implementations import IMPLEMENTATIONS, Implementation, each_implementation
+from parity_tests.compare import assert_comparable, assert_gradients_within
+from parity_tests.implementations import (
+    IMPLEMENTATIONS,
+    Implementation,
+    each_implementation,
+    present,
+)
 
 TORCH_CPU = IMPLEMENTATIONS[0]
 each_gradient_padding = pytest.mark.parametrize("padding", ["unpadded", "both-and-empty"])
@@ -28,23 +34,22 @@ def test_float64(implementation: Implementation, config_name: str, padding: str)
     assert_gradients_within(found, exact, budget.gradient, implementation.name)
 
 
-@each_implementation()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_gradient_padding
 @each_config
-def test_float32(implementation: Implementation, config_name: str, padding: str) -> None:
-    found = _gradients(implementation, config_name, padding, "float32")
-    budget = BUDGETS["float32", implementation.platform]
-    exact = _exact(config_name, padding)
-    assert_gradients_within(found, exact, budget.gradient, implementation.name)
-
-
-@each_implementation()
-@each_config
-def test_bfloat16(implementation: Implementation, config_name: str) -> None:
-    found = _gradients(implementation, config_name, "unpadded", "bfloat16")
-    budget = BUDGETS["bfloat16", implementation.platform]
-    exact = _exact(config_name, "unpadded", "bfloat16")
-    assert_gradients_within(found, exact, budget.gradient, implementation.name)
+def test_narrow_dtypes(config_name: str, padding: str, dtype: str) -> None:
+    """Every backend within its budget, and none much worse than its peer, one by one."""
+    exact = _exact(config_name, padding, dtype)
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    for each in present():
+        found = _gradients(each, config_name, padding, dtype)
+        limit = BUDGETS[dtype, each.platform].gradient
+        errors.setdefault(each.platform, {})[each.name] = assert_gradients_within(
+            found, exact, limit, each.name
+        )
+    resolution = float(ml_dtypes.finfo(dtype).eps)
+    for platform, peers in errors.items():
+        assert_comparable(peers, BUDGETS[dtype, platform].gradient_ratio, resolution)
 
 
 @each_gradient_padding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -27,36 +28,33 @@ def test_float64(implementation: Implementation, config_name: str, padding: str)
     _check(implementation, config_name, padding, "float64")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_padding
 @each_config
-def test_float32(config_name: str, padding: str) -> None:
-    """Every backend within its budget, and none much worse than its peer, layer by layer."""
+def test_narrow_dtypes(config_name: str, padding: str, dtype: str) -> None:
+    """Every backend within its budget, and none much worse than its peer, layer by layer.
+
+    Logits and softmax stay float32, so bfloat16 costs the rounding of activations alone.
+    """
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for each in present():
-        found = _check(each, config_name, padding, "float32")
+        found = _check(each, config_name, padding, dtype)
         errors.setdefault(each.platform, {})[each.name] = found
+    resolution = float(ml_dtypes.finfo(dtype).eps)
     for platform, peers in errors.items():
-        resolution = float(np.finfo(np.float32).eps)
-        assert_comparable(peers, BUDGETS["float32", platform], resolution)
+        assert_comparable(peers, BUDGETS[dtype, platform].ratio, resolution)
 
 
-@each_implementation()
-@pytest.mark.parametrize("padding", ["unpadded", "both-and-empty"])
-@each_config
-def test_bfloat16(implementation: Implementation, config_name: str, padding: str) -> None:
-    """Logits and softmax stay float32, so bfloat16 costs the rounding of activations alone."""
-    _check(implementation, config_name, padding, "bfloat16")
-
-
-@each_implementation()
+@each_implementation(("cpu", "gpu"))
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("config_name", ["lm-tied", "lm-untied"])
-def test_bfloat16_predictions(implementation: Implementation, config_name: str) -> None:
+def test_predictions(implementation: Implementation, config_name: str, dtype: str) -> None:
     """The next-token distribution moves by less than the budget, and top-1 agrees where it can."""
-    budget = BUDGETS["bfloat16", implementation.platform]
+    budget = BUDGETS[dtype, implementation.platform]
     config = CONFIGS[config_name]
-    inputs, parameters = draw_inputs(config), draw_parameters(config, "bfloat16")
+    inputs, parameters = draw_inputs(config), draw_parameters(config, dtype)
     exact = reference_forward(config, parameters, inputs)["logits"]
-    trace = implementation.create().trace(config, parameters, inputs, None, "bfloat16")
+    trace = implementation.create().trace(config, parameters, inputs, None, dtype)
     found = trace["logits"].astype(np.float64)
     divergence = _divergence(exact, found)
     assert divergence.max() <= budget.divergence, f"KL {divergence.max():.1e} nats"
@@ -78,6 +76,7 @@ def _check(
     assert f"layers.{config.num_layers - 1}.biased_logits" in found
     assert "output" in found
     return assert_trace_within(
+        config,
         {name: found[name] for name in expected_names},
         exact,
         BUDGETS[dtype, implementation.platform],

@@ -117,6 +117,22 @@ def test_torch_state_dict_runs_in_flax_and_back() -> None:
     assert torch.equal(other(torch.from_numpy(tokens)), before)
 
 
+def test_converted_params_are_a_copy() -> None:
+    """Training the torch model on must not move the Flax params, nor the other way round."""
+    config = CONFIGS["lm-tied"]
+    model = alibi_torch.ALiBiLM(config)
+    params = torch_to_flax(model.state_dict(), config)
+    before = jax.tree.map(np.copy, params)
+    state = flax_to_torch(params, config)
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    jax.tree.map(lambda a, b: assert_bitwise(a, b, "params"), params, before)
+    for leaf in jax.tree.leaves(params):
+        leaf += 1
+    assert all(torch.equal(state[name], kept[name]) for name in state)
+
+
 def test_differences_are_readable() -> None:
     expected = {"layers.0.mlp.down.weight": (8, 4), "a.weight": (4, 8), "b.bias": (4,), "c": (5,)}
     found = {"layers.0.mlp.dwn.weight": (8, 4), "a.weight": (8, 4), "b.bias": (4, 1), "c": (6,)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def test_the_configuration_is_in_the_shapes(tmp_path: Path, num_heads: int, caus
     }
 
 
+def test_what_shapes_cannot_say_may_be_given(tmp_path: Path) -> None:
+    save_file(seed_state(4, False), tmp_path / "seed.safetensors")
+    config = open_checkpoint(tmp_path / "seed.safetensors").config
+    given = dataclasses.replace(config, dropout=0.3, max_len=77)
+    assert open_checkpoint(tmp_path / "seed.safetensors", config=given).config == given
+    with pytest.raises(CheckpointError, match="the configuration given is not that of"):
+        open_checkpoint(tmp_path / "seed.safetensors", config=ALiBiConfig())
+
+
 def test_it_goes_past_max_len(tmp_path: Path) -> None:
     """What the seed asserts against, and what the method is for."""
     save_file(seed_state(4, True), tmp_path / "seed.safetensors")
@@ -150,8 +160,22 @@ def test_it_goes_past_max_len(tmp_path: Path) -> None:
         (lambda state: state.pop("layers.1.ffn.fc2.bias"), r"missing +layers\.1\.ffn\.fc2\.bias"),
         (lambda state: state.pop("layers.0.attn.m"), r"without layers\.0\.attn\.m"),
         (
-            lambda state: state.update({"layers.0.attn.m": state["layers.0.attn.m"] * 2}),
-            "not jaketae/alibi's slopes",
+            lambda state: state.update({"layers.1.attn.m": state["layers.1.attn.m"] * 2}),
+            r"layers\.1\.attn\.m holds .* not jaketae/alibi's slopes",
+        ),
+        (lambda state: state.pop("layers.1.attn.m"), r"without layers\.1\.attn\.m"),
+        (lambda state: state.pop("layers.1.attn.mask"), r"without layers\.1\.attn\.mask"),
+        (
+            lambda state: state.update({"layers.1.attn.mask": np.ones((1, 1, 4, 4), np.float32)}),
+            r"layers\.1\.attn\.mask is not a causal mask over 128 positions",
+        ),
+        (
+            lambda state: state.update({"layers.0.attn.m": np.zeros((), np.float32)}),
+            r"layers\.0\.attn\.m has shape \[\]; expected 3 non-empty axes",
+        ),
+        (
+            lambda state: state.update({"layers.0.ffn.fc1.weight": np.zeros((0, 4), np.float32)}),
+            r"fc1\.weight has shape \[0, 4\]; expected 2 non-empty axes",
         ),
         (
             lambda state: state.update({"layers.0.extra": np.zeros(1, np.float32)}),

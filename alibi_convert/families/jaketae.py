@@ -25,22 +25,19 @@ def _recognises(tensors: Tensors) -> bool:
 
 
 def _config(tensors: Tensors) -> ALiBiConfig:
-    shapes = tensors.shapes
-    needed = ("layers.0.attn.m", "layers.0.attn.kqv.weight", "layers.0.ffn.fc1.weight")
-    for name in needed:
-        if name not in shapes:
-            raise CheckpointError(f"a jaketae/alibi state dict without {name}: it may be truncated")
-    num_heads = shapes["layers.0.attn.m"][0]
-    ffn_dim, d_model = shapes["layers.0.ffn.fc1.weight"]
-    _check_slopes(tensors["layers.0.attn.m"], num_heads)
-    mask = shapes.get("layers.0.attn.mask")
-    optional = {} if mask is None else {"max_len": mask[-1]}
+    num_layers = sum(name.endswith(".attn.kqv.weight") for name in tensors)
+    num_heads = _shape(tensors, "layers.0.attn.m", axes=3)[0]
+    ffn_dim, d_model = _shape(tensors, "layers.0.ffn.fc1.weight", axes=2)
+    causal = "layers.0.attn.mask" in tensors
+    optional = {"max_len": _shape(tensors, "layers.0.attn.mask", axes=4)[-1]} if causal else {}
+    for index in range(num_layers):
+        _check_buffers(tensors, f"layers.{index}.attn", num_heads, optional.get("max_len"))
     try:
         return ALiBiConfig.jaketae(
-            num_layers=len([name for name in shapes if name.endswith(".attn.kqv.weight")]),
+            num_layers=num_layers,
             d_model=d_model,
             num_heads=num_heads,
-            causal=mask is not None,
+            causal=causal,
             expansion_factor=ffn_dim // d_model,
             **optional,
         )
@@ -48,13 +45,30 @@ def _config(tensors: Tensors) -> ALiBiConfig:
         raise CheckpointError(f"shapes that no jaketae/alibi model has: {error}") from None
 
 
-def _check_slopes(m: np.ndarray, num_heads: int) -> None:
-    expected = geometric_slopes(num_heads).astype(m.dtype)
-    if not np.array_equal(m.ravel(), expected):
+def _shape(tensors: Tensors, name: str, axes: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(f"a jaketae/alibi state dict without {name}: it may be truncated")
+    shape = tensors.shapes[name]
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(f"{name} has shape {list(shape)}; expected {axes} non-empty axes")
+    return shape
+
+
+def _check_buffers(tensors: Tensors, module: str, num_heads: int, max_len: int | None) -> None:
+    """The buffers say what the configuration says, so nothing is lost by dropping them."""
+    m = f"{module}.m"
+    _shape(tensors, m, axes=3)
+    expected = geometric_slopes(num_heads)[:, None, None].astype(tensors[m].dtype)
+    if not np.array_equal(tensors[m], expected):
         raise CheckpointError(
-            f"layers.0.attn.m holds {m.ravel().tolist()}, not jaketae/alibi's slopes "
-            f"{expected.tolist()}; this is another model"
+            f"{m} holds {tensors[m].ravel().tolist()}, not jaketae/alibi's slopes "
+            f"{expected.ravel().tolist()}; this is another model"
         )
+    if max_len is not None:
+        mask = f"{module}.mask"
+        _shape(tensors, mask, axes=4)
+        if not np.array_equal(tensors[mask], np.tril(np.ones((1, 1, max_len, max_len)))):
+            raise CheckpointError(f"{mask} is not a causal mask over {max_len} positions")
 
 
 def _rules(config: ALiBiConfig) -> tuple[Rule, ...]:

@@ -67,9 +67,15 @@ def _logits(
     distance: str,
 ) -> Float[Array, "batch heads query_len key_len"]:
     query_len, key_len, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    scores = scale * jnp.einsum("bqhd,bkhd->bhqk", query.astype(dtype), key.astype(dtype))
+    products = jnp.einsum(
+        "bqhd,bkhd->bhqk",
+        query.astype(dtype),
+        key.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,  # JAX's default would be bfloat16 or TF32 passes
+    )
+    scores = scale * products
     return scores + _bias(slopes.astype(dtype), query_len, key_len, distance)[None]
 
 

@@ -8,6 +8,7 @@ cannot count past 256.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -54,7 +55,8 @@ def attention(
     if dropout > 0:
         keep = torch.empty_like(probabilities).bernoulli_(1 - dropout, generator=dropout_rng)
         probabilities = probabilities * keep / (1 - dropout)
-    attended = torch.matmul(probabilities.to(value.dtype), value)
+    with _without_autocast(query.device):
+        attended = torch.matmul(probabilities.to(value.dtype), value)
     return attended.masked_fill(no_key, 0.0)
 
 
@@ -66,9 +68,9 @@ def _logits(
     distance: str,
 ) -> Float[Tensor, "batch heads query_len key_len"]:
     query_len, key_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device):
         scores = scale * torch.matmul(query.to(dtype), key.to(dtype).mT)
     return scores + _bias(slopes.to(dtype), query_len, key_len, distance)[None]
 
@@ -106,3 +108,10 @@ def _visible_keys(
         query_segment = segment_ids[:, key_len - query_len :]
         visible = visible & (query_segment[:, None, :, None] == segment_ids[:, None, None, :])
     return visible
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    # Autocast would narrow the products of float32 inputs. Meta tensors know no autocast.
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

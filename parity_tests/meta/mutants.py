@@ -69,7 +69,7 @@ MUTANTS = (
     Mutant(
         "slopes rounded with the model",
         "alibi_torch/model.py",
-        "self.slopes = torch.from_numpy(model_slopes(self.config)).to(self.slopes.device)",
+        "self.slopes = torch.tensor(slopes, dtype=torch.float32, device=device)",
         "pass",
         "test_ecosystems.py -k slopes",
     ),
@@ -134,7 +134,7 @@ MUTANTS = (
         "alibi_flax/model.py",
         "use_fast_variance=False",
         "use_fast_variance=True",
-        "test_outputs.py -k float32",
+        "test_outputs.py -k narrow",
     ),
     Mutant(
         "final norm forgotten",
@@ -148,7 +148,7 @@ MUTANTS = (
         "alibi_flax/model.py",
         "return self.token_embedding.attend(x)",
         "return self.token_embedding.attend(x) * 1.0001",
-        "test_outputs.py -k float32",
+        "test_outputs.py -k narrow",
     ),
     Mutant(
         "gradient stopped through the norm",
@@ -162,7 +162,7 @@ MUTANTS = (
         "alibi_torch/kernels/dense.py",
         "dtype = torch.float64 if query.dtype == torch.float64 else torch.float32",
         "dtype = query.dtype",
-        "test_outputs.py -k bfloat16",
+        "test_outputs.py -k narrow",
     ),
     Mutant(
         "heads and head_dim exchanged",

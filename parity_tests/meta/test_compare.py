@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alibi_spec.budgets import BUDGETS, relative_error
+from alibi_spec import ALiBiConfig, biased_logits, model_slopes
+from alibi_spec.budgets import BUDGETS, activation_errors, relative_error
 from parity_tests.compare import (
     assert_bitwise,
     assert_comparable,
@@ -16,6 +17,7 @@ from parity_tests.compare import (
 
 EXACT = np.linspace(-3, 5, 24).reshape(2, 3, 4)
 BUDGET = BUDGETS["float32", "cpu"]
+CONFIG = ALiBiConfig(d_model=8, num_heads=2)
 
 
 def test_bitwise_sees_one_ulp() -> None:
@@ -71,22 +73,22 @@ def test_within_sees_shapes() -> None:
 def test_trace_names_the_first_layer() -> None:
     exact = {"layers.0": EXACT, "layers.1": EXACT, "output": EXACT}
     found = {name: array.astype(np.float32) for name, array in exact.items()}
-    assert_trace_within(found, exact, BUDGET, "float32", "same")
+    assert_trace_within(CONFIG, found, exact, BUDGET, "float32", "same")
     found["layers.1"] = found["layers.1"] * np.float32(1.001)
     found["output"] = found["output"] * np.float32(1.1)
     with pytest.raises(AssertionError, match=r"layers\.1"):
-        assert_trace_within(found, exact, BUDGET, "float32", "moved")
+        assert_trace_within(CONFIG, found, exact, BUDGET, "float32", "moved")
     found["layers.0"] = exact["layers.0"]
     with pytest.raises(AssertionError, match=r"layers\.0: dtype float64 instead of float32"):
-        assert_trace_within(found, exact, BUDGET, "float32", "widened")
+        assert_trace_within(CONFIG, found, exact, BUDGET, "float32", "widened")
 
 
 def test_comparable_sees_a_sloppy_backend() -> None:
     errors = {"a": {"layers.0": 1e-7, "layers.1": 2e-7}, "b": {"layers.0": 3e-7, "layers.1": 9e-6}}
     with pytest.raises(AssertionError, match=r"layers\.1: b errs"):
-        assert_comparable(errors, BUDGET, 1e-7)
+        assert_comparable(errors, BUDGET.ratio, 1e-7)
     errors["b"]["layers.1"] = 7e-7
-    assert_comparable(errors, BUDGET, 1e-7)
+    assert_comparable(errors, BUDGET.ratio, 1e-7)
 
 
 def test_gradients_see_a_missing_and_a_wrong_parameter() -> None:
@@ -96,3 +98,22 @@ def test_gradients_see_a_missing_and_a_wrong_parameter() -> None:
         assert_gradients_within({"a": EXACT}, exact, 1e-9, "missing")
     with pytest.raises(AssertionError, match="gradient of b"):
         assert_gradients_within({"a": EXACT, "b": EXACT / 51}, exact, 1e-3, "wrong")
+
+
+def test_logits_are_not_judged_by_their_bias() -> None:
+    """A q·k that is off by a percent is seen beside a bias that is a thousand times larger."""
+    query, key = np.random.default_rng(0).standard_normal((2, 1, 2, 900, 4))
+    slopes = model_slopes(CONFIG) * 50
+    right = biased_logits(query, key, slopes)
+    config = ALiBiConfig(d_model=8, num_heads=2, slopes=tuple(slopes.tolist()))
+    name = "layers.0.biased_logits"
+
+    def error(logits: np.ndarray) -> float:
+        return activation_errors(config, {name: logits}, {name: right})[name]
+
+    assert error(right.astype(np.float32)) == 0.0  # one rounding of the sum is allowed
+    assert error(biased_logits(query * 1.01, key, slopes)) > 0.005
+    assert relative_error(biased_logits(query * 1.01, key, slopes), right) < 1e-4
+    hidden = right.copy()
+    hidden[0, 0, 5, 3] = -np.inf
+    assert error(hidden) == np.inf
