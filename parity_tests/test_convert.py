@@ -1,13 +1,11 @@
-"""Checkpoints on disk: every format to every other, bit for bit, and no debris on failure."""
+"""Checkpoints on disk: every format to every other, bit for bit, by function and by command."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +27,21 @@ from alibi_convert.store import read_folder, write_folder
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
 from parity_tests.cases import CONFIGS, draw_parameters, each_config
+from parity_tests.checkpoints import CONFIG, assert_holds, make_folder, write
 from parity_tests.compare import assert_bitwise
 
-CONFIG = CONFIGS["lm-untied"]
-Pairs = [(source, target) for source in FORMATS for target in FORMATS]
+PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
 
 
-def _write(
-    path: Path, kind: str = "alibi", config: ALiBiConfig = CONFIG, dtype: Any = None
-) -> Path:
-    parameters = draw_parameters(config)
-    arrays = {name: array.astype(dtype or array.dtype) for name, array in parameters.items()}
-    path = path.with_suffix(FORMATS[kind].suffix)
-    FORMATS[kind].write(path, config, Tensors.of(arrays))
-    return path
-
-
-def _assert_holds(path: Path, config: ALiBiConfig, dtype: Any = np.float32) -> None:
-    checkpoint = open_checkpoint(path, allow_pt=True)
-    assert checkpoint.config == config
-    assert list(checkpoint.tensors) == [row.name for row in parameter_table(config)]
-    for name, array in draw_parameters(config).items():
-        assert_bitwise(checkpoint.tensors[name], array.astype(dtype), name)
-
-
-@pytest.mark.parametrize(("source", "target"), Pairs)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_format_to_every_other(tmp_path: Path, source: str, target: str) -> None:
-    origin = _write(tmp_path / "origin", source, dtype=ml_dtypes.bfloat16)
+    origin = write(tmp_path / "origin", source, dtype=ml_dtypes.bfloat16)
     destination = (tmp_path / "destination").with_suffix(FORMATS[target].suffix)
     report = convert(origin, destination, to=target, allow_pt=True)
     assert report.verified
     assert report.rounding is None
     assert (report.source_format, report.destination_format) == (source, target)
-    _assert_holds(destination, CONFIG, ml_dtypes.bfloat16)
+    assert_holds(destination, CONFIG, ml_dtypes.bfloat16)
 
 
 @each_config
@@ -73,13 +53,13 @@ def test_both_backends_read_what_either_wrote(tmp_path: Path, config_name: str) 
     model = model_class(config)
     model.load_state_dict({name: as_torch(a) for name, a in draw_parameters(config).items()})
     model.save_pretrained(tmp_path / "from_torch")
-    _assert_holds(tmp_path / "from_torch", config)
+    assert_holds(tmp_path / "from_torch", config)
 
     flax_model, params = alibi_flax.from_pretrained(tmp_path / "from_torch")
     assert type(flax_model).__name__ == model_class.__name__
     assert flax_model.config == config
     alibi_flax.save_pretrained(tmp_path / "from_flax", flax_model, params)
-    _assert_holds(tmp_path / "from_flax", config)
+    assert_holds(tmp_path / "from_flax", config)
 
     back = model_class.from_pretrained(tmp_path / "from_flax")
     assert not back.training
@@ -91,7 +71,7 @@ def test_files_hold_no_slopes_and_torch_layout(tmp_path: Path) -> None:
     """What is on disk is what any safetensors reader would expect of a torch model."""
     from safetensors.torch import load_file
 
-    _write(tmp_path / "model")
+    write(tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
     assert set(state) == {row.name for row in parameter_table(CONFIG)}
     alibi_torch.ALiBiLM(CONFIG).load_state_dict(state)
@@ -110,7 +90,7 @@ def test_shards(tmp_path: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     total = sum(array.nbytes for array in draw_parameters(CONFIG).values())
     assert index["metadata"]["total_size"] == total
-    _assert_holds(folder, CONFIG)
+    assert_holds(folder, CONFIG)
     alibi_torch.ALiBiLM.from_pretrained(folder)
     alibi_flax.from_pretrained(folder)
 
@@ -134,19 +114,19 @@ def test_strided_arrays_reach_the_disk_intact(tmp_path: Path) -> None:
     for kind, form in FORMATS.items():
         path = (tmp_path / kind).with_suffix(form.suffix)
         form.write(path, CONFIG, Tensors.of(parameters))
-        _assert_holds(path, CONFIG)
+        assert_holds(path, CONFIG)
 
 
 def test_casts_report_their_rounding(tmp_path: Path) -> None:
-    _write(tmp_path / "model")
+    write(tmp_path / "model")
     report = convert(tmp_path / "model", tmp_path / "narrow", dtype="bfloat16")
     assert report.rounding is not None
     assert 0.5 * 2**-9 < report.rounding <= 2**-8  # half a unit in the last of 8 bits
-    _assert_holds(tmp_path / "narrow", CONFIG, ml_dtypes.bfloat16)
+    assert_holds(tmp_path / "narrow", CONFIG, ml_dtypes.bfloat16)
     report = convert(tmp_path / "narrow", tmp_path / "wide", dtype="float32")
     assert report.rounding == 0.0
     parameters = dict(draw_parameters(CONFIG)) | {"lm_head.weight": np.full((101, 48), 7e4)}
-    write_folder(_mkdir(tmp_path / "large"), CONFIG, Tensors.of(parameters))
+    write_folder(make_folder(tmp_path / "large"), CONFIG, Tensors.of(parameters))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight holds 70000\.0, beyond the range"):
         convert(tmp_path / "large", tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()
@@ -154,7 +134,7 @@ def test_casts_report_their_rounding(tmp_path: Path) -> None:
 
 def test_dtypes_of_loaded_models(tmp_path: Path) -> None:
     """The checkpoint's dtype by default, another on request, float64 never cut in silence."""
-    _write(tmp_path / "narrow", dtype=ml_dtypes.bfloat16)
+    write(tmp_path / "narrow", dtype=ml_dtypes.bfloat16)
     model = alibi_torch.ALiBiLM.from_pretrained(tmp_path / "narrow")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     model = alibi_torch.ALiBiLM.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
@@ -163,7 +143,7 @@ def test_dtypes_of_loaded_models(tmp_path: Path) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     _, params = alibi_flax.from_pretrained(tmp_path / "narrow", dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    _write(tmp_path / "double", dtype=np.float64)
+    write(tmp_path / "double", dtype=np.float64)
     jax.config.update("jax_enable_x64", False)
     try:
         with pytest.raises(ValueError, match="would be cut to float32; set jax_enable"):
@@ -208,140 +188,24 @@ def test_user_orbax_params(tmp_path: Path) -> None:
     assert_bitwise(found.tensors["lm_head.weight"], np.ascontiguousarray(kernel.T), "lm_head")
 
 
-def test_pickles_need_consent_and_stay_harmless(tmp_path: Path) -> None:
-    """Refused by default; with consent, tensors alone are read and code is not run."""
-    path = _write(tmp_path / "model", "pt")
-    with pytest.raises(CheckpointError, match=r"is a pickle, .* pass allow_pt=True \(--allow-pt\)"):
-        open_checkpoint(path)
-    _assert_holds(path, CONFIG)
-
-    class Attack:
-        def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    torch.save({"weight": Attack()}, tmp_path / "attack.pt")
-    with pytest.raises(CheckpointError, match="not a plain state dict"):
-        open_checkpoint(tmp_path / "attack.pt", allow_pt=True)
-    assert not (tmp_path / "attacked").exists()
-    torch.save({"model": {"weight": torch.zeros(1)}, "step": 3}, tmp_path / "nested.pt")
-    with pytest.raises(CheckpointError, match=r"more than tensors \(model, step\); save the"):
-        open_checkpoint(tmp_path / "nested.pt", allow_pt=True)
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "msgpack"])
-def test_truncated_files(tmp_path: Path, kind: str) -> None:
-    path = _write(tmp_path / "model", kind)
-    _truncate(path)
-    with pytest.raises(CheckpointError, match="is truncated or not"):
-        open_checkpoint(path, allow_pt=True)
-    path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="is truncated or not"):
-        open_checkpoint(path, allow_pt=True)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda f: (f / "config.json").unlink(),
-            "has no config.json; expected a checkpoint folder",
-        ),
-        (lambda f: _truncate(f / "config.json"), "is not valid JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list"),
-        (
-            lambda f: (f / "config.json").write_text('{"model_type": "bloom"}'),
-            r"not an alibi-duo configuration \(model_type 'bloom'\)",
-        ),
-        (lambda f: _edit(f, format_version=2), "format_version 2; this release reads 1"),
-        (lambda f: _edit(f, num_heads=7), "num_heads=7 does not divide"),
-        (lambda f: _edit(f, num_head=7), "unknown option 'num_head'"),
-        (lambda f: _edit(f, num_layers=3), r"16 tensors missing, 0 unexpected"),
-        (lambda f: _edit(f, tie_embeddings=True), r"unexpected +lm_head\.weight"),
-        (lambda f: _truncate(f / "model.safetensors"), "is truncated or not safetensors"),
-        (lambda f: (f / "model.safetensors").unlink(), "does not exist"),
-    ],
-)
-def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
-    folder = _write(tmp_path / "model")
-    damage(folder)
-    for read in (open_checkpoint, alibi_torch.ALiBiLM.from_pretrained, alibi_flax.from_pretrained):
-        with pytest.raises(CheckpointError, match=message):
-            read(folder)
-    with pytest.raises(CheckpointError, match=message):
-        convert(folder, tmp_path / "result")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_damaged_orbax(tmp_path: Path) -> None:
-    folder = _write(tmp_path / "model", "orbax")
-    for path in (folder / "params").rglob("*"):
-        if path.is_file() and path.name != "_CHECKPOINT_METADATA":
-            path.unlink()
-    with pytest.raises(CheckpointError, match="is not a complete orbax checkpoint"):
-        open_checkpoint(folder)
-
-
-def test_params_that_are_no_arrays(tmp_path: Path) -> None:
-    from flax import serialization
-
-    tree = {"step": 3, "params": {"kernel": np.zeros(2)}}
-    (tmp_path / "state.msgpack").write_bytes(serialization.msgpack_serialize(tree))
-    with pytest.raises(CheckpointError, match="step is a int, expected an array; give the params"):
-        open_checkpoint(tmp_path / "state.msgpack", config=CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("contents", "message"),
-    [
-        ('{"weight_map": {"a": 3}}', "has no weight_map from tensors to file names"),
-        ('{"weight_map": ["a"]}', "has no weight_map"),
-        ("[" * 100_000, "is not valid JSON"),
-    ],
-)
-def test_damaged_indexes(tmp_path: Path, contents: str, message: str) -> None:
-    folder = _write(tmp_path / "model")
-    (folder / "model.safetensors.index.json").write_text(contents)
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(folder)
-
-
-def test_every_truncation_of_a_pickle(tmp_path: Path) -> None:
-    path = _write(tmp_path / "model", "pt")
-    whole = path.read_bytes()
-    for length in range(0, len(whole), len(whole) // 60):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="is truncated or not a plain state dict"):
-            open_checkpoint(path, allow_pt=True)
-
-
 def test_pickles_of_old_torch(tmp_path: Path) -> None:
     """Files from before torch 1.6 cannot be mapped, and are read all the same."""
-    path = _write(tmp_path / "model", "pt")
+    path = write(tmp_path / "model", "pt")
     state = torch.load(path, weights_only=True)
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    _assert_holds(path, CONFIG)
-
-
-def test_parameters_are_floating_point(tmp_path: Path) -> None:
-    folder = _write(tmp_path / "model", dtype=np.int32)
-    with pytest.raises(CheckpointError, match=r"\.weight is int32; expected one of"):
-        open_checkpoint(folder)
+    assert_holds(path, CONFIG)
 
 
 def test_a_file_knows_its_own_configuration_best(tmp_path: Path) -> None:
-    path = _write(tmp_path / "model", "safetensors")
-    other = _write(tmp_path / "other", config=CONFIGS["decoder"])
+    path = write(tmp_path / "model", "safetensors")
+    other = write(tmp_path / "other", config=CONFIGS["decoder"])
     sidecar(path).write_text((other / "config.json").read_text())
     assert open_checkpoint(path).config == CONFIG
 
 
 def test_orbax_from_other_devices(tmp_path: Path) -> None:
     """Params that were sharded over four devices open on one."""
-    _write(tmp_path / "plain")
+    write(tmp_path / "plain")
     code = f"""
 import jax, numpy as np, orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -361,183 +225,12 @@ with ocp.StandardCheckpointer() as checkpointer:
         assert_bitwise(found.tensors[name], array, name)
 
 
-def test_a_changed_model_is_not_saved(tmp_path: Path) -> None:
-    model = alibi_torch.ALiBiLM(CONFIG)
-    model.token_embedding = torch.nn.Embedding(20, CONFIG.d_model)
-    with pytest.raises(CheckpointError, match=r"token_embedding\.weight  is \[20, 48\]"):
-        model.save_pretrained(tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "extra"),
-    [
-        ("flax", ["convert", "SOURCE", "out.msgpack"], "flax"),
-        ("orbax.checkpoint", ["convert", "SOURCE", "out", "--to=orbax"], "flax"),
-        ("torch", ["convert", "SOURCE", "out.pt"], "torch"),
-        ("matplotlib", ["demo"], "demo"),
-        ("torch", ["verify", "SOURCE"], "torch"),
-    ],
-)
-def test_missing_extras(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    module: str,
-    arguments: list[str],
-    extra: str,
-) -> None:
-    source = _write(tmp_path / "model")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == module else find_spec(name)
-    )
-    monkeypatch.chdir(tmp_path)
-    assert main([str(source) if each == "SOURCE" else each for each in arguments]) == 2
-    assert f"pip install 'alibi-duo[{extra}]'" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_unknown_sources(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist; give a checkpoint folder or file"):
-        open_checkpoint(tmp_path / "nothing")
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(CheckpointError, match=r"unknown suffix '\.txt'; expected a folder"):
-        open_checkpoint(tmp_path / "notes.txt")
-    save_file({"weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="carries no configuration"):
-        open_checkpoint(tmp_path / "other.safetensors")
-
-
-def test_wrong_class(tmp_path: Path) -> None:
-    _write(tmp_path / "model")
-    with pytest.raises(ValueError, match="vocab_size=101 describes an ALiBiLM"):
-        alibi_torch.ALiBiTransformer.from_pretrained(tmp_path / "model")
-
-
-def test_destinations_are_respected(tmp_path: Path) -> None:
-    """Existing checkpoints need consent, other people's files are never touched."""
-    source = _write(tmp_path / "model")
-    other = _write(tmp_path / "other", config=CONFIGS["decoder"])
-    with pytest.raises(CheckpointError, match=r"other exists; .*overwrite=True \(--overwrite\)"):
-        convert(source, other)
-    _assert_holds(other, CONFIGS["decoder"])
-    convert(source, other, overwrite=True)
-    _assert_holds(other, CONFIG)
-    convert(source, _mkdir(tmp_path / "empty"))
-    _assert_holds(tmp_path / "empty", CONFIG)
-
-    home = _mkdir(tmp_path / "home")
-    (home / "thesis.txt").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match=r"holds other files \(thesis\.txt\); choose"):
-            convert(source, home, overwrite=overwrite)
-    beside = sidecar(tmp_path / "model.msgpack")
-    beside.write_text("mine")
-    with pytest.raises(CheckpointError, match=r"model\.msgpack\.json exists"):
-        convert(source, tmp_path / "model.msgpack")
-    assert beside.read_text() == "mine"
-    assert not (tmp_path / "model.msgpack").exists()
-    with pytest.raises(
-        ValueError, match=r"does not end in \.msgpack, the suffix of format msgpack"
-    ):
-        convert(source, tmp_path / "model.bin", to="msgpack")
-    with pytest.raises(ValueError, match="to='onnx' is not known; expected one of alibi, "):
-        convert(source, tmp_path / "model.onnx", to="onnx")
-    with pytest.raises(ValueError, match=r"model\.pth: torch state dicts are written as \.pt or"):
-        convert(source, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="dtype='int8' is not known"):
-        convert(source, tmp_path / "small", dtype="int8")
-
-
-def test_nothing_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up half way leaves the source, the old destination and no debris."""
-    source = _write(tmp_path / "model")
-    old = _write(tmp_path / "old", config=CONFIGS["decoder"])
-
-    def full_disk(path: Path, *_: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("alibi_convert.store.write_safetensors", full_disk)
-    for destination in (old, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space left"):
-            convert(source, destination, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
-    _assert_holds(old, CONFIGS["decoder"])
-
-
-@pytest.mark.parametrize("target", ["old", "old.msgpack"])
-def test_what_was_there_comes_back_when_the_swap_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
-) -> None:
-    """The last rename fails: the old checkpoint, and the configuration beside it, are as before."""
-    source = _write(tmp_path / "model")
-    kind = "msgpack" if target.endswith("msgpack") else "alibi"
-    old = _write(tmp_path / "old", kind, config=CONFIGS["decoder"])
-    before = {path.name for path in tmp_path.iterdir()}
-    rename = os.replace
-
-    def failing(origin: Any, destination: Any) -> None:
-        if Path(destination) == old and "replaced" not in str(origin):
-            raise OSError(5, "Input/output error")
-        rename(origin, destination)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        convert(source, old, overwrite=True)
-    monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == before
-    _assert_holds(old, CONFIGS["decoder"])
-
-
-def test_folders_that_only_look_like_ours(tmp_path: Path) -> None:
-    source = _write(tmp_path / "model")
-    thesis = _mkdir(_mkdir(tmp_path / "home") / "params") / "thesis.txt"
-    thesis.write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"holds other files \(params\)"):
-        convert(source, tmp_path / "home", overwrite=True)
-    assert thesis.exists()
-
-
-def test_failures_leave_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = _write(tmp_path / "model")
-
-    def full_disk(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("alibi_convert.store.write_safetensors", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        convert(source, tmp_path / "new" / "deep" / "result")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_wrong_write_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The destination is read back: one flipped bit on the way and it never appears."""
-    source = _write(tmp_path / "model")
-    write = FORMATS["safetensors"].write
-
-    def corrupting(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
-        write(path, config, tensors)
-        contents = bytearray(path.read_bytes())
-        contents[-5] ^= 1
-        path.write_bytes(contents)
-
-    monkeypatch.setitem(
-        FORMATS, "safetensors", type(FORMATS["safetensors"])(".safetensors", corrupting, "")
-    )
-    with pytest.raises(MismatchError, match=r"copy.*\.(weight|bias)\[.*\] is .*, expected"):
-        convert(source, tmp_path / "copy.safetensors")
-    assert not (tmp_path / "copy.safetensors").exists()
-    convert(source, tmp_path / "copy.safetensors", verify=False)
-
-
 def test_differences_are_found(tmp_path: Path) -> None:
-    ours = open_checkpoint(_write(tmp_path / "a"))
+    ours = open_checkpoint(write(tmp_path / "a"))
     require_same(ours, ours)
     with pytest.raises(MismatchError, match="configuration num_heads is 4, expected 3"):
-        require_same(ours, open_checkpoint(_write(tmp_path / "b", config=CONFIGS["decoder"])))
-    wide = open_checkpoint(_write(tmp_path / "c", dtype=np.float64))
+        require_same(ours, open_checkpoint(write(tmp_path / "b", config=CONFIGS["decoder"])))
+    wide = open_checkpoint(write(tmp_path / "c", dtype=np.float64))
     with pytest.raises(MismatchError, match=r"token_embedding\.weight has dtype float64"):
         require_same(ours, wide)
 
@@ -545,13 +238,13 @@ def test_differences_are_found(tmp_path: Path) -> None:
 def test_verify_sees_a_model_that_differs(tmp_path: Path) -> None:
     """One weight in a later layer, moved by one part in a thousand."""
     small = ALiBiConfig(num_layers=2, d_model=24, num_heads=3, vocab_size=29, max_len=32)
-    ours = _write(tmp_path / "ours", config=small)
+    ours = write(tmp_path / "ours", config=small)
     result = verify(ours, new_tokens=20)
     assert result.passed
     assert len(result.checks) == 6
     parameters = {name: array.copy() for name, array in draw_parameters(small).items()}
     parameters["transformer.layers.1.attn.value.weight"][3, 4] *= 1.001
-    write_folder(_mkdir(tmp_path / "theirs"), small, Tensors.of(parameters))
+    write_folder(make_folder(tmp_path / "theirs"), small, Tensors.of(parameters))
     result = verify(ours, tmp_path / "theirs", new_tokens=20)
     assert not result.passed
     failed = {
@@ -559,13 +252,13 @@ def test_verify_sees_a_model_that_differs(tmp_path: Path) -> None:
     }
     assert set(failed) >= {"both checkpoints hold the same model", "flax cpu"}
     assert failed["flax cpu"].startswith("first outside: layers.1.attn at ")
-    result = verify(ours, _write(tmp_path / "smaller", config=CONFIG), new_tokens=20)
+    result = verify(ours, write(tmp_path / "smaller", config=CONFIG), new_tokens=20)
     assert [check.passed for check in result.checks] == [False]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The documented exit codes, one error line, and JSON that parses."""
-    source = _write(tmp_path / "model")
+    source = write(tmp_path / "model")
     assert main(["inspect", str(source)]) == 0
     assert "ALiBiLM, alibi-duo (alibi)" in capsys.readouterr().out
     assert main(["inspect", str(source), "--json"]) == 0
@@ -598,25 +291,15 @@ def test_command_line_configuration(tmp_path: Path) -> None:
     """--config takes the JSON of a configuration, or the config.json of a checkpoint."""
     save_file(dict(draw_parameters(CONFIG)), tmp_path / "mine.safetensors")
     (tmp_path / "plain.json").write_text(CONFIG.to_json())
-    folder = _write(tmp_path / "model")
+    folder = write(tmp_path / "model")
     for index, file in enumerate((tmp_path / "plain.json", folder / "config.json")):
         destination = tmp_path / f"out{index}"
         arguments = ["convert", str(tmp_path / "mine.safetensors"), str(destination)]
         assert main(arguments) == 3
         assert main([*arguments, "--config", str(file)]) == 0
-        _assert_holds(destination, CONFIG)
+        assert_holds(destination, CONFIG)
     assert main([*arguments, "--config", str(tmp_path / "absent.json")]) == 3
 
 
 def _doubled(config: ALiBiConfig) -> dict[str, Any]:
     return config.to_dict() | {"expansion_factor": 2 * config.expansion_factor}
-
-
-def _edit(folder: Path, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def _mkdir(path: Path) -> Path:
-    path.mkdir()
-    return path

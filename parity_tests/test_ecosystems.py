@@ -17,31 +17,18 @@ import alibi_flax
 import alibi_torch
 from alibi_convert.rules import canonical_tensors
 from alibi_convert.tensors import as_numpy
-from alibi_spec import ALiBiConfig, model_slopes
+from alibi_spec import model_slopes
 from alibi_spec.budgets import BUDGETS
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
+from parity_tests.small_models import CONFIG, MASK, TOKENS, flax_model, torch_model
 
-CONFIG = ALiBiConfig(num_layers=2, d_model=30, num_heads=5, vocab_size=23, dropout=0.2)
-BARE = ALiBiConfig(num_layers=1, d_model=30, num_heads=5)
-TOKENS = np.random.default_rng(0).integers(0, 23, (2, 40))
-MASK = np.concatenate([np.zeros((2, 7), int), np.ones((2, 33), int)], axis=1)
 FLOAT32 = BUDGETS["float32", "cpu"]
-
-
-def _torch_model() -> alibi_torch.ALiBiLM:
-    torch.manual_seed(0)
-    return alibi_torch.ALiBiLM(CONFIG).eval()
-
-
-def _flax_model(**options: Any) -> tuple[alibi_flax.ALiBiLM, Any]:
-    model = alibi_flax.ALiBiLM(CONFIG, **options)
-    return model, model.init(jax.random.key(0), jnp.asarray(TOKENS))["params"]
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_torch_compiles_into_one_graph(training: bool) -> None:
     """No graph breaks with masks or dropout; outputs and gradients as in eager mode."""
-    model = _torch_model().train(training)
+    model = torch_model().train(training)
     tokens, mask = torch.from_numpy(TOKENS), torch.from_numpy(MASK)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.manual_seed(1)
@@ -63,7 +50,7 @@ def test_torch_compiles_into_one_graph(training: bool) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
 def test_torch_compiles_to_machine_code() -> None:
     """The default backend, with a new sequence length after the first."""
-    model = _torch_model()
+    model = torch_model()
     compiled = torch.compile(model, fullgraph=True)
     for length in (40, 33, 25):
         tokens = torch.from_numpy(TOKENS[:, :length])
@@ -73,7 +60,7 @@ def test_torch_compiles_to_machine_code() -> None:
 
 def test_torch_autocast_keeps_logits_in_float32() -> None:
     """bfloat16 activations, float32 biased logits, and an output within bfloat16's budget."""
-    model = _torch_model()
+    model = torch_model()
     tokens = torch.from_numpy(TOKENS)
     exact = alibi_torch.trace(copy.deepcopy(model).double(), tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -87,10 +74,10 @@ def test_torch_autocast_keeps_logits_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_torch_slopes_are_never_rounded_or_stored(dtype: torch.dtype) -> None:
-    model = _torch_model().to(dtype)
+    model = torch_model().to(dtype)
     assert_bitwise(as_numpy(model.transformer.slopes), model_slopes(CONFIG), "after .to(dtype)")
     assert not any("slopes" in name for name in model.state_dict())
-    empty = _torch_model().to("meta").to_empty(device="cpu")
+    empty = torch_model().to("meta").to_empty(device="cpu")
     assert_bitwise(as_numpy(empty.transformer.slopes), model_slopes(CONFIG), "after to_empty")
 
 
@@ -101,12 +88,12 @@ def test_torch_on_the_meta_device() -> None:
         tokens = torch.zeros(2, 5, dtype=torch.int64)
     assert model.transformer.slopes.device.type == "meta"
     assert model(tokens).shape == (2, 5, 23)
-    assert _torch_model().to("meta")(tokens).shape == (2, 5, 23)
+    assert torch_model().to("meta")(tokens).shape == (2, 5, 23)
 
 
 def test_torch_per_sample_gradients() -> None:
     """vmap over grad over functional_call, where nobody may look at the tokens' values."""
-    model, tokens = _torch_model(), torch.from_numpy(TOKENS)
+    model, tokens = torch_model(), torch.from_numpy(TOKENS)
     parameters = dict(model.named_parameters())
 
     def loss(parameters: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -123,39 +110,8 @@ def test_torch_per_sample_gradients() -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32])
-def test_tokens_of_any_integer_dtype(dtype: type) -> None:
-    model, (flax_model, params) = _torch_model(), _flax_model()
-    narrow = TOKENS.astype(dtype)
-    expected = as_numpy(model(torch.from_numpy(TOKENS)))
-    assert_bitwise(as_numpy(model(torch.from_numpy(narrow))), expected, "torch")
-    expected = np.asarray(flax_model.apply({"params": params}, jnp.asarray(TOKENS)))
-    found = np.asarray(flax_model.apply({"params": params}, jnp.asarray(narrow)))
-    assert_bitwise(found, expected, "flax")
-
-
-def test_torch_embeddings_have_the_dtype_of_the_model() -> None:
-    model = alibi_torch.ALiBiTransformer(BARE)
-    with pytest.raises(
-        ValueError, match=r"embeddings are torch\.float64.*use x\.to\(torch\.float32"
-    ):
-        model(torch.zeros(1, 2, 30, dtype=torch.float64))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(torch.zeros(1, 2, 30, dtype=torch.bfloat16))
-
-
-def test_arguments_that_are_no_arrays() -> None:
-    model, (flax_model, params) = _torch_model(), _flax_model()
-    with pytest.raises(ValueError, match=r"tokens is a list; expected a torch\.Tensor"):
-        model([[1, 2]])
-    with pytest.raises(ValueError, match="tokens is a list; expected a JAX or NumPy array"):
-        flax_model.apply({"params": params}, [[1, 2]])
-    with pytest.raises(ValueError, match=r"attention_mask is a ndarray; expected a torch\.Tensor"):
-        model(torch.from_numpy(TOKENS), MASK)
-
-
 def test_torch_state_dict_and_deepcopy() -> None:
-    model = _torch_model()
+    model = torch_model()
     other = alibi_torch.ALiBiLM(CONFIG).eval()
     assert not other.load_state_dict(model.state_dict()).missing_keys
     tokens = torch.from_numpy(TOKENS)
@@ -164,32 +120,15 @@ def test_torch_state_dict_and_deepcopy() -> None:
 
 
 def test_torch_dropout_follows_the_mode() -> None:
-    model, tokens = _torch_model(), torch.from_numpy(TOKENS)
+    model, tokens = torch_model(), torch.from_numpy(TOKENS)
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
 
 
-@pytest.mark.parametrize(
-    "rates",
-    [{"dropout": 0.2, "attention_dropout": 0.0}, {"dropout": 0.0, "attention_dropout": 0.2}],
-)
-def test_each_kind_of_dropout_is_applied(rates: dict[str, float]) -> None:
-    """On residual branches and on probabilities, each on its own, in both backends."""
-    config = ALiBiConfig(num_layers=1, d_model=30, num_heads=5, **rates)
-    x = np.random.default_rng(0).standard_normal((1, 9, 30)).astype(np.float32)
-    ours = alibi_torch.ALiBiTransformer(config).train()
-    assert not torch.equal(ours(torch.from_numpy(x)), ours(torch.from_numpy(x)))
-    theirs = alibi_flax.ALiBiTransformer(config)
-    params = theirs.init(jax.random.key(0), x)
-    kept = theirs.apply(params, x)
-    dropped = theirs.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
-    assert not (kept == dropped).all()
-
-
 def test_flax_jit_and_vmap() -> None:
     """One compiled call, and a vmap over single sequences, give what the plain call gives."""
-    model, params = _flax_model()
+    model, params = flax_model()
     tokens, mask = jnp.asarray(TOKENS), jnp.asarray(MASK)
     plain = np.asarray(model.apply({"params": params}, tokens, mask), np.float64)
 
@@ -204,8 +143,8 @@ def test_flax_jit_and_vmap() -> None:
 
 def test_flax_remat_changes_nothing_but_memory() -> None:
     """The same params tree and gradients, each block inside a checkpoint of its own."""
-    kept, params = _flax_model()
-    rematerialised, same = _flax_model(remat=True)
+    kept, params = flax_model()
+    rematerialised, same = flax_model(remat=True)
     assert jax.tree.structure(params) == jax.tree.structure(same)
     tokens = jnp.asarray(TOKENS)
 
@@ -248,7 +187,7 @@ def test_flax_remat_draws_the_same_dropout_twice() -> None:
 
 def test_flax_whole_model_remat() -> None:
     """linen's own lifted transform on the whole class."""
-    model, params = _flax_model()
+    model, params = flax_model()
     lifted = nn.remat(alibi_flax.ALiBiLM)(CONFIG)
     tokens = jnp.asarray(TOKENS)
     expected = np.asarray(model.apply({"params": params}, tokens), np.float64)
@@ -257,14 +196,14 @@ def test_flax_whole_model_remat() -> None:
 
 
 def test_flax_trace_sees_through_remat() -> None:
-    model, params = _flax_model(remat=True)
+    model, params = flax_model(remat=True)
     for name, value in alibi_flax.trace(model, params, jnp.asarray(TOKENS)).items():
         assert np.isfinite(np.asarray(value)[..., :1]).all(), name
 
 
 def test_flax_under_strict_promotion() -> None:
     """No dtype is mixed in silence. (bfloat16 is, inside linen's own LayerNorm.)"""
-    model, params = _flax_model()
+    model, params = flax_model()
     with jax.numpy_dtype_promotion("strict"):
         rngs = {"dropout": jax.random.key(0)}
         arguments = ({"params": params}, jnp.asarray(TOKENS), jnp.asarray(MASK))
@@ -273,7 +212,7 @@ def test_flax_under_strict_promotion() -> None:
 
 
 def test_flax_dropout_is_drawn_from_its_rng() -> None:
-    model, params = _flax_model()
+    model, params = flax_model()
 
     def logits(seed: int) -> np.ndarray:
         rngs = {"dropout": jax.random.key(seed)}
@@ -288,12 +227,12 @@ def test_flax_dropout_is_drawn_from_its_rng() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_flax_dtype_and_param_dtype(dtype: str) -> None:
     """`dtype` rules the computation, `param_dtype` the parameters, and neither the logits."""
-    model, params = _flax_model(dtype=dtype, param_dtype="float32")
+    model, params = flax_model(dtype=dtype, param_dtype="float32")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
     values = alibi_flax.trace(model, params, jnp.asarray(TOKENS))
     assert str(values["logits"].dtype) == dtype
     assert str(values["layers.0.biased_logits"].dtype) == "float32"
-    _, narrow = _flax_model(param_dtype=dtype)
+    _, narrow = flax_model(param_dtype=dtype)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(narrow)} == {dtype}
 
 
@@ -306,116 +245,3 @@ def test_flax_nnx_bridge() -> None:
     assert_within(np.asarray(model(tokens)), expected, FLOAT32.forward, "ToNNX")
     gradients = nnx.grad(lambda model: (model(tokens) ** 2).mean())(model)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
-def test_a_configuration_of_the_other_class(backend: Any) -> None:
-    with pytest.raises(ValueError, match="ALiBiLM needs vocab_size; give it to ALiBiConfig"):
-        backend.ALiBiLM(BARE)
-    with pytest.raises(ValueError, match="vocab_size=23 describes an ALiBiLM"):
-        backend.ALiBiTransformer(CONFIG)
-
-
-@pytest.mark.parametrize("backend", ["torch", "flax"])
-@pytest.mark.parametrize(
-    ("tokens", "mask", "message"),
-    [
-        (TOKENS[0], None, r"tokens have shape \[40\]; .*add a batch axis with tokens\[None\]"),
-        (TOKENS.astype(np.float32), None, "tokens are not integers; pass token ids"),
-        (TOKENS[:, :0], None, "with at least one position"),
-        (TOKENS + 23, None, r"token 4\d is outside the vocabulary; expected 0 … 22"),
-        (TOKENS - 5, None, r"token -\d is outside the vocabulary"),
-        (TOKENS, MASK[:, :9], r"attention_mask has shape \[2, 9\]; expected \[batch=2, seq=40\]"),
-        (TOKENS, MASK[:1], r"attention_mask has shape \[1, 40\]"),
-        (TOKENS, MASK.astype(np.float32), "attention_mask is floating point"),
-    ],
-)
-def test_bad_tokens_and_masks(
-    backend: str, tokens: np.ndarray, mask: np.ndarray | None, message: str
-) -> None:
-    if backend == "torch":
-        call = _torch_model()
-        arguments = [None if each is None else torch.from_numpy(each) for each in (tokens, mask)]
-    else:
-        model, params = _flax_model()
-
-        def call(*arguments: Any) -> Any:
-            return model.apply({"params": params}, *arguments)
-
-        arguments = [None if each is None else jnp.asarray(each) for each in (tokens, mask)]
-    with pytest.raises(ValueError, match=message):
-        call(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (np.zeros((2, 5, 29), np.float32), r"embeddings have shape \[2, 5, 29\]; .*d_model=30"),
-        (np.zeros((5, 30), np.float32), r"embeddings have shape \[5, 30\]"),
-        (np.zeros((2, 5, 30), np.int64), "embeddings are not floating point; pass tokens to"),
-    ],
-)
-def test_bad_embeddings(x: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        alibi_torch.ALiBiTransformer(BARE)(torch.from_numpy(x))
-    with pytest.raises(ValueError, match=message):
-        alibi_flax.ALiBiTransformer(BARE).init(jax.random.key(0), jnp.asarray(x))
-
-
-def test_greedy_generation_agrees_and_is_greedy() -> None:
-    """Each new token is the argmax of the last logits, and both backends choose the same."""
-    from alibi_convert import torch_to_flax
-
-    model = _torch_model()
-    for parameter in model.parameters():  # far from initial values, where margins are wide
-        parameter.data.add_(torch.randn_like(parameter) * 0.3)
-    params = torch_to_flax(model.state_dict(), CONFIG)
-    prompt, new_tokens = TOKENS[:, :6], 80
-    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), new_tokens))
-    theirs = np.asarray(
-        alibi_flax.generate(alibi_flax.ALiBiLM(CONFIG), params, jnp.asarray(prompt), new_tokens)
-    )
-    assert_bitwise(ours[:, :6], prompt, "prompt")
-    assert_bitwise(ours, theirs, "tokens")
-    logits = model(torch.from_numpy(ours))
-    assert_bitwise(
-        as_numpy(logits.argmax(-1))[:, 5:-1], ours[:, 6:], "argmax of the whole sequence"
-    )
-    assert len(np.unique(ours)) > 3
-
-
-def test_generation_refuses_encoders() -> None:
-    config = ALiBiConfig(num_layers=1, d_model=8, num_heads=1, vocab_size=5, causal=False)
-    with pytest.raises(ValueError, match="an encoder"):
-        alibi_torch.generate(alibi_torch.ALiBiLM(config), torch.zeros(1, 1, dtype=int), 1)
-    with pytest.raises(ValueError, match="an encoder"):
-        alibi_flax.generate(alibi_flax.ALiBiLM(config), {}, jnp.zeros((1, 1), int), 1)
-    with pytest.raises(ValueError, match="the model is in training mode"):
-        alibi_torch.generate(_torch_model().train(), torch.zeros(1, 1, dtype=int), 1)
-    with pytest.raises(ValueError, match=r"max_new_tokens=2\.0 is not valid; expected an integer"):
-        alibi_torch.generate(_torch_model(), torch.zeros(1, 1, dtype=int), 2.0)
-    with pytest.raises(ValueError, match="max_new_tokens=-1"):
-        alibi_torch.generate(_torch_model(), torch.zeros(1, 1, dtype=int), -1)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        (TOKENS + 100, "is outside the vocabulary"),
-        (TOKENS[0], "add a batch axis"),
-        (TOKENS[:, :0], "at least one position"),
-    ],
-)
-def test_bad_prompts(prompt: np.ndarray, message: str) -> None:
-    flax_model, params = _flax_model()
-    with pytest.raises(ValueError, match=message):
-        alibi_torch.generate(_torch_model(), torch.from_numpy(prompt), 0)
-    with pytest.raises(ValueError, match=message):
-        alibi_flax.generate(flax_model, params, jnp.asarray(prompt), 3)
-
-
-def test_generated_tokens_can_be_trained_on() -> None:
-    model = _torch_model()
-    tokens = alibi_torch.generate(model, torch.from_numpy(TOKENS[:, :4]), 3)
-    model(tokens).square().mean().backward()
-    assert model.token_embedding.weight.grad is not None

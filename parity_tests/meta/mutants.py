@@ -205,21 +205,21 @@ MUTANTS = (
         "        yield temporary\n",
         "        import shutil\n\n        shutil.rmtree(destination, ignore_errors=True)\n"
         "        yield temporary\n",
-        "test_convert.py -k nothing_stays",
+        "test_damage.py -k nothing_stays",
     ),
     Mutant(
         "pickles without weights_only",
         "alibi_convert/formats.py",
         "weights_only=True",
         "weights_only=False",
-        "test_convert.py -k pickles",
+        "test_damage.py -k pickles",
     ),
     Mutant(
         "verification that never reads back",
         "alibi_convert/convert.py",
         "require_same(checkpoint, replace(written, path=destination))",
         "require_same(checkpoint, checkpoint)",
-        "test_convert.py -k wrong_write",
+        "test_damage.py -k wrong_write",
     ),
     Mutant(
         "verify runs the same checkpoint twice",
@@ -254,7 +254,7 @@ MUTANTS = (
         "alibi_flax/generate.py",
         "logits[:, position - 1]",
         "logits[:, position - 2]",
-        "test_ecosystems.py -k greedy",
+        "test_models.py -k greedy",
     ),
     Mutant(
         "a comparison that compares nothing",

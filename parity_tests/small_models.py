@@ -1,0 +1,29 @@
+"""One small language model in both backends, and inputs for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import alibi_flax
+import alibi_torch
+from alibi_spec import ALiBiConfig
+
+CONFIG = ALiBiConfig(num_layers=2, d_model=30, num_heads=5, vocab_size=23, dropout=0.2)
+BARE = ALiBiConfig(num_layers=1, d_model=30, num_heads=5)
+TOKENS = np.random.default_rng(0).integers(0, 23, (2, 40))
+MASK = np.concatenate([np.zeros((2, 7), int), np.ones((2, 33), int)], axis=1)
+
+
+def torch_model() -> alibi_torch.ALiBiLM:
+    torch.manual_seed(0)
+    return alibi_torch.ALiBiLM(CONFIG).eval()
+
+
+def flax_model(**options: Any) -> tuple[alibi_flax.ALiBiLM, Any]:
+    model = alibi_flax.ALiBiLM(CONFIG, **options)
+    return model, model.init(jax.random.key(0), jnp.asarray(TOKENS))["params"]

@@ -1,0 +1,179 @@
+"""What both models promise alike: dropout, generation, and one clear error per bad argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import alibi_flax
+import alibi_torch
+from alibi_convert.tensors import as_numpy
+from alibi_spec import ALiBiConfig
+from parity_tests.compare import assert_bitwise
+from parity_tests.small_models import BARE, CONFIG, MASK, TOKENS, flax_model, torch_model
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"dropout": 0.2, "attention_dropout": 0.0}, {"dropout": 0.0, "attention_dropout": 0.2}],
+)
+def test_each_kind_of_dropout_is_applied(rates: dict[str, float]) -> None:
+    """On residual branches and on probabilities, each on its own, in both backends."""
+    config = ALiBiConfig(num_layers=1, d_model=30, num_heads=5, **rates)
+    x = np.random.default_rng(0).standard_normal((1, 9, 30)).astype(np.float32)
+    ours = alibi_torch.ALiBiTransformer(config).train()
+    assert not torch.equal(ours(torch.from_numpy(x)), ours(torch.from_numpy(x)))
+    theirs = alibi_flax.ALiBiTransformer(config)
+    params = theirs.init(jax.random.key(0), x)
+    kept = theirs.apply(params, x)
+    dropped = theirs.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    assert not (kept == dropped).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32])
+def test_tokens_of_any_integer_dtype(dtype: type) -> None:
+    model, (module, params) = torch_model(), flax_model()
+    narrow = TOKENS.astype(dtype)
+    expected = as_numpy(model(torch.from_numpy(TOKENS)))
+    assert_bitwise(as_numpy(model(torch.from_numpy(narrow))), expected, "torch")
+    expected = np.asarray(module.apply({"params": params}, jnp.asarray(TOKENS)))
+    found = np.asarray(module.apply({"params": params}, jnp.asarray(narrow)))
+    assert_bitwise(found, expected, "flax")
+
+
+def test_torch_embeddings_have_the_dtype_of_the_model() -> None:
+    model = alibi_torch.ALiBiTransformer(BARE)
+    with pytest.raises(
+        ValueError, match=r"embeddings are torch\.float64.*use x\.to\(torch\.float32"
+    ):
+        model(torch.zeros(1, 2, 30, dtype=torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.zeros(1, 2, 30, dtype=torch.bfloat16))
+
+
+def test_arguments_that_are_no_arrays() -> None:
+    model, (module, params) = torch_model(), flax_model()
+    with pytest.raises(ValueError, match=r"tokens is a list; expected a torch\.Tensor"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match="tokens is a list; expected a JAX or NumPy array"):
+        module.apply({"params": params}, [[1, 2]])
+    with pytest.raises(ValueError, match=r"attention_mask is a ndarray; expected a torch\.Tensor"):
+        model(torch.from_numpy(TOKENS), MASK)
+
+
+@pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
+def test_a_configuration_of_the_other_class(backend: Any) -> None:
+    with pytest.raises(ValueError, match="ALiBiLM needs vocab_size; give it to ALiBiConfig"):
+        backend.ALiBiLM(BARE)
+    with pytest.raises(ValueError, match="vocab_size=23 describes an ALiBiLM"):
+        backend.ALiBiTransformer(CONFIG)
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+@pytest.mark.parametrize(
+    ("tokens", "mask", "message"),
+    [
+        (TOKENS[0], None, r"tokens have shape \[40\]; .*add a batch axis with tokens\[None\]"),
+        (TOKENS.astype(np.float32), None, "tokens are not integers; pass token ids"),
+        (TOKENS[:, :0], None, "with at least one position"),
+        (TOKENS + 23, None, r"token 4\d is outside the vocabulary; expected 0 … 22"),
+        (TOKENS - 5, None, r"token -\d is outside the vocabulary"),
+        (TOKENS, MASK[:, :9], r"attention_mask has shape \[2, 9\]; expected \[batch=2, seq=40\]"),
+        (TOKENS, MASK[:1], r"attention_mask has shape \[1, 40\]"),
+        (TOKENS, MASK.astype(np.float32), "attention_mask is floating point"),
+    ],
+)
+def test_bad_tokens_and_masks(
+    backend: str, tokens: np.ndarray, mask: np.ndarray | None, message: str
+) -> None:
+    if backend == "torch":
+        call = torch_model()
+        arguments = [None if each is None else torch.from_numpy(each) for each in (tokens, mask)]
+    else:
+        model, params = flax_model()
+
+        def call(*arguments: Any) -> Any:
+            return model.apply({"params": params}, *arguments)
+
+        arguments = [None if each is None else jnp.asarray(each) for each in (tokens, mask)]
+    with pytest.raises(ValueError, match=message):
+        call(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((2, 5, 29), np.float32), r"embeddings have shape \[2, 5, 29\]; .*d_model=30"),
+        (np.zeros((5, 30), np.float32), r"embeddings have shape \[5, 30\]"),
+        (np.zeros((2, 5, 30), np.int64), "embeddings are not floating point; pass tokens to"),
+    ],
+)
+def test_bad_embeddings(x: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        alibi_torch.ALiBiTransformer(BARE)(torch.from_numpy(x))
+    with pytest.raises(ValueError, match=message):
+        alibi_flax.ALiBiTransformer(BARE).init(jax.random.key(0), jnp.asarray(x))
+
+
+def test_greedy_generation_agrees_and_is_greedy() -> None:
+    """Each new token is the argmax of the last logits, and both backends choose the same."""
+    from alibi_convert import torch_to_flax
+
+    model = torch_model()
+    for parameter in model.parameters():  # far from initial values, where margins are wide
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    params = torch_to_flax(model.state_dict(), CONFIG)
+    prompt, new_tokens = TOKENS[:, :6], 80
+    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), new_tokens))
+    theirs = np.asarray(
+        alibi_flax.generate(alibi_flax.ALiBiLM(CONFIG), params, jnp.asarray(prompt), new_tokens)
+    )
+    assert_bitwise(ours[:, :6], prompt, "prompt")
+    assert_bitwise(ours, theirs, "tokens")
+    logits = model(torch.from_numpy(ours))
+    assert_bitwise(
+        as_numpy(logits.argmax(-1))[:, 5:-1], ours[:, 6:], "argmax of the whole sequence"
+    )
+    assert len(np.unique(ours)) > 3
+
+
+def test_generation_refuses_encoders() -> None:
+    config = ALiBiConfig(num_layers=1, d_model=8, num_heads=1, vocab_size=5, causal=False)
+    with pytest.raises(ValueError, match="an encoder"):
+        alibi_torch.generate(alibi_torch.ALiBiLM(config), torch.zeros(1, 1, dtype=int), 1)
+    with pytest.raises(ValueError, match="an encoder"):
+        alibi_flax.generate(alibi_flax.ALiBiLM(config), {}, jnp.zeros((1, 1), int), 1)
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        alibi_torch.generate(torch_model().train(), torch.zeros(1, 1, dtype=int), 1)
+    with pytest.raises(ValueError, match=r"max_new_tokens=2\.0 is not valid; expected an integer"):
+        alibi_torch.generate(torch_model(), torch.zeros(1, 1, dtype=int), 2.0)
+    with pytest.raises(ValueError, match="max_new_tokens=-1"):
+        alibi_torch.generate(torch_model(), torch.zeros(1, 1, dtype=int), -1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (TOKENS + 100, "is outside the vocabulary"),
+        (TOKENS[0], "add a batch axis"),
+        (TOKENS[:, :0], "at least one position"),
+    ],
+)
+def test_bad_prompts(prompt: np.ndarray, message: str) -> None:
+    module, params = flax_model()
+    with pytest.raises(ValueError, match=message):
+        alibi_torch.generate(torch_model(), torch.from_numpy(prompt), 0)
+    with pytest.raises(ValueError, match=message):
+        alibi_flax.generate(module, params, jnp.asarray(prompt), 3)
+
+
+def test_generated_tokens_can_be_trained_on() -> None:
+    model = torch_model()
+    tokens = alibi_torch.generate(model, torch.from_numpy(TOKENS[:, :4]), 3)
+    model(tokens).square().mean().backward()
+    assert model.token_embedding.weight.grad is not None
