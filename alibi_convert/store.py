@@ -229,7 +229,7 @@ def _move_into_place(temporary: Path, destination: Path, overwrite: bool) -> Non
     targets = {path: destination.with_name(path.name) for path in (*companions, temporary)}
     for target in targets.values():
         check_destination(target, overwrite)
-    replaced = temporary.parent / "replaced"
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
     replaced.mkdir()
     try:
         for path, target in targets.items():
