@@ -118,7 +118,8 @@ def read_orbax(folder: Path, config: ALiBiConfig) -> Tensors:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             # As NumPy arrays: the devices that wrote it need not be here.
-            saved = checkpointer.metadata(folder.absolute()).item_metadata
+            saved: Any = checkpointer.metadata(folder.absolute())
+            saved = getattr(saved, "item_metadata", saved)  # newer orbax wraps it
             if saved is None:
                 raise FileNotFoundError("it describes no arrays")
             one = ocp.RestoreArgs(restore_type=np.ndarray)
