@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import pytest
 import torch
@@ -12,6 +14,13 @@ from parity_tests.implementations import IMPLEMENTATIONS, absences
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the tests run in parallel processes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs() -> Iterator[None]:
+    """Thousands of small JAX programs would otherwise stay in memory for the whole run."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
