@@ -58,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("demo"), help="folder for results (default: demo)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
-    parser.add_argument("--steps", type=_count, default=500, help="training steps (default: 500)")
-    parser.add_argument("--length", type=_count, default=128, help="training length (default: 128)")
-    parser.add_argument("--batch", type=_count, default=16, help="sequences per step (default: 16)")
-    parser.add_argument("--layers", type=_count, default=3, help="(default: 3)")
-    parser.add_argument("--width", type=_count, default=128, help="d_model (default: 128)")
-    parser.add_argument("--heads", type=_count, default=8, help="(default: 8)")
+    parser.add_argument("--steps", type=count, default=500, help="training steps (default: 500)")
+    parser.add_argument("--length", type=count, default=128, help="training length (default: 128)")
+    parser.add_argument("--batch", type=count, default=16, help="sequences per step (default: 16)")
+    parser.add_argument("--layers", type=count, default=3, help="(default: 3)")
+    parser.add_argument("--width", type=count, default=128, help="d_model (default: 128)")
+    parser.add_argument("--heads", type=count, default=8, help="(default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
     if value < 1:

@@ -47,7 +47,7 @@ def open_checkpoint(
 
     Args:
         path: a folder of ours or of orbax, or a .safetensors, .pt or .msgpack file.
-        config: for files that do not carry a configuration.
+        config: for files that carry no configuration; otherwise it must agree with theirs.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
 
     Raises:
@@ -67,55 +67,47 @@ def open_checkpoint(
     for family in FAMILIES:
         if family.recognises(tensors):
             return _from_family(family, path, kind, config, tensors)
-    if config is not None:
-        shapes = {row.name: row.shape for row in parameter_table(config)}
-        check_shapes(shapes, tensors.shapes)
-        ordered = Tensors({name: tensors.headers[name] for name in shapes})
-        return Checkpoint(path, kind, store.FORMAT, config, ordered, {})
-    raise CheckpointError(
-        f"{path} carries no configuration; pass config=ALiBiConfig(…) (--config FILE)"
-    )
+    config = _settle(path, None, config)
+    shapes = {row.name: row.shape for row in parameter_table(config)}
+    check_shapes(shapes, tensors.shapes)
+    ordered = Tensors({name: tensors.headers[name] for name in shapes})
+    return Checkpoint(path, kind, store.FORMAT, config, ordered, {})
 
 
 def _open_folder(
-    folder: Path, config: ALiBiConfig | None
+    folder: Path, given: ALiBiConfig | None
 ) -> tuple[str, ALiBiConfig | None, Tensors]:
     if (folder / store.ORBAX_MARK).exists():  # orbax params alone
-        if config is None:
-            raise CheckpointError(
-                f"{folder} is an orbax checkpoint without a configuration; pass "
-                "config=ALiBiConfig(…) (--config FILE)"
-            )
+        config = _settle(folder, None, given)
         return "orbax", config, formats.read_orbax(folder, config)
     if (folder / store.ORBAX_FOLDER).is_dir():
-        config = store.read_config(folder / store.CONFIG_FILE)
+        config = _settle(folder, store.read_config(folder / store.CONFIG_FILE), given)
         return "orbax", config, formats.read_orbax(folder / store.ORBAX_FOLDER, config)
-    return "alibi", *store.read_folder(folder)
+    carried, tensors = store.read_folder(folder)
+    return "alibi", _settle(folder, carried, given), tensors
 
 
 def _open_file(
-    path: Path, config: ALiBiConfig | None, allow_pt: bool
+    path: Path, given: ALiBiConfig | None, allow_pt: bool
 ) -> tuple[str, ALiBiConfig | None, Tensors]:
+    carried = None
     if path.suffix == ".safetensors":
         tensors, metadata = store.read_safetensors(path)
-        if config is None and "alibi_config" in metadata:
-            config = store.parse_config(metadata["alibi_config"], f"metadata of {path}")
-        return "safetensors", config, tensors
-    if config is None and formats.sidecar(path).exists():
-        config = store.read_config(formats.sidecar(path))
+        if "alibi_config" in metadata:
+            carried = store.parse_config(metadata["alibi_config"], f"metadata of {path}")
+        return "safetensors", given if carried is None else _settle(path, carried, given), tensors
+    if formats.sidecar(path).exists():
+        carried = store.read_config(formats.sidecar(path))
     if path.suffix in PICKLE_SUFFIXES:
         if not allow_pt:
             raise CheckpointError(
                 f"{path} is a pickle, which can be made to run code; if you trust it, pass "
                 "allow_pt=True (--allow-pt): it is then read by torch's weights_only unpickler"
             )
-        return "pt", config, formats.read_pt(path)
+        tensors = formats.read_pt(path)
+        return "pt", given if carried is None else _settle(path, carried, given), tensors
     if path.suffix == ".msgpack":
-        if config is None:
-            raise CheckpointError(
-                f"{path} carries no configuration and {formats.sidecar(path).name} is missing; "
-                "pass config=ALiBiConfig(…) (--config FILE)"
-            )
+        config = _settle(path, carried, given)
         return "msgpack", config, formats.read_msgpack(path, config)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
@@ -123,16 +115,33 @@ def _open_file(
     )
 
 
+def _settle(path: Path, carried: ALiBiConfig | None, given: ALiBiConfig | None) -> ALiBiConfig:
+    """The configuration carried or implied by a checkpoint, or the one given, which must agree.
+
+    The one given may set what a trained model's shapes and values cannot show: dropout, max_len.
+    """
+    if carried is None:
+        if given is None:
+            raise CheckpointError(
+                f"{path} carries no configuration; pass config=ALiBiConfig(…) (--config FILE)"
+            )
+        return given
+    if given is None:
+        return carried
+    if replace(carried, dropout=given.dropout, max_len=given.max_len) != given:
+        wrong = [
+            name for name, value in given.to_dict().items() if value != carried.to_dict()[name]
+        ]
+        raise CheckpointError(
+            f"the configuration given is not that of {path}: they differ in {', '.join(wrong)}"
+        )
+    return given
+
+
 def _from_family(
     family: Family, path: Path, kind: str, given: ALiBiConfig | None, tensors: Tensors
 ) -> Checkpoint:
-    config = family.config(tensors)
-    if given is not None:  # it may add what shapes cannot say, and nothing else
-        config = replace(config, dropout=given.dropout, max_len=given.max_len)
-        if config != given:
-            raise CheckpointError(
-                f"the configuration given is not that of {path}, which is {config}"
-            )
+    config = _settle(path, family.config(tensors), given)
     shapes = {row.name: row.shape for row in parameter_table(config)}
     rules, derived = family.rules(config), family.derived(config)
     check_shapes(

@@ -7,7 +7,11 @@ import importlib.util
 
 def require(module: str, extra: str, purpose: str) -> None:
     """Raise ValueError, with the command that mends it, unless `module` is installed."""
-    if importlib.util.find_spec(module) is None:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        found = False
+    if not found:
         raise ValueError(
             f"{purpose} needs {module}, which is not installed; pip install 'alibi-duo[{extra}]'"
         )

@@ -76,6 +76,8 @@ def read_pt(path: Path) -> Tensors:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _UNPICKLING_ERRORS as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's advice is to trust it
+            cause = "it may hold more than tensors; save the model's state_dict() alone"
         raise CheckpointError(f"{path} is truncated or not a plain state dict: {cause}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")

@@ -157,7 +157,10 @@ def write_safetensors(
 ) -> None:
     """One safetensors file. Arrays are made contiguous: safetensors 0.8.0 garbles strided ones."""
     contiguous = {name: np.ascontiguousarray(tensors[name]) for name in tensors}
+    path.touch()
+    mode = path.stat().st_mode  # as the user's umask wants it; save_file would make it private
     save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(mode)
 
 
 def write_folder(

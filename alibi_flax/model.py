@@ -242,7 +242,8 @@ class ALiBiLM(nn.Module):
         """Next-token logits.
 
         Args:
-            tokens: ids below `vocab_size`; checked where that needs no device synchronisation.
+            tokens: ids below `vocab_size`; checked where that needs no device synchronisation:
+                on the CPU, outside `jit`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             deterministic: False applies dropout, drawn from the rng "dropout".
 

@@ -215,7 +215,8 @@ class ALiBiLM(PretrainedModule):
         """Next-token logits.
 
         Args:
-            tokens: ids below `vocab_size`; checked where that needs no device synchronisation.
+            tokens: ids below `vocab_size`; checked where that needs no device synchronisation:
+                on the CPU, outside `torch.compile`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
 
         Raises:

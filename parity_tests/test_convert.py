@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -75,7 +76,9 @@ def test_files_hold_no_slopes_and_torch_layout(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model" / "model.safetensors")
     assert set(state) == {row.name for row in parameter_table(CONFIG)}
     alibi_torch.ALiBiLM(CONFIG).load_state_dict(state)
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    files = [tmp_path / "model" / name for name in ("model.safetensors", "config.json")]
+    assert len({file.stat().st_mode for file in files}) == 1  # whoever reads one reads the other
+    config = json.loads(files[1].read_text())
     assert (config.pop("format"), config.pop("format_version")) == ("alibi-duo", 1)
     assert ALiBiConfig.from_dict(config) == CONFIG
 
@@ -169,7 +172,7 @@ def test_user_files_with_a_configuration_beside_them(tmp_path: Path) -> None:
         found = open_checkpoint(tmp_path / f"{name}.msgpack", config=CONFIG)
         for key, tensor in model.state_dict().items():
             assert_bitwise(found.tensors[key], as_numpy(tensor), key)
-    with pytest.raises(CheckpointError, match=r"bare\.msgpack\.json is missing; pass config="):
+    with pytest.raises(CheckpointError, match=r"bare\.msgpack carries no configuration"):
         open_checkpoint(tmp_path / "bare.msgpack")
     with pytest.raises(CheckpointError, match=r"0 tensors missing, 0 unexpected, \d+ of the wrong"):
         open_checkpoint(tmp_path / "bare.msgpack", config=ALiBiConfig(**_doubled(CONFIG)))
@@ -181,7 +184,7 @@ def test_user_orbax_params(tmp_path: Path) -> None:
     tree = alibi_flax.ALiBiLM(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), int))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", tree)
-    with pytest.raises(CheckpointError, match="an orbax checkpoint without a configuration"):
+    with pytest.raises(CheckpointError, match="carries no configuration; pass config="):
         open_checkpoint(tmp_path / "orbax")
     found = open_checkpoint(tmp_path / "orbax", config=CONFIG)
     kernel = np.asarray(tree["params"]["lm_head"]["kernel"])
@@ -201,6 +204,17 @@ def test_a_file_knows_its_own_configuration_best(tmp_path: Path) -> None:
     other = write(tmp_path / "other", config=CONFIGS["decoder"])
     sidecar(path).write_text((other / "config.json").read_text())
     assert open_checkpoint(path).config == CONFIG
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_contradicting_configuration_is_refused(tmp_path: Path, kind: str) -> None:
+    """Another head count fits every shape of a torch checkpoint, and is another model."""
+    path = write(tmp_path / "model", kind)
+    wrong = dataclasses.replace(CONFIG, num_heads=6)
+    with pytest.raises(CheckpointError, match=r"not that of .*: they differ in num_heads"):
+        open_checkpoint(path, config=wrong, allow_pt=True)
+    given = dataclasses.replace(CONFIG, dropout=0.4)
+    assert open_checkpoint(path, config=given, allow_pt=True).config == given
 
 
 def test_orbax_from_other_devices(tmp_path: Path) -> None:

@@ -164,9 +164,13 @@ def test_missing_extras(
 ) -> None:
     source = write(tmp_path / "model")
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == module else find_spec(name)
-    )
+
+    def not_installed(name: str) -> Any:
+        if name == module and "." in name:  # as when the parent package is missing, too
+            raise ModuleNotFoundError(name)
+        return None if name == module else find_spec(name)
+
+    monkeypatch.setattr("importlib.util.find_spec", not_installed)
     monkeypatch.chdir(tmp_path)
     assert main([str(source) if each == "SOURCE" else each for each in arguments]) == 2
     assert f"pip install 'alibi-duo[{extra}]'" in capsys.readouterr().err
