@@ -202,9 +202,9 @@ MUTANTS = (
     Mutant(
         "the old destination goes first",
         "alibi_convert/store.py",
-        "        yield temporary\n",
-        "        import shutil\n\n        shutil.rmtree(destination, ignore_errors=True)\n"
-        "        yield temporary\n",
+        "            yield temporary\n",
+        "            import shutil\n\n            shutil.rmtree(destination, ignore_errors=True)\n"
+        "            yield temporary\n",
         "test_damage.py -k nothing_stays",
     ),
     Mutant(
