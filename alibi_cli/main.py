@@ -1,18 +1,20 @@
-"""`alibi inspect | convert | verify | demo`: arguments in, report out, exit code.
+"""`alibi inspect | plan | convert | verify | demo`: arguments in, report out, exit code.
 
-Exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input.
+Exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input. A reader that goes away early (as
+`head` does) ends the command like any other, with 128 + SIGPIPE.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alibi_convert import CheckpointError, MismatchError, convert, inspect
+from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
 from alibi_convert.formats import FORMATS
 from alibi_convert.store import FORMAT, parse_config, parse_json
 from alibi_convert.tensors import DTYPES
@@ -20,24 +22,42 @@ from alibi_convert.verify import Verification, verify_steps
 from alibi_spec import ALiBiConfig
 
 OK, MISMATCH, USAGE, BROKEN = 0, 1, 2, 3
+BROKEN_PIPE = 128 + 13
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
     except MismatchError as error:
         return _fail(error, MISMATCH)
+    except BrokenPipeError:
+        _abandon_output()
+        return BROKEN_PIPE
     except (CheckpointError, OSError) as error:
         return _fail(error, BROKEN)
     except ValueError as error:
         return _fail(error, USAGE)
+    return code
 
 
 def _fail(error: Exception, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # that was the error: what is left cannot be printed either
+        _abandon_output()
     return code
+
+
+def _abandon_output() -> None:
+    """What is still buffered goes nowhere, so that the interpreter's last flush does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_SOURCE = "checkpoint folder or file, or org/name on the hub"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,22 +69,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("inspect", help="show what a checkpoint holds")
-    command.add_argument("path", type=Path, help="checkpoint folder or file")
+    command.add_argument("path", type=Path, help=_SOURCE)
     _add_source_options(command)
     command.set_defaults(run=_inspect)
 
-    command = commands.add_parser("convert", help="convert a checkpoint")
-    command.add_argument("source", type=Path, help="checkpoint folder or file")
-    command.add_argument("destination", type=Path, help="a path that does not exist yet")
-    command.add_argument(
-        "--to",
-        choices=list(FORMATS),
-        help="; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items())
-        + " (default: by the destination's suffix)",
+    command = commands.add_parser(
+        "plan", help="show what a conversion would do, without reading or writing tensors"
     )
-    command.add_argument("--dtype", choices=list(DTYPES), help="cast every tensor")
+    command.add_argument("source", type=Path, help=_SOURCE)
+    command.add_argument("destination", type=Path, nargs="?", help="where it would go")
+    _add_target_options(command)
+    _add_source_options(command)
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("convert", help="convert a checkpoint")
+    command.add_argument("source", type=Path, help=_SOURCE)
+    command.add_argument("destination", type=Path, help="a path that does not exist yet")
+    _add_target_options(command)
+    command.add_argument(
+        "--strict-values", action="store_true", help="refuse NaN and infinity, do not report them"
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="keep the shards that a killed run had finished"
+    )
+    command.add_argument(
+        "--progress", action="store_true", help="show a progress bar even where no terminal is"
+    )
     command.add_argument("--no-verify", action="store_true", help="do not read the result back")
-    command.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     _add_source_options(command)
     command.set_defaults(run=_convert)
 
@@ -88,6 +119,29 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(command)
     command.set_defaults(run=_demo)
     return parser
+
+
+def _add_target_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--to",
+        choices=list(FORMATS),
+        help="; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items())
+        + " (default: by the destination's suffix)",
+    )
+    command.add_argument("--dtype", choices=list(DTYPES), help="cast every tensor")
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of the files of a folder (default: 5GB)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+
+
+def _target_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "to": options.to,
+        "dtype": options.dtype,
+        "max_shard_size": options.max_shard_size,
+        "overwrite": options.overwrite,
+    }
 
 
 def _add_source_options(command: argparse.ArgumentParser) -> None:
@@ -131,31 +185,104 @@ def _inspect(options: argparse.Namespace) -> int:
     return OK
 
 
+def _plan(options: argparse.Namespace) -> int:
+    planned = plan(
+        options.source,
+        options.destination,
+        **_target_options(options),
+        **_source_options(options),
+    )
+    if options.json:
+        print(json.dumps(planned.to_dict(), indent=2))
+    else:
+        _print_plan(planned)
+    return OK if planned.possible else BROKEN
+
+
+def _print_plan(planned: Plan) -> None:
+    print(
+        f"{planned.source} ({planned.family}, {planned.source_format}) -> "
+        f"{planned.destination_format}"
+    )
+    for name, value in planned.config.items():
+        print(f"  {name} = {value}")
+    width = max(map(len, planned.tensors))
+    for name, row in planned.tensors.items():
+        dtype = row.dtype if row.dtype == row.source_dtype else f"{row.source_dtype} -> {row.dtype}"
+        origin = "" if row.sources == (name,) else f"  from {', '.join(row.sources)}"
+        print(f"  {name:{width}}  {dtype} {list(row.shape)} {row.nbytes:,} bytes{origin}")
+    _print_differences(planned.dropped, planned.folded)
+    for file, names in planned.files.items():
+        print(f"{file}: {len(names)} tensors")
+    free = planned.free_disk_bytes
+    free_text = "unknown" if free is None else f"{free:,}"
+    print(
+        f"{planned.nbytes:,} bytes to write, {free_text} free; "
+        f"about {planned.peak_memory_bytes:,} bytes of memory"
+    )
+    for problem in planned.problems:
+        print(f"{'problem' if problem.stops else 'note'}: {problem.cause}; {problem.mend}")
+
+
+def _print_differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> None:
+    for name, reason in dropped.items():
+        print(f"  not carried over: {name} ({reason})")
+    for name, reason in folded.items():
+        print(f"  computed: {name} ({reason})")
+
+
 def _convert(options: argparse.Namespace) -> int:
     report = convert(
         options.source,
         options.destination,
-        to=options.to,
-        dtype=options.dtype,
         verify=not options.no_verify,
-        overwrite=options.overwrite,
+        strict_values=options.strict_values,
+        resume=options.resume,
+        progress=not options.json and (options.progress or sys.stderr.isatty()),
+        **_target_options(options),
         **_source_options(options),
     )
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
-        return OK
+    else:
+        _print_report(report)
+    return OK
+
+
+def _print_report(report: Report) -> None:
     print(
         f"{report.source} ({report.family}, {report.source_format}) -> "
         f"{report.destination} ({report.destination_format})"
     )
-    print(f"{report.tensors} tensors, {report.nbytes:,} bytes")
-    for name, reason in report.dropped.items():
-        print(f"  not carried over: {name} ({reason})")
-    if report.rounding is not None:
-        print(f"cast to {options.dtype}: largest relative rounding error {report.rounding:.1e}")
+    print(f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s")
+    _print_differences(report.dropped, report.folded)
+    for cast in report.casts:
+        where = f" in {cast.where}" if cast.where else ""
+        print(
+            f"{cast.tensors} tensors cast from {cast.source} to {cast.target}: largest relative "
+            f"rounding error {cast.rounding:.1e}{where}"
+        )
+    for name, count in report.nonfinite.items():
+        print(f"  NaN or infinite: {count:,} elements of {name}")
+    if report.kept:
+        print(f"kept from the killed run: {', '.join(report.kept)}")
+    if report.copied:
+        print(f"copied: {', '.join(report.copied)}")
+    for name, sha256 in report.destination_sha256.items():
+        print(f"  {sha256}  {name}")
     if report.verified:
         print("read back: bitwise what was meant")
-    return OK
+        _print_logits(report.verification["logits"])
+
+
+def _print_logits(logits: Mapping[str, Any]) -> None:
+    if "not_run" in logits:
+        print(f"outputs not compared: {logits['not_run']}")
+        return
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in logits["errors"].items())
+    print(f"outputs against {logits['against']}: {errors} (float32 allows {logits['budget']:.0e})")
+    if "no_peer" in logits:
+        print(f"  its own library was not run: {logits['no_peer']}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alibi_convert import formats, store
 from alibi_convert.errors import CheckpointError
-from alibi_convert.families import FAMILIES, Family
+from alibi_convert.families import FAMILIES, Family, Source, fairseq, import_tensors
+from alibi_convert.hub import resolve
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
@@ -30,6 +31,9 @@ class Checkpoint:
         config: what the model computes.
         tensors: canonical names, torch layout, read when looked up.
         derived: tensors of the file that are not carried over, with the reason.
+        origins: names in the file of what each tensor comes from, where they differ from ours.
+        folded: tensors that are computed from those of the file, with the reason.
+        foreign_config: the config.json of another family's folder.
     """
 
     path: Path
@@ -38,6 +42,19 @@ class Checkpoint:
     config: ALiBiConfig
     tensors: Tensors
     derived: Mapping[str, str]
+    origins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    folded: Mapping[str, str] = field(default_factory=dict)
+    foreign_config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a path holds: a configuration of ours, or a foreign one, or none; and tensors."""
+
+    format: str
+    tensors: Tensors
+    carried: ALiBiConfig | None = None
+    foreign: Mapping[str, Any] | None = None
 
 
 def open_checkpoint(
@@ -46,56 +63,69 @@ def open_checkpoint(
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
     Args:
-        path: a folder of ours or of orbax, or a .safetensors, .pt or .msgpack file.
+        path: a folder of ours, of a known family or of orbax, a .safetensors, .pt or .msgpack
+            file, or the id of a folder on the Hugging Face hub.
         config: for files that carry no configuration; otherwise it must agree with theirs.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
 
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
     """
-    path = Path(path)
-    if not path.exists():
+    path = resolve(path, allow_pt)
+    if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
     if path.is_dir():
-        kind, config, tensors = _open_folder(path, config)
+        opened = _open_folder(path, config, allow_pt)
     else:
-        kind, config, tensors = _open_file(path, config, allow_pt)
+        opened = _open_file(path, config, allow_pt)
+    tensors = opened.tensors
     odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
+    source = Source(opened.foreign, tensors)
+    if opened.carried is None:
+        for family in FAMILIES:
+            if family.recognises(source):
+                return _from_family(family, path, opened.format, config, source)
+    if opened.foreign is not None:
+        kind = opened.foreign.get("model_type")
+        raise CheckpointError(
+            f"{path} is of no known family (model_type {kind!r}); known: alibi-duo, "
+            f"{', '.join(family.name for family in FAMILIES)}"
+        )
     if odd:
         name, dtype = next(iter(odd.items()))
         raise CheckpointError(f"{path}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
-    for family in FAMILIES:
-        if family.recognises(tensors):
-            return _from_family(family, path, kind, config, tensors)
-    config = _settle(path, None, config)
+    config = _settle(path, opened.carried, config)
     shapes = {row.name: row.shape for row in parameter_table(config)}
     check_shapes(shapes, tensors.shapes)
     ordered = Tensors({name: tensors.headers[name] for name in shapes})
-    return Checkpoint(path, kind, store.FORMAT, config, ordered, {})
+    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, {})
 
 
-def _open_folder(
-    folder: Path, given: ALiBiConfig | None
-) -> tuple[str, ALiBiConfig | None, Tensors]:
+def _open_folder(folder: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened:
     if (folder / store.ORBAX_MARK).exists():  # orbax params alone
         config = _settle(folder, None, given)
-        return "orbax", config, formats.read_orbax(folder, config)
+        return _Opened("orbax", formats.read_orbax(folder, config), config)
     if (folder / store.ORBAX_FOLDER).is_dir():
         config = _settle(folder, store.read_config(folder / store.CONFIG_FILE), given)
-        return "orbax", config, formats.read_orbax(folder / store.ORBAX_FOLDER, config)
-    carried, tensors = store.read_folder(folder)
-    return "alibi", _settle(folder, carried, given), tensors
+        tensors = formats.read_orbax(folder / store.ORBAX_FOLDER, config)
+        return _Opened("orbax", tensors, config)
+    if not (folder / store.CONFIG_FILE).exists():
+        raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
+    text, origin = (folder / store.CONFIG_FILE).read_bytes(), str(folder / store.CONFIG_FILE)
+    values = store.parse_json(text, origin)
+    if "model_type" in values and "format" not in values:
+        return _Opened("folder", store.read_tensors(folder, allow_pt), foreign=values)
+    carried = store.parse_config(text, origin)
+    return _Opened("alibi", store.read_tensors(folder, allow_pt), carried)
 
 
-def _open_file(
-    path: Path, given: ALiBiConfig | None, allow_pt: bool
-) -> tuple[str, ALiBiConfig | None, Tensors]:
+def _open_file(path: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened:
     carried = None
     if path.suffix == ".safetensors":
         tensors, metadata = store.read_safetensors(path)
         if "alibi_config" in metadata:
             carried = store.parse_config(metadata["alibi_config"], f"metadata of {path}")
-        return "safetensors", given if carried is None else _settle(path, carried, given), tensors
+        return _Opened("safetensors", tensors, carried)
     if formats.sidecar(path).exists():
         carried = store.read_config(formats.sidecar(path))
     if path.suffix in PICKLE_SUFFIXES:
@@ -104,11 +134,13 @@ def _open_file(
                 f"{path} is a pickle, which can be made to run code; if you trust it, pass "
                 "allow_pt=True (--allow-pt): it is then read by torch's weights_only unpickler"
             )
-        tensors = formats.read_pt(path)
-        return "pt", given if carried is None else _settle(path, carried, given), tensors
+        source = fairseq.load(path)
+        if source is not None:
+            return _Opened("pt", source.tensors, foreign=source.config)
+        return _Opened("pt", formats.read_pt(path), carried)
     if path.suffix == ".msgpack":
         config = _settle(path, carried, given)
-        return "msgpack", config, formats.read_msgpack(path, config)
+        return _Opened("msgpack", formats.read_msgpack(path, config), config)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
         f"{', '.join(PICKLE_SUFFIXES)} or .msgpack"
@@ -139,21 +171,23 @@ def _settle(path: Path, carried: ALiBiConfig | None, given: ALiBiConfig | None) 
 
 
 def _from_family(
-    family: Family, path: Path, kind: str, given: ALiBiConfig | None, tensors: Tensors
+    family: Family, path: Path, kind: str, given: ALiBiConfig | None, source: Source
 ) -> Checkpoint:
-    config = _settle(path, family.config(tensors), given)
-    shapes = {row.name: row.shape for row in parameter_table(config)}
-    rules, derived = family.rules(config), family.derived(config)
-    check_shapes(
-        {rule.foreign: rule.foreign_shape(shapes[rule.canonical[0]]) for rule in rules},
-        {name: shape for name, shape in tensors.shapes.items() if name not in derived},
+    source = Source(source.config, family.renamed(source.tensors))
+    config = _settle(path, family.read_config(source), given)
+    found = import_tensors(family, config, source)
+    for name, header in found.tensors.headers.items():
+        if header.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{path}: {name} is {header.dtype}; expected one of {', '.join(DTYPES)}"
+            )
+    return Checkpoint(
+        *(path, kind, family.name, config, found.tensors),
+        derived=found.derived,
+        origins=found.origins,
+        folded=found.folded,
+        foreign_config=source.config,
     )
-    arrays = {}
-    for rule in rules:
-        arrays.update(rule.apply(tensors[rule.foreign]))
-    dropped = {name: reason for name, reason in derived.items() if name in tensors}
-    ordered = {name: arrays[name] for name in shapes}
-    return Checkpoint(path, kind, family.name, config, Tensors.of(ordered), dropped)
 
 
 def torch_to_flax(state_dict: Mapping[str, Any], config: ALiBiConfig) -> dict[str, Any]:

@@ -1,51 +1,37 @@
-"""Convert a checkpoint from any format to any other, and show what one holds."""
+"""Convert a checkpoint from any format to any other, and show what one holds.
+
+Tensors pass through one by one, a few megabytes at a time, whatever the size of the model: they
+are cast, looked at, hashed and written in one pass, then read back and compared in another. Only
+.pt, .msgpack and orbax hold the whole model in memory.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
-from alibi_convert.errors import CheckpointError, MismatchError
+from alibi_convert.comparison import first_difference as first_difference  # exported
+from alibi_convert.comparison import require_same
+from alibi_convert.destination import building
 from alibi_convert.formats import FORMATS
-from alibi_convert.store import replacing
-from alibi_convert.tensors import DTYPES, LazyTensor, Tensors
+from alibi_convert.hashing import file_sha256, hashing
+from alibi_convert.layout import copy_companions
+from alibi_convert.logits import compare_logits
+from alibi_convert.progress import progress_bar
+from alibi_convert.provenance import restore_neutral_keys, source_files, write_provenance
+from alibi_convert.report import Report
+from alibi_convert.store import FORMAT, MAX_SHARD_BYTES, parse_size
+from alibi_convert.tensors import DTYPES
+from alibi_convert.values import Watched, cast
 from alibi_spec import ALiBiConfig
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        source, destination: paths.
-        source_format, destination_format: keys of `FORMATS`.
-        family: "alibi-duo" or the foreign family recognised.
-        tensors: how many were written.
-        nbytes: bytes of tensor data written.
-        dropped: tensors of the source that the configuration implies, with the reason.
-        rounding: largest relative rounding error of any element, None when nothing was cast.
-        verified: the destination was read back and is bitwise what was meant.
-    """
-
-    source: str
-    destination: str
-    source_format: str
-    destination_format: str
-    family: str
-    tensors: int
-    nbytes: int
-    dropped: dict[str, str] = field(default_factory=dict)
-    rounding: float | None = None
-    verified: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self)
 
 
 def convert(
@@ -58,6 +44,10 @@ def convert(
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
     overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    strict_values: bool = False,
+    resume: bool = False,
+    progress: bool = False,
 ) -> Report:
     """Convert one checkpoint; nothing is left behind when it fails.
 
@@ -66,16 +56,92 @@ def convert(
         destination: a path that does not exist yet (or see `overwrite`).
         to: a key of `FORMATS`; None goes by the destination's suffix, a folder without one.
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
-        verify: read the destination back and compare every tensor bit by bit.
+        verify: read the destination back and compare every tensor bit by bit; and between
+            families, where memory allows, run both sides and compare what they compute.
         config, allow_pt: as for `open_checkpoint`.
         overwrite: replace an existing checkpoint.
+        max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
+        strict_values: refuse NaN and infinity, instead of reporting them.
+        resume: keep the shards that the same conversion had finished when it was killed.
+        progress: show a progress bar on the standard error stream.
 
     Raises:
-        CheckpointError: the source is broken, the destination exists, a cast overflows, or the
-            destination does not read back.
-        ValueError: unknown `to` or `dtype`.
+        CheckpointError: the source is broken, the destination exists, a cast overflows, the disk
+            is full, or the destination does not read back.
+        ValueError: unknown `to`, `dtype` or `max_shard_size`.
     """
+    started = time.monotonic()
     destination = Path(destination)
+    to = check_target(destination, to, dtype)
+    max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    target = None if dtype is None else DTYPES[dtype]
+    meant = replace(checkpoint, tensors=cast(checkpoint.tensors, target))
+    nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
+    files = source_files(checkpoint.path, allow_pt)
+    task = _task(files, checkpoint.config, to, dtype, max_shard_bytes)
+    with building(destination, overwrite, nbytes, task, resume) as (path, journal):
+        source_sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(files))
+        with hashing(files, source_sha256) as hashed:
+            with progress_bar(progress, "convert", nbytes, journal.size(path)) as advance:
+                seen = journal.notes.setdefault("seen", {})
+                watched = Watched(checkpoint.tensors, target, seen, advance)
+                sha256 = FORMATS[to].write(
+                    *(path, checkpoint.config, watched.tensors),
+                    max_shard_bytes=max_shard_bytes,
+                    journal=journal,
+                )
+            if strict_values:
+                watched.require_finite()
+            restore_neutral_keys(path, checkpoint.path, to)
+            copied = _copy_companions(checkpoint.path, path)
+            logits: dict[str, Any] = {"not_run": "verification was switched off"}
+            if verify:
+                written = open_checkpoint(path, allow_pt=True)
+                _require_written(meant, written, destination, progress)
+                logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
+            hashed.result()
+        report = Report(
+            source=str(source),
+            destination=str(destination),
+            source_format=checkpoint.format,
+            destination_format=to,
+            family=checkpoint.family,
+            tensors=len(meant.tensors),
+            nbytes=nbytes,
+            dropped=dict(checkpoint.derived),
+            folded=dict(checkpoint.folded),
+            rounding=watched.rounding,
+            casts=watched.casts,
+            nonfinite=watched.nonfinite,
+            copied=copied,
+            kept=journal.kept,
+            source_sha256=source_sha256,
+            destination_sha256=_all_hashes(path, sha256),
+            verified=verify,
+            verification={"bitwise": verify, "logits": logits},
+            seconds=time.monotonic() - started,
+        )
+        if path.is_dir():
+            write_provenance(path, report, checkpoint.foreign_config)
+    return report
+
+
+def _require_written(
+    meant: Checkpoint, written: Checkpoint, destination: Path, progress: bool
+) -> None:
+    """What was written, on its way to `destination`, reads back as what was meant."""
+    if written.family != FORMAT:
+        # It says the same in its own words, and perhaps has none for dropout or max_len; that it
+        # says what the model computes was checked when it was written.
+        written = replace(written, config=meant.config)
+    nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
+    with progress_bar(progress, "verify", nbytes) as advance:
+        require_same(meant, replace(written, path=destination), advance)
+
+
+def check_target(destination: Path, to: str | None, dtype: str | None) -> str:
+    """The format to write; ValueError when it, the dtype or the suffix cannot be."""
     to = _format_of(destination) if to is None else to
     if to not in FORMATS:
         raise ValueError(f"to={to!r} is not known; expected one of {', '.join(FORMATS)}")
@@ -85,27 +151,7 @@ def convert(
         raise ValueError(
             f"{destination} does not end in {FORMATS[to].suffix}, the suffix of format {to}"
         )
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
-    rounding = None
-    if dtype is not None:
-        checkpoint, rounding = _cast(checkpoint, DTYPES[dtype])
-    with replacing(destination, overwrite) as temporary:
-        FORMATS[to].write(temporary, checkpoint.config, checkpoint.tensors)
-        if verify:
-            written = open_checkpoint(temporary, allow_pt=True)
-            require_same(checkpoint, replace(written, path=destination))
-    return Report(
-        source=str(source),
-        destination=str(destination),
-        source_format=checkpoint.format,
-        destination_format=to,
-        family=checkpoint.family,
-        tensors=len(checkpoint.tensors),
-        nbytes=sum(header.nbytes for header in checkpoint.tensors.headers.values()),
-        dropped=dict(checkpoint.derived),
-        rounding=rounding,
-        verified=verify,
-    )
+    return to
 
 
 def inspect(
@@ -134,66 +180,39 @@ def inspect(
     }
 
 
-def require_same(wanted: Checkpoint, found: Checkpoint) -> None:
-    """Two checkpoints describe the same model, bit by bit.
-
-    Raises:
-        CheckpointError: naming the first difference.
-    """
-    difference = first_difference(wanted, found)
-    if difference is not None:
-        raise MismatchError(f"{found.path} differs from {wanted.path}: {difference}")
-
-
-def first_difference(wanted: Checkpoint, found: Checkpoint) -> str | None:
-    """The first difference in configuration or tensors, or None when there is none."""
-    for name, value in wanted.config.to_dict().items():
-        other = found.config.to_dict()[name]
-        if value != other:
-            return f"configuration {name} is {other!r}, expected {value!r}"
-    for name, tensor in wanted.tensors.items():
-        other = found.tensors[name]
-        if other.dtype != tensor.dtype:
-            return f"{name} has dtype {other.dtype}, expected {tensor.dtype}"
-        same = _bits(tensor) == _bits(other)
-        if not same.all():
-            where = tuple(int(i) for i in np.argwhere(~same)[0])
-            return f"{name}{list(where)} is {other[where]}, expected {tensor[where]}"
-    return None
-
-
-def _bits(tensor: np.ndarray) -> np.ndarray:
-    # NaN equals NaN and -0 differs from 0 when bits are compared.
-    return np.ascontiguousarray(tensor).view(f"u{tensor.dtype.itemsize}").reshape(tensor.shape)
-
-
 def _format_of(destination: Path) -> str:
-    by_suffix = {kind.suffix: name for name, kind in FORMATS.items() if kind.suffix}
+    # The first of a suffix: a .pt is a state dict of ours unless jaketae's is asked for.
+    by_suffix = {kind.suffix: name for name, kind in reversed(FORMATS.items()) if kind.suffix}
     if destination.suffix in PICKLE_SUFFIXES and destination.suffix not in by_suffix:
         raise ValueError(f"{destination}: torch state dicts are written as .pt or .safetensors")
     return by_suffix.get(destination.suffix, "alibi")
 
 
-def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> tuple[Checkpoint, float]:
-    """Cast lazily, after one pass that finds overflows and the largest relative rounding error."""
-    rounding = 0.0
-    headers = {}
-    for name, header in checkpoint.tensors.headers.items():
-        exact = checkpoint.tensors[name].astype(np.float64)
-        with np.errstate(over="ignore"):
-            rounded = exact.astype(dtype).astype(np.float64)
-        overflowed = np.isfinite(exact) & ~np.isfinite(rounded)
-        if overflowed.any():
-            raise CheckpointError(
-                f"{name} holds {exact[overflowed][0]}, beyond the range of {dtype}; choose a wider "
-                "dtype"
-            )
-        finite = np.isfinite(exact) & (exact != 0)
-        errors = np.abs(rounded[finite] - exact[finite]) / np.abs(exact[finite])
-        rounding = max(rounding, float(errors.max(initial=0.0)))
+def _task(
+    files: Mapping[str, Path],
+    config: ALiBiConfig,
+    to: str,
+    dtype: str | None,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """What a run must have in common with one that it resumes, as plain JSON values."""
+    found = {name: path.stat() for name, path in files.items()}
+    task = {
+        "source": {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()},
+        "config": config.to_dict(),
+        "to": to,
+        "dtype": dtype,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    return json.loads(json.dumps(task))
 
-        def read(name: str = name) -> np.ndarray:
-            return checkpoint.tensors[name].astype(dtype)
 
-        headers[name] = LazyTensor(header.shape, dtype, read)
-    return replace(checkpoint, tensors=Tensors(headers)), rounding
+def _copy_companions(source: Path, written: Path) -> list[str]:
+    return copy_companions(source, written) if source.is_dir() and written.is_dir() else []
+
+
+def _all_hashes(written: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of every file of the destination, of which some are known."""
+    root = written if written.is_dir() else written.parent
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return {name: known.get(name) or file_sha256(root / name) for name in names}

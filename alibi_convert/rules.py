@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,57 +23,134 @@ _SHOWN = 8  # names listed per kind of mistake
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One foreign tensor and the canonical tensors that it holds.
+class Row:
+    """One line of a family's table: a foreign name, ours, and the layouts between them.
+
+    In names, `{i}` stands for every layer and `{a,b,c}` for each of the words, in order.
 
     Attributes:
         foreign: name in the foreign checkpoint.
-        canonical: names in ours, torch layout; several are stacked along the axis `part`.
-        pattern: einops pattern, foreign layout -> canonical layout, with a leading `part` axis.
+        canonical: name or names in ours.
+        pattern: einops pattern, foreign layout -> canonical layout. With an axis `part`, first on
+            the right, several canonical tensors are interleaved in the foreign one; without it
+            they follow one another along the first axis. Empty for the same layout.
     """
 
     foreign: str
-    canonical: tuple[str, ...]
+    canonical: str
+    pattern: str = ""
+
+    def rules(self, table: Mapping[str, Parameter], num_layers: int) -> Iterator[Rule]:
+        """This row for every layer, as far as the parameters exist in this configuration."""
+        for index in range(num_layers if "{i}" in self.canonical else 1):
+            names = _alternatives(self.canonical.replace("{i}", str(index)))
+            parameters = tuple(table[name] for name in names if name in table)
+            if parameters:
+                foreign = self.foreign.replace("{i}", str(index))
+                yield Rule(foreign, parameters, self.pattern)
+
+
+def _alternatives(name: str) -> list[str]:
+    found = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
+    if found is None:
+        return [name]
+    before, words, after = found.groups()
+    return [f"{before}{word}{after}" for word in words.split(",")]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One foreign tensor and the parameters that it holds: a `Row`, made definite.
+
+    Attributes:
+        foreign: name in the foreign checkpoint.
+        parameters: rows of `parameter_table`.
+        pattern: as in `Row`.
+    """
+
+    foreign: str
+    parameters: tuple[Parameter, ...]
     pattern: str
 
-    def apply(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
-        """Foreign to canonical."""
-        parts = einops.rearrange(tensor, self.pattern, part=len(self.canonical))
-        return dict(zip(self.canonical, parts, strict=True))
+    @property
+    def foreign_shape(self) -> tuple[int, ...]:
+        """Shape of the foreign tensor."""
+        if self.pattern:
+            return pattern_shape(self.pattern.split("->")[0], self._sizes)
+        return self._stacked_shape
 
-    def invert(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Canonical to foreign."""
+    def extract(self, tensor: np.ndarray, index: int) -> np.ndarray:
+        """The canonical tensor number `index`; a view where that is possible."""
+        if "part" not in self.pattern:
+            rearranged = self._rearrange(tensor, self.pattern)
+            first = sum(parameter.shape[0] for parameter in self.parameters[:index])
+            return rearranged[first : first + self.parameters[index].shape[0]]
+        # Unmerged, the axes are a mere view: only the part that is asked for is copied.
         source, target = self.pattern.split("->")
-        parts = np.stack([tensors[name] for name in self.canonical])
-        return einops.rearrange(parts, f"{target}->{source}", part=len(self.canonical))
+        unmerged = re.sub(r"[()]", "", target)
+        part = self._rearrange(tensor, f"{source}->{unmerged}")[index]
+        left, right = (side.strip().removeprefix("part") for side in (unmerged, target))
+        return self._rearrange(part, f"{left}->{right}")
 
-    def foreign_shape(self, canonical_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the foreign tensor, from the shape of each canonical one."""
-        source, target = self.pattern.split("->")
-        sizes = (len(self.canonical), *canonical_shape)
-        return pattern_shape(source, dict(zip(target.split(), sizes, strict=True)))
+    def build(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The foreign tensor from the canonical ones: the inverse of `extract`."""
+        parts = [tensors[parameter.name] for parameter in self.parameters]
+        source, _, target = self.pattern.partition("->")
+        if len(parts) == 1 and "part" not in self.pattern:
+            stacked = parts[0]
+        else:
+            stacked = (np.stack if "part" in self.pattern else np.concatenate)(parts)
+        return self._rearrange(stacked, f"{target}->{source}" if self.pattern else "")
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        rows = self._stacked_shape[0] if self._stacked_shape else 1
+        return {**self.parameters[0].axis_sizes, "part": len(self.parameters), "rows": rows}
+
+    @property
+    def _stacked_shape(self) -> tuple[int, ...]:
+        first = self.parameters[0].shape
+        return (sum(parameter.shape[0] for parameter in self.parameters), *first[1:])
+
+    def _rearrange(self, tensor: np.ndarray, pattern: str) -> np.ndarray:
+        if not pattern:
+            return tensor
+        sizes = {axis: size for axis, size in self._sizes.items() if axis in _axes(pattern)}
+        return einops.rearrange(tensor, pattern, **sizes)
+
+
+def _axes(pattern: str) -> set[str]:
+    return set(re.findall(r"\w+", pattern))
+
+
+def flax_view(row: Parameter, tensor: np.ndarray) -> np.ndarray:
+    """One parameter in the Flax layout, without a copy where strides can say it."""
+    return _rearrange(tensor, row.pattern, row)
 
 
 def to_flax_layout(row: Parameter, tensor: np.ndarray) -> np.ndarray:
     """One parameter from the torch layout to the Flax layout."""
-    return _rearrange(tensor, row.pattern, row)
+    # A copy, never a view of somebody's live parameters, and contiguous.
+    return np.array(flax_view(row, tensor), order="C")
 
 
 def to_torch_layout(row: Parameter, tensor: np.ndarray) -> np.ndarray:
     """One parameter from the Flax layout to the torch layout."""
     source, target = row.pattern.split("->")
-    return _rearrange(tensor, f"{target}->{source}", row)
+    return np.array(_rearrange(tensor, f"{target}->{source}", row), order="C")
 
 
 def _rearrange(tensor: np.ndarray, pattern: str, row: Parameter) -> np.ndarray:
-    sizes = {axis: row.axis_sizes[axis] for axis in re.findall(r"\w+", pattern)}
-    # A copy, never a view of somebody's live parameters; contiguous, because safetensors 0.8.0
-    # writes a strided array as if it were.
-    return np.array(einops.rearrange(tensor, pattern, **sizes), order="C")
+    sizes = {axis: row.axis_sizes[axis] for axis in _axes(pattern)}
+    return einops.rearrange(tensor, pattern, **sizes)
 
 
-def flax_tree(tensors: Tensors, config: ALiBiConfig) -> dict[str, Any]:
-    """Canonical tensors as a nested Flax params tree of NumPy arrays.
+def flax_tree(
+    tensors: Tensors,
+    config: ALiBiConfig,
+    leaf: Callable[[Parameter, np.ndarray], Any] = to_flax_layout,
+) -> dict[str, Any]:
+    """Canonical tensors as a nested Flax params tree of NumPy arrays, or of what `leaf` makes.
 
     Raises:
         CheckpointError: tensors missing, unexpected or of the wrong shape.
@@ -85,7 +162,7 @@ def flax_tree(tensors: Tensors, config: ALiBiConfig) -> dict[str, Any]:
         node = tree
         for key in row.flax_path[:-1]:
             node = node.setdefault(key, {})
-        node[row.flax_path[-1]] = to_flax_layout(row, tensors[row.name])
+        node[row.flax_path[-1]] = leaf(row, tensors[row.name])
     return tree
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,20 +17,37 @@ DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+CHUNK_BYTES = 2**20  # what is held at a time of a tensor that streams
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor whose shape and dtype are known before it is read."""
+    """One tensor whose shape and dtype are known before it is read.
+
+    Attributes:
+        shape, dtype: what `read` will return.
+        read: the whole tensor, perhaps a read-only view of a file; may be called several times.
+        stream: the elements piece by piece, for tensors that are computed from another one.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    stream: Callable[[], Iterator[np.ndarray]] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The elements in C order, a few megabytes at a time, each chunk flat and contiguous."""
+        return contiguous_chunks(self.read()) if self.stream is None else self.stream()
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -64,6 +82,39 @@ class Tensors(Mapping[str, np.ndarray]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by name."""
         return {name: header.shape for name, header in self.headers.items()}
+
+
+def contiguous_chunks(array: np.ndarray, nbytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+    """The elements in C order, flat: views where the array is contiguous, small copies if not."""
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1)
+        step = max(1, nbytes // array.itemsize)
+        for start in range(0, flat.size, step):
+            yield flat[start : start + step]
+    elif array.nbytes <= nbytes:
+        yield np.ascontiguousarray(array).reshape(-1)
+    else:
+        rows = max(1, nbytes * len(array) // array.nbytes)
+        for start in range(0, len(array), rows):
+            part = array[start] if rows == 1 else array[start : start + rows]
+            yield from contiguous_chunks(part, nbytes)
+
+
+def paired_chunks(
+    first: Iterator[np.ndarray], second: Iterator[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Two streams of equally many elements, cut at the same places."""
+    left, right = next(first, None), next(second, None)
+    while left is not None and right is not None:
+        size = min(left.size, right.size)
+        yield left[:size], right[:size]
+        left = left[size:] if size < left.size else next(first, None)
+        right = right[size:] if size < right.size else next(second, None)
+
+
+def as_bits(array: np.ndarray) -> np.ndarray:
+    """The elements as unsigned integers, for which NaN equals itself and -0 differs from 0."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def as_numpy(tensor: Any) -> np.ndarray:

@@ -13,7 +13,10 @@ from alibi_convert.backends import FlaxBackend, TorchBackend
 from alibi_convert.checkpoint import Checkpoint, open_checkpoint
 from alibi_convert.convert import first_difference
 from alibi_convert.extras import require
+from alibi_convert.logits import output_errors
+from alibi_convert.peers import why_no_peer
 from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.store import FORMAT
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS, activation_errors, gradient_floor, relative_error
@@ -106,12 +109,16 @@ def verify_steps(
         if ours.config != theirs.config or ours.tensors.shapes != theirs.tensors.shapes:
             return  # nothing further can be compared
     yield _round_trip(ours)
+    foreign, plain = (theirs, ours) if ours.family == FORMAT else (ours, theirs)
+    if foreign.family != FORMAT and why_no_peer(foreign) is None:
+        yield _against_its_own_library(foreign, plain)
     yield _exact_logits(ours.config, seed)
     rng = np.random.default_rng(seed)
     inputs, attention_mask = _inputs(ours.config, inputs, rng)
     yield from _activations(ours, theirs, inputs, attention_mask)
     yield _gradients(ours, theirs, inputs, attention_mask, rng)
-    if ours.config.vocab_size is not None and ours.config.causal:
+    is_lm = ours.config.vocab_size is not None and ours.config.head == "linear"
+    if is_lm and ours.config.causal:
         yield _generation(ours, theirs, inputs[:1, :32], new_tokens)
 
 
@@ -122,6 +129,15 @@ def _round_trip(checkpoint: Checkpoint) -> Check:
     difference = first_difference(checkpoint, found)
     measured = difference or f"{len(back)} tensors, bitwise"
     return Check("parameters survive torch -> Flax -> torch", difference is None, measured)
+
+
+def _against_its_own_library(foreign: Checkpoint, other: Checkpoint) -> Check:
+    against, errors = output_errors(foreign, other)
+    return Check(
+        f"outputs are those of {against} within {_BUDGET.forward:.0e}",
+        max(errors.values()) <= _BUDGET.forward,
+        ", ".join(f"{name} {error:.1e}" for name, error in errors.items()),
+    )
 
 
 def _exact_logits(config: ALiBiConfig, seed: int) -> Check:
@@ -162,7 +178,7 @@ def _activations(
 ) -> Iterator[Check]:
     config = ours.config
     exact = reference_forward(config, ours.tensors, inputs, attention_mask)
-    last = "output" if config.vocab_size is None else "logits"
+    last = "logits" if "logits" in exact else "output"
     for backend, checkpoint in ((TorchBackend(), ours), (FlaxBackend(), theirs)):
         found = backend.trace(config, checkpoint.tensors, inputs, attention_mask, "float32")
         errors = activation_errors(config, found, exact)
@@ -187,8 +203,7 @@ def _gradients(
     rng: np.random.Generator,
 ) -> Check:
     config = ours.config
-    width = config.d_model if config.vocab_size is None else config.vocab_size
-    cotangent = rng.standard_normal((*inputs.shape[:2], width))
+    cotangent = rng.standard_normal((*inputs.shape[:2], config.output_dim))
     arguments = (inputs, attention_mask, cotangent)
     exact = TorchBackend().gradients(config, ours.tensors, *arguments, "float64")
     floor = gradient_floor(exact)

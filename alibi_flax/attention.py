@@ -12,8 +12,8 @@ from alibi_spec.checks import check_attention, check_attention_options, check_ma
 
 def attention(
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len heads head_dim"],
-    value: Float[Array, "batch key_len heads value_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+    value: Float[Array, "batch key_len kv_heads value_dim"],
     slopes: Float[Array, " heads"],
     *,
     causal: bool = True,
@@ -32,7 +32,8 @@ def attention(
     query stands at the last key, as in cached decoding. A query that sees no key gives zeros.
 
     Args:
-        query, key, value: of one dtype: float16, bfloat16, float32 or float64.
+        query, key, value: of one dtype: float16, bfloat16, float32 or float64. Each head of key
+            and value serves heads / kv_heads consecutive heads of query.
         slopes: m for each head, float32.
         causal: queries see no later keys.
         scale: factor on q·k; None is 1/sqrt(head_dim).
@@ -41,7 +42,8 @@ def attention(
         tolerance: share of attention mass per row that an implementation may drop; "dense" drops
             none.
         implementation: "auto" or one of `attention_implementations()`.
-        distance: "absolute", or "signed" for m (j - i) on both sides (jaketae/alibi encoders).
+        distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
+            "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities.
         dropout_rng: key for dropout; required when `dropout` is above 0.
 
@@ -74,7 +76,7 @@ def attention(
 
 def biased_logits(
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
     slopes: Float[Array, " heads"],
     *,
     causal: bool = True,

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from alibi_convert.checkpoint import open_checkpoint
-from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
 from alibi_convert.store import replacing, write_folder
 from alibi_convert.tensors import Tensors
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, Parameter
 
 
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    sharding: Sharding | Callable[[Parameter], Sharding] | None = None,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
     """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
 
+    Tensors go to the devices one by one, each device's part alone; the host never holds more than
+    one of them besides.
+
     Args:
-        path: a checkpoint folder, or a .safetensors, .pt or .msgpack file.
+        path: a checkpoint folder of ours or of a known family, a .safetensors, .pt or .msgpack
+            file, or the id of a folder on the Hugging Face hub.
         dtype: of the parameters and the computation; None keeps the checkpoint's.
+        sharding: where parameters go: one sharding for all, or a function from a row of
+            `parameter_table`, whose `logical_axes` name the axes; None is JAX's default device.
         config: for files that do not carry a configuration.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
 
@@ -47,8 +55,19 @@ def from_pretrained(
             f"float64 parameters of {path} would be cut to float32; set jax_enable_x64, or pass "
             "dtype=jnp.float32"
         )
-    tree = flax_tree(checkpoint.tensors, checkpoint.config)
-    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
+
+    def placed(row: Parameter, tensor: np.ndarray) -> jax.Array:
+        view = flax_view(row, tensor)
+        if sharding is None:
+            return jnp.array(view, dtype)
+        goal = sharding if isinstance(sharding, Sharding) else sharding(row)
+
+        def part(index: Any) -> np.ndarray:
+            return np.array(view[index], dtype, order="C")
+
+        return jax.make_array_from_callback(view.shape, goal, part)
+
+    params = flax_tree(checkpoint.tensors, checkpoint.config, placed)
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
     param_dtype = jax.tree.leaves(params)[0].dtype
     return model_class(checkpoint.config, dtype=dtype, param_dtype=param_dtype), params

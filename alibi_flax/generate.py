@@ -28,7 +28,7 @@ def generate(
     Raises:
         ValueError: the model is an encoder, or the prompt or `max_new_tokens` is not valid.
     """
-    check_generation(model.config.causal, max_new_tokens)
+    check_generation(model.config.causal, model.config.head, max_new_tokens)
     tokens = checked_tokens(prompt, require_vocabulary(model.config.vocab_size))
     return _generate(model, params, jnp.asarray(tokens), max_new_tokens)
 

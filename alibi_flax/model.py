@@ -11,6 +11,9 @@ Every module takes linen's `dtype` (of the computation; None follows inputs and 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,17 +26,27 @@ from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.attention import attention, biased_logits
 from alibi_spec import ALiBiConfig, model_slopes
+from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
     check_array,
     check_embeddings,
     check_mask,
     check_token_range,
+    check_token_types,
     check_tokens,
     forbid_vocabulary,
     require_vocabulary,
 )
 
 AttentionMask = Integer[Array, "batch seq"] | Bool[Array, "batch seq"]
+
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
 
 
 class Attention(nn.Module):
@@ -50,11 +63,14 @@ class Attention(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
-        heads = (config.num_heads, config.head_dim)
+        heads, kv_heads = (config.num_heads, config.head_dim), (config.kv_heads, config.head_dim)
         init = nn.initializers.normal(config.init_std)
         self.query = nn.DenseGeneral(heads, kernel_init=init, **options)
-        self.key = nn.DenseGeneral(heads, kernel_init=init, **options)
-        self.value = nn.DenseGeneral(heads, kernel_init=init, **options)
+        self.key = nn.DenseGeneral(kv_heads, kernel_init=init, **options)
+        self.value = nn.DenseGeneral(kv_heads, kernel_init=init, **options)
+        if config.qk_norm:
+            self.query_norm = _norm(config, self.dtype, self.param_dtype, axes=(-2, -1))
+            self.key_norm = _norm(config, self.dtype, self.param_dtype, axes=(-2, -1))
         if config.output_projection:
             init = nn.initializers.normal(config.residual_init_std)
             self.output = nn.DenseGeneral(
@@ -70,9 +86,8 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch seq embed"]:
         dropout = 0.0 if deterministic else self.config.probability_dropout
         attended = attention(
-            self.query(x),
-            self.key(x),
-            self.value(x),
+            *self._query_and_key(x),
+            self._clip(self.value(x)),
             slopes,
             causal=self.config.causal,
             scale=self.config.scale,
@@ -93,8 +108,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch heads seq seq"]:
         """The logits that `__call__` takes the softmax of."""
         return biased_logits(
-            self.query(x),
-            self.key(x),
+            *self._query_and_key(x),
             slopes,
             causal=self.config.causal,
             scale=self.config.scale,
@@ -102,9 +116,25 @@ class Attention(nn.Module):
             distance=self.config.distance,
         )
 
+    def _query_and_key(
+        self, x: Float[Array, "batch seq embed"]
+    ) -> tuple[
+        Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq kv_heads head_dim"]
+    ]:
+        query, key = self._clip(self.query(x)), self._clip(self.key(x))
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key
+
+    def _clip(
+        self, x: Float[Array, "batch seq any_heads head_dim"]
+    ) -> Float[Array, "batch seq any_heads head_dim"]:
+        limit = self.config.qkv_clip
+        return x if limit is None else x.clip(-limit, limit)
+
 
 class FeedForward(nn.Module):
-    """Two linear maps around an exact (erf) GELU."""
+    """Two linear maps around an activation, which a third map may gate."""
 
     config: ALiBiConfig
     dtype: Any = None
@@ -112,18 +142,27 @@ class FeedForward(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        options = {
+            "use_bias": config.ffn_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
         init = nn.initializers.normal(config.init_std)
+        if config.gated_ffn:
+            self.gate = nn.Dense(config.ffn_dim, kernel_init=init, **options)
         self.fc1 = nn.Dense(config.ffn_dim, kernel_init=init, **options)
         init = nn.initializers.normal(config.residual_init_std)
         self.fc2 = nn.Dense(config.d_model, kernel_init=init, **options)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        return self.fc2(nn.gelu(self.fc1(x), approximate=False))
+        activation = ACTIVATION_FUNCTIONS[self.config.activation]
+        if self.config.gated_ffn:
+            return self.fc2(self.fc1(x) * activation(self.gate(x)))
+        return self.fc2(activation(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Residual block: attention, then feed-forward, with norms where `norm_placement` says."""
 
     config: ALiBiConfig
     dtype: Any = None
@@ -131,9 +170,11 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         config, dtype, param_dtype = self.config, self.dtype, self.param_dtype
-        self.attn_norm = _layer_norm(config, dtype, param_dtype)
+        self.attn_norm = _norm(config, dtype, param_dtype)
         self.attn = Attention(config, dtype, param_dtype)
-        self.ffn_norm = _layer_norm(config, dtype, param_dtype)
+        if config.attention_output_norm:
+            self.attn_output_norm = _norm(config, dtype, param_dtype)
+        self.ffn_norm = _norm(config, dtype, param_dtype)
         self.ffn = FeedForward(config, dtype, param_dtype)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -144,9 +185,27 @@ class Block(nn.Module):
         attention_mask: AttentionMask | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch seq embed"]:
-        attended = self.attn(self.attn_norm(x), slopes, attention_mask, deterministic)
-        x = x + self.dropout(attended, deterministic=deterministic)
-        return x + self.dropout(self.ffn(self.ffn_norm(x)), deterministic=deterministic)
+        def attn(y: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+            attended = self.attn(y, slopes, attention_mask, deterministic)
+            if self.config.attention_output_norm:
+                return self.attn_output_norm(y + attended)
+            return attended
+
+        x = self._residual(x, self.attn_norm, attn, deterministic)
+        return self._residual(x, self.ffn_norm, self.ffn, deterministic)
+
+    def _residual(
+        self,
+        x: Float[Array, "batch seq embed"],
+        norm: nn.Module,
+        branch: Callable[[Array], Array],
+        deterministic: bool,
+    ) -> Float[Array, "batch seq embed"]:
+        if self.config.norm_placement == "post":
+            return norm(x + self.dropout(branch(x), deterministic=deterministic))
+        normed = norm(x)
+        kept = normed if self.config.norm_placement == "pre_residual" else x
+        return kept + self.dropout(branch(normed), deterministic=deterministic)
 
 
 class ALiBiTransformer(nn.Module):
@@ -175,7 +234,7 @@ class ALiBiTransformer(nn.Module):
             block(config, self.dtype, self.param_dtype) for _ in range(config.num_layers)
         ]
         if config.final_norm:
-            self.final_norm = _layer_norm(config, self.dtype, self.param_dtype)
+            self.final_norm = _norm(config, self.dtype, self.param_dtype)
 
     def __call__(
         self,
@@ -200,14 +259,14 @@ class ALiBiTransformer(nn.Module):
             check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
             is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
-        slopes = jnp.asarray(model_slopes(self.config))
+        slopes = jnp.asarray(model_slopes(self.config)) * interpolation(self.config, x.shape[1])
         for layer in self.layers:
             x = layer(x, slopes, attention_mask, deterministic)
         return self.final_norm(x) if self.config.final_norm else x
 
 
 class ALiBiLM(nn.Module):
-    """Token embedding, `ALiBiTransformer`, and a head that is tied to the embedding or its own.
+    """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
     Raises:
         ValueError: the configuration has no vocabulary.
@@ -224,59 +283,127 @@ class ALiBiLM(nn.Module):
 
     def setup(self) -> None:
         config, vocab_size = self.config, require_vocabulary(self.config.vocab_size)
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width, options = config.d_model, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = nn.initializers.normal(config.init_std)
-        self.token_embedding = nn.Embed(vocab_size, config.d_model, embedding_init=init, **options)
+        self.token_embedding = nn.Embed(vocab_size, width, embedding_init=init, **options)
+        if config.type_vocab_size is not None:
+            types = config.type_vocab_size
+            self.token_type_embedding = nn.Embed(types, width, embedding_init=init, **options)
+        if config.embedding_norm:
+            self.embedding_norm = _norm(config, self.dtype, self.param_dtype)
+        self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = ALiBiTransformer(
             dataclasses.replace(config, vocab_size=None), remat=self.remat, **options
         )
-        if not config.tie_embeddings:
-            self.lm_head = nn.Dense(vocab_size, use_bias=False, kernel_init=init, **options)
+        if config.head == "masked_lm":
+            self.head_transform = nn.Dense(width, kernel_init=init, **options)
+            self.head_norm = _norm(config, self.dtype, self.param_dtype)
+            zeros = nn.initializers.zeros
+            self.head_bias = self.param("head_bias", zeros, (vocab_size,), self.param_dtype)
+        options = {"use_bias": False, "kernel_init": init, **options}
+        if config.head != "none" and not config.tie_embeddings:
+            self.lm_head = nn.Dense(vocab_size, **options)
+        if config.adaptive_cutoffs is not None:
+            self.cluster_head = nn.Dense(len(config.adaptive_cutoffs), **options)
 
     def __call__(
         self,
         tokens: Integer[Array, "batch seq"],
         attention_mask: AttentionMask | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq vocab"]:
-        """Next-token logits.
+        token_type_ids: Integer[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq output"]:
+        """Logits over the vocabulary: of the next token, or of this one for a masked LM.
 
         Args:
             tokens: ids below `vocab_size`; checked where that needs no device synchronisation:
                 on the CPU, outside `jit`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             deterministic: False applies dropout, drawn from the rng "dropout".
+            token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
+
+        Returns:
+            [batch, seq, vocab]; log-probabilities with `adaptive_cutoffs`; hidden states
+            [batch, seq, d_model] with `head="none"`.
 
         Raises:
-            ValueError: wrong shape, dtype or range of `tokens`, or wrong `attention_mask`.
+            ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, or wrong
+                `attention_mask`.
         """
+        x = self.embed(tokens, token_type_ids, deterministic)
+        return self.head(self.transformer(x, attention_mask, deterministic))
+
+    def embed(
+        self,
+        tokens: Integer[Array, "batch seq"],
+        token_type_ids: Integer[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch seq embed"]:
+        """What enters the first block. Arguments and errors are those of the call."""
+        config = self.config
         tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
-        hidden = self.transformer(self.token_embedding(tokens), attention_mask, deterministic)
-        return self.head(hidden)
+        check_token_types(config.type_vocab_size, token_type_ids is not None)
+        x = self.token_embedding(tokens) * config.embedding_scale
+        if config.type_vocab_size is not None:
+            types = jnp.zeros_like(tokens) if token_type_ids is None else token_type_ids
+            types = checked_tokens(types, config.type_vocab_size, "token type")
+            x = x + self.token_type_embedding(types)
+        if config.embedding_norm:
+            x = self.embedding_norm(x)
+        return self.dropout(x, deterministic=deterministic)
 
-    def head(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq vocab"]:
-        """Logits of hidden states."""
-        if self.config.tie_embeddings:
-            return self.token_embedding.attend(x)
-        return self.lm_head(x)
+    def head(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq output"]:
+        """What the call returns, from hidden states."""
+        config = self.config
+        if config.head == "none":
+            return x
+        if config.head == "masked_lm":
+            activation = ACTIVATION_FUNCTIONS[config.activation]
+            x = self.head_norm(activation(self.head_transform(x)))
+        x = x * config.logit_scale  # cheaper than on the logits
+        logits = self.token_embedding.attend(x) if config.tie_embeddings else self.lm_head(x)
+        if config.head == "masked_lm":
+            logits = logits + self.head_bias.astype(logits.dtype)[None, None, :]
+        if config.adaptive_cutoffs is not None:
+            clusters = self.cluster_head(x)
+            return _adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
+        return logits
 
 
-def _layer_norm(config: ALiBiConfig, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
+def _adaptive_log_probabilities(
+    logits: Float[Array, "batch seq vocab"],
+    cluster_logits: Float[Array, "batch seq clusters"],
+    cutoffs: tuple[int, ...],
+) -> Float[Array, "batch seq vocab"]:
+    first, ends = cutoffs[0], (*cutoffs, logits.shape[-1])
+    head = nn.log_softmax(jnp.concatenate([logits[..., :first], cluster_logits], axis=-1))
+    parts = [head[..., :first]]
+    for cluster, (start, end) in enumerate(itertools.pairwise(ends)):
+        chosen = head[..., first + cluster, None]
+        parts.append(chosen + nn.log_softmax(logits[..., start:end]))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _norm(
+    config: ALiBiConfig, dtype: Any, param_dtype: Any, axes: int | tuple[int, ...] = -1
+) -> nn.Module:
+    options = {"reduction_axes": axes, "feature_axes": axes, "epsilon": config.norm_eps}
+    options |= {"dtype": dtype, "param_dtype": param_dtype, "use_fast_variance": False}
+    if config.norm == "rms":
+        return nn.RMSNorm(**options)
     # Linen's fast variance loses everything when the mean is far from zero.
-    return nn.LayerNorm(
-        epsilon=config.norm_eps, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype
-    )
+    return nn.LayerNorm(use_bias=config.norm_bias, **options)
 
 
 def checked_tokens(
-    tokens: Integer[Array, "batch seq"], vocab_size: int
+    tokens: Integer[Array, "batch seq"], vocab_size: int, what: str = "token"
 ) -> Integer[Array, "batch seq"]:
     """The tokens, or ValueError; their range is checked where they can be looked at."""
     check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
     check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
     if _has_values_on_host(tokens) and tokens.size:
         values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
-        check_token_range(int(values.min()), int(values.max()), vocab_size)
+        check_token_range(int(values.min()), int(values.max()), vocab_size, what)
     return tokens
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 from jax import Array
-from jaxtyping import Float, Num
+from jaxtyping import Float, Integer, Num
 
 from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask, Block, FeedForward
 
@@ -16,13 +16,14 @@ def trace(
     params: dict[str, Any],
     inputs: Num[Array, "batch seq *d_model"],
     attention_mask: AttentionMask | None = None,
+    token_type_ids: Integer[Array, "batch seq"] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """Run the model and return what it computed, in order of computation.
 
     Returns:
         Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
         "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
-        language model. Names and values are those of `alibi_spec.reference_forward`.
+        model with a head. Names and values are those of `alibi_spec.reference_forward`.
 
     Raises:
         ValueError: as for the model's own call.
@@ -47,7 +48,9 @@ def trace(
 
     with nn.intercept_methods(record):
         # Recomputed blocks would hand out tracers.
-        result: Any = model.clone(remat=False).apply({"params": params}, inputs, attention_mask)
-    if isinstance(model, ALiBiLM):
+        plain: Any = model.clone(remat=False)
+        optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
+        result = plain.apply({"params": params}, inputs, attention_mask, **optional)
+    if isinstance(model, ALiBiLM) and model.config.head != "none":
         values["logits"] = result
     return values

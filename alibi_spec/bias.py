@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float32, Int
+    from jaxtyping import Float, Float32, Int, Integer
 
     from alibi_spec.config import ALiBiConfig
 
 SLOPE_RULES = ("paper", "geometric")
-DISTANCES = ("absolute", "signed")
+DISTANCES = ("absolute", "signed", "bfloat16")
 
 
 def slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarray, " heads"]:
@@ -44,12 +44,18 @@ def geometric_slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarra
 
 
 def model_slopes(config: ALiBiConfig) -> Float32[np.ndarray, " heads"]:
-    """The slopes that a model of this configuration uses."""
+    """The slopes that a model of this configuration uses, before any interpolation."""
     if config.slopes == "paper":
         return slopes(config.num_heads, config.bias_max)
     if config.slopes == "geometric":
         return geometric_slopes(config.num_heads, config.bias_max)
     return np.array(config.slopes, dtype=np.float64).astype(np.float32)
+
+
+def interpolation(config: ALiBiConfig, key_len: int) -> float:
+    """What the slopes are multiplied by over so many keys (SPEC.md §2.1): 1 up to the limit."""
+    limit = config.slope_interpolation
+    return 1.0 if limit is None else limit / max(limit, key_len)
 
 
 def relative_position(query_len: int, key_len: int) -> Int[np.ndarray, "query_len key_len"]:
@@ -70,9 +76,40 @@ def bias(
 ) -> Float[np.ndarray, "heads query_len key_len"]:
     """-m |i - j| ("absolute") or m (j - i) ("signed"), in the dtype of `slopes`.
 
+    The third kind of distance is `rounded_bias`.
+
     One rounding per element: slope and distance are exact, their product is rounded once.
     """
     relative = relative_position(query_len, key_len)
     if distance == "absolute":
         relative = -np.abs(relative)
     return slopes[:, None, None] * relative.astype(slopes.dtype)
+
+
+def rounded_bias(
+    slopes: Float[np.ndarray, " heads"],
+    key_len: int,
+    attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
+) -> Float[np.ndarray, "#batch heads 1 key_len"]:
+    """Falcon-RW's bias as published ("bfloat16"): m p_j, slopes and products rounded to bfloat16.
+
+    p_j counts the keys that the mask shows, from 0, so that the rounding, which grows with p_j,
+    depends on where a sequence begins. It is added before the scale is applied. The dtype is that
+    of `slopes`.
+    """
+    if attention_mask is None:
+        position = np.arange(key_len)[None]
+    else:
+        visible = (attention_mask != 0).astype(np.int64)
+        position = (visible.cumsum(axis=-1) - 1) * visible
+    position = _round_to_bfloat16(position.astype(np.float32))
+    rounded = _round_to_bfloat16(slopes.astype(np.float32))
+    product = _round_to_bfloat16(rounded[None, :, None] * position[:, None, :])
+    return product[:, :, None, :].astype(slopes.dtype)
+
+
+def _round_to_bfloat16(values: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """To the nearest of 8 significant bits, ties to even; finite values alone."""
+    bits = values.view(np.uint32)
+    bits = bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)

@@ -54,13 +54,12 @@ def check_tokens(shape: Sequence[int], is_integer: bool) -> None:
         )
 
 
-def check_token_range(lowest: int, highest: int, vocab_size: int) -> None:
-    """Raise ValueError unless every token lies inside the vocabulary."""
+def check_token_range(lowest: int, highest: int, vocab_size: int, what: str = "token") -> None:
+    """Raise ValueError unless every token (or token type) lies inside its vocabulary."""
     if lowest < 0 or highest >= vocab_size:
         outside = lowest if lowest < 0 else highest
         raise ValueError(
-            f"token {outside} is outside the vocabulary; expected 0 … {vocab_size - 1} "
-            f"(vocab_size={vocab_size})"
+            f"{what} {outside} is outside the vocabulary; expected 0 … {vocab_size - 1}"
         )
 
 
@@ -73,6 +72,12 @@ def check_mask(name: str, shape: Sequence[int], is_integer: bool, batch: int, ke
         )
     if not is_integer:
         raise ValueError(f"{name} is floating point; expected booleans or integers (0 is padding)")
+
+
+def check_token_types(type_vocab_size: int | None, is_given: bool) -> None:
+    """Raise ValueError when token types are given to a model that has no embeddings for them."""
+    if is_given and type_vocab_size is None:
+        raise ValueError("token_type_ids need a model with type_vocab_size; this one has none")
 
 
 def check_attention(
@@ -96,15 +101,16 @@ def check_attention(
         if shape is not None and len(shape) != 4:
             raise ValueError(f"{name} has {len(shape)} axes; expected 4")
     batch, heads, query_len, head_dim = query_shape
-    key_len = key_shape[2]
-    if list(key_shape) != [batch, heads, key_len, head_dim]:
+    _, kv_heads, key_len, _ = key_shape
+    if list(key_shape) != [batch, kv_heads, key_len, head_dim] or not kv_heads or heads % kv_heads:
         raise ValueError(
             f"key does not fit query: query has batch={batch}, heads={heads}, head_dim={head_dim}; "
-            f"key has batch={key_shape[0]}, heads={key_shape[1]}, head_dim={key_shape[3]}"
+            f"key has batch={key_shape[0]}, heads={kv_heads} (expected a divisor of {heads}), "
+            f"head_dim={key_shape[3]}"
         )
     if value_shape is not None and list(value_shape[:3]) != list(key_shape[:3]):
         raise ValueError(
-            f"value does not fit key: key has batch={batch}, heads={heads}, length={key_len}; "
+            f"value does not fit key: key has batch={batch}, heads={kv_heads}, length={key_len}; "
             f"value has batch={value_shape[0]}, heads={value_shape[1]}, length={value_shape[2]}"
         )
     if query_len > key_len:
@@ -137,10 +143,12 @@ def check_attention_options(
         raise ValueError(f"dropout={dropout!r} is not valid; expected a rate in [0, 1)")
 
 
-def check_generation(causal: bool, max_new_tokens: int) -> None:
+def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
     """Raise ValueError unless a model of this kind can continue a sequence by so many tokens."""
     if not causal:
         raise ValueError("an encoder (causal=False) cannot generate; use a causal model")
+    if head != "linear":
+        raise ValueError(f"a model with head={head!r} cannot generate; it predicts no next token")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(
             f"max_new_tokens={max_new_tokens!r} is not valid; expected an integer of at least 0"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
 from alibi_spec.bias import DISTANCES, SLOPE_RULES
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+NORMS = ("layer", "rms")
+NORM_PLACEMENTS = ("pre", "post", "pre_residual")
+HEADS = ("linear", "masked_lm", "none")
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,11 @@ class ALiBiConfig:
     """What a model computes, independent of framework, dtype and device.
 
     The first seven fields and their defaults are those of jaketae/alibi; the mathematics is that of
-    Press et al. 2021. `ALiBiConfig.jaketae` restores that repository's own mathematics.
+    Press et al. 2021. `ALiBiConfig.jaketae` restores that repository's own mathematics. Fields from
+    `num_kv_heads` on are what the published families need beyond it.
 
     Attributes:
-        num_layers: pre-norm blocks, at least 1.
+        num_layers: residual blocks, at least 1.
         d_model: width of the residual stream; a multiple of `num_heads`.
         num_heads: attention heads, any number.
         max_len: longest sequence seen in training. A record only: longer sequences simply work.
@@ -32,14 +39,40 @@ class ALiBiConfig:
         tie_embeddings: the head of an `ALiBiLM` is its token embedding.
         slopes: "paper" (Press et al. 2021), "geometric" (jaketae/alibi) or one float per head.
         bias_max: the exponent M of the paper's slopes 2^(-M k / heads).
-        distance: "absolute" biases by -m |i - j|; "signed" by m (j - i), also for future keys.
+        distance: "absolute" biases by -m |i - j|; "signed" by m (j - i), also for future keys;
+            "bfloat16" by scale · m j with m and the product rounded to bfloat16 (Falcon-RW).
         attention_scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_dropout: rate on the attention probabilities; None is `dropout`.
         attention_bias: the query, key, value and output projections have biases.
         output_projection: attention ends in a linear map.
-        final_norm: a LayerNorm follows the last block.
-        norm_eps: epsilon inside every LayerNorm.
+        final_norm: a norm follows the last block.
+        norm_eps: epsilon inside every norm.
         init_std: standard deviation of initial weights.
+        num_kv_heads: heads of keys and values, each shared by a group of query heads; None is
+            `num_heads`.
+        slope_interpolation: sequences of n positions, more than this many, use slopes m · this / n.
+        qkv_clip: queries, keys and values are clamped to ± this.
+        qk_norm: a norm over the full width of queries and of keys.
+        feed_forward_dim: hidden width of the feed-forward layers; None is
+            `d_model` · `expansion_factor`.
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        gated_ffn: the activation of a third linear map multiplies the hidden units.
+        ffn_bias: the feed-forward layers have biases.
+        norm: "layer" or "rms" (no mean, no bias).
+        norm_bias: LayerNorms have biases.
+        norm_placement: "pre" normalises what enters a branch; "post" the sum behind it (BERT);
+            "pre_residual" what enters the branch and the residual stream (BLOOM's option).
+        attention_output_norm: attention's input is added to its output, and normalised, before
+            that joins the residual stream (Jina's code model).
+        embedding_norm: a norm follows the embedding.
+        embedding_scale: factor on token embeddings.
+        embedding_dropout: rate on what enters the first block.
+        type_vocab_size: number of token types, whose embeddings are added; None is none.
+        head: of an `ALiBiLM`: "linear", "masked_lm" (linear map, activation, norm, then the tied
+            embedding and a bias) or "none" (hidden states).
+        logit_scale: factor on the logits.
+        adaptive_cutoffs: ends of all clusters of the vocabulary but the last; the logits are then
+            the log-probabilities of an adaptive softmax. None is an ordinary head.
 
     Raises:
         ValueError: a field has an impossible value; the message names it and the mend.
@@ -64,10 +97,31 @@ class ALiBiConfig:
     final_norm: bool = True
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    num_kv_heads: int | None = None
+    slope_interpolation: int | None = None
+    qkv_clip: float | None = None
+    qk_norm: bool = False
+    feed_forward_dim: int | None = None
+    activation: str = "gelu"
+    gated_ffn: bool = False
+    ffn_bias: bool = True
+    norm: str = "layer"
+    norm_bias: bool = True
+    norm_placement: str = "pre"
+    attention_output_norm: bool = False
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0
+    embedding_dropout: float = 0.0
+    type_vocab_size: int | None = None
+    head: str = "linear"
+    logit_scale: float = 1.0
+    adaptive_cutoffs: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.slopes, str) and isinstance(self.slopes, Iterable):
-            object.__setattr__(self, "slopes", tuple(map(_plain, self.slopes)))
+        for name in ("slopes", "adaptive_cutoffs"):
+            values = getattr(self, name)
+            if not isinstance(values, str) and isinstance(values, Iterable):
+                object.__setattr__(self, name, tuple(map(_plain, values)))
         for name, (is_valid, expected) in _FIELD_RULES.items():
             value = _plain(getattr(self, name))
             if not is_valid(value):
@@ -83,6 +137,35 @@ class ALiBiConfig:
                 f"slopes has {len(self.slopes)} values for num_heads={self.num_heads}; "
                 "give one slope per head"
             )
+        for is_wrong, problem in self._contradictions():
+            if is_wrong:
+                raise ValueError(problem)
+
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        """Fields that are valid alone and impossible together."""
+        yield (
+            self.num_heads % self.kv_heads != 0,
+            f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
+        )
+        yield (
+            self.norm == "rms" and self.norm_bias,
+            "norm='rms' has no bias; set norm_bias=False",
+        )
+        yield (
+            self.norm_placement == "post" and self.final_norm,
+            "norm_placement='post' ends in a norm already; set final_norm=False",
+        )
+        yield (
+            self.head == "masked_lm" and not self.tie_embeddings,
+            "head='masked_lm' ends in the token embedding; set tie_embeddings=True",
+        )
+        cutoffs = self.adaptive_cutoffs
+        if cutoffs is not None and self.vocab_size is not None:
+            yield (
+                not all(a < b for a, b in itertools.pairwise((0, *cutoffs, self.vocab_size))),
+                f"adaptive_cutoffs={cutoffs} do not rise from 0 to vocab_size={self.vocab_size}",
+            )
+            yield self.head != "linear", f"adaptive_cutoffs need head='linear', not {self.head!r}"
 
     @classmethod
     def jaketae(cls, **overrides: Any) -> ALiBiConfig:
@@ -114,9 +197,23 @@ class ALiBiConfig:
         return self.d_model // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
     def ffn_dim(self) -> int:
         """Hidden width of the feed-forward layers."""
-        return self.d_model * self.expansion_factor
+        if self.feed_forward_dim is None:
+            return self.d_model * self.expansion_factor
+        return self.feed_forward_dim
+
+    @property
+    def output_dim(self) -> int:
+        """Width of what the model returns: the vocabulary, or `d_model` for hidden states."""
+        if self.vocab_size is None or self.head == "none":
+            return self.d_model
+        return self.vocab_size
 
     @property
     def scale(self) -> float:
@@ -137,10 +234,10 @@ class ALiBiConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values."""
-        values = asdict(self)
-        if isinstance(self.slopes, tuple):
-            values["slopes"] = list(self.slopes)
-        return values
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ALiBiConfig:
@@ -203,6 +300,10 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
+def _is_cutoffs(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(map(_is_count, value))
+
+
 def _is_slopes(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_number(slope) and slope >= 0 for slope in value)
@@ -211,6 +312,10 @@ def _is_slopes(value: Any) -> bool:
 
 def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_valid(value)
+
+
+def _one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, f"one of {choices}"
 
 
 def _nearest_divisor(config: ALiBiConfig) -> int:
@@ -223,6 +328,8 @@ _COUNT = (_is_count, "an integer of at least 1")
 _RATE = (_is_rate, "a number in [0, 1)")
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 _POSITIVE = (_is_positive, "a number above 0")
+_COUNT_OR_NONE = (_or_none(_is_count), "None or an integer of at least 1")
+_POSITIVE_OR_NONE = (_or_none(_is_positive), "None or a number above 0")
 
 _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_layers": _COUNT,
@@ -232,16 +339,35 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dropout": _RATE,
     "causal": _FLAG,
     "expansion_factor": _COUNT,
-    "vocab_size": (_or_none(_is_count), "None or an integer of at least 1"),
+    "vocab_size": _COUNT_OR_NONE,
     "tie_embeddings": _FLAG,
     "slopes": (_is_slopes, f"one of {SLOPE_RULES} or one finite number >= 0 per head"),
     "bias_max": (lambda value: _is_positive(value) and value <= 100, "a number in (0, 100]"),
-    "distance": (lambda value: value in DISTANCES, f"one of {DISTANCES}"),
-    "attention_scale": (_or_none(_is_positive), "None or a number above 0"),
+    "distance": _one_of(DISTANCES),
+    "attention_scale": _POSITIVE_OR_NONE,
     "attention_dropout": (_or_none(_is_rate), "None or a number in [0, 1)"),
     "attention_bias": _FLAG,
     "output_projection": _FLAG,
     "final_norm": _FLAG,
     "norm_eps": _POSITIVE,
     "init_std": _POSITIVE,
+    "num_kv_heads": _COUNT_OR_NONE,
+    "slope_interpolation": _COUNT_OR_NONE,
+    "qkv_clip": _POSITIVE_OR_NONE,
+    "qk_norm": _FLAG,
+    "feed_forward_dim": _COUNT_OR_NONE,
+    "activation": _one_of(ACTIVATIONS),
+    "gated_ffn": _FLAG,
+    "ffn_bias": _FLAG,
+    "norm": _one_of(NORMS),
+    "norm_bias": _FLAG,
+    "norm_placement": _one_of(NORM_PLACEMENTS),
+    "attention_output_norm": _FLAG,
+    "embedding_norm": _FLAG,
+    "embedding_scale": _POSITIVE,
+    "embedding_dropout": _RATE,
+    "type_vocab_size": _COUNT_OR_NONE,
+    "head": _one_of(HEADS),
+    "logit_scale": _POSITIVE,
+    "adaptive_cutoffs": (_or_none(_is_cutoffs), "None or rising integers of at least 1"),
 }

@@ -16,7 +16,7 @@ import numpy as np
 
 from alibi_spec.config import ALiBiConfig
 from alibi_spec.parameters import parameter_table
-from alibi_spec.reference import biased_logits
+from alibi_spec.reference import biased_logits, shared_heads
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
@@ -31,7 +31,8 @@ class ExactAttention:
     """One attention layer whose biased logits are exact in float32.
 
     Attributes:
-        config: the configuration given, cut to one layer, with power-of-two scale and slopes.
+        config: the configuration given, cut to one layer, with power-of-two scale and slopes and
+            without what must round: interpolated slopes, clamping, norms of queries and keys.
         parameters: every parameter of `config` by torch name.
         inputs: what enters the attention layer.
         attention_mask: padding on the left of one sequence and on the right of another.
@@ -59,6 +60,10 @@ def exact_attention(
         vocab_size=None,
         attention_scale=2.0 ** min(max(round(math.log2(config.scale)), -8), 4),
         slopes=tuple(2.0 ** -(1 + head % 8) for head in range(config.num_heads)),
+        slope_interpolation=None,
+        qkv_clip=None,
+        qk_norm=False,
+        attention_output_norm=False,
     )
     rng = np.random.default_rng(seed)
     # About 32 non-zero weights per output keep the sums short at any width.
@@ -78,9 +83,12 @@ def exact_attention(
 
     query, key = (_project(config, parameters, inputs, name) for name in ("query", "key"))
     slopes = np.array(config.slopes)
-    largest_score = (np.abs(query).max(axis=2) * np.abs(key).max(axis=2)).sum(axis=-1).max()
-    unit = min(config.scale * (_ACTIVATION_UNIT * _WEIGHT_UNIT) ** 2, slopes.min())
-    _require_exact("biased logits", config.scale * largest_score + slopes.max() * seq, unit)
+    largest_key = shared_heads(np.abs(key), config.num_heads).max(axis=2)
+    largest_score = (np.abs(query).max(axis=2) * largest_key).sum(axis=-1).max()
+    bias_scale = config.scale if config.distance == "bfloat16" else 1.0
+    unit = min(config.scale * (_ACTIVATION_UNIT * _WEIGHT_UNIT) ** 2, bias_scale * slopes.min())
+    largest = config.scale * largest_score + bias_scale * slopes.max() * seq
+    _require_exact("biased logits", largest, unit)
     logits = biased_logits(
         query,
         key,
@@ -97,12 +105,12 @@ def _project(
     config: ALiBiConfig, parameters: dict[str, np.ndarray], inputs: np.ndarray, name: str
 ) -> np.ndarray:
     weight = parameters[f"layers.0.attn.{name}.weight"].astype(np.float64)
-    bias = parameters.get(f"layers.0.attn.{name}.bias", np.zeros(config.d_model))
+    bias = parameters.get(f"layers.0.attn.{name}.bias", np.zeros(len(weight)))
     magnitude = np.abs(inputs) @ np.abs(weight).T + np.abs(bias)
     _require_exact(name, magnitude.max(), _ACTIVATION_UNIT * _WEIGHT_UNIT)
     projected = inputs @ weight.T + bias
     batch, seq, _ = projected.shape
-    return projected.reshape(batch, seq, config.num_heads, config.head_dim).swapaxes(1, 2)
+    return projected.reshape(batch, seq, -1, config.head_dim).swapaxes(1, 2)
 
 
 def _require_exact(name: str, largest: float, unit: float) -> None:

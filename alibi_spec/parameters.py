@@ -61,13 +61,18 @@ def axis_sizes(config: ALiBiConfig) -> dict[str, int]:
     """Size of every logical axis."""
     sizes = {
         "embed": config.d_model,
+        "features": config.d_model,  # a second axis of that width
         "heads": config.num_heads,
+        "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.ffn_dim,
     }
-    if config.vocab_size is not None:
-        sizes["vocab"] = config.vocab_size
-    return sizes
+    optional = {
+        "vocab": config.vocab_size,
+        "types": config.type_vocab_size,
+        "clusters": config.adaptive_cutoffs and len(config.adaptive_cutoffs),
+    }
+    return sizes | {axis: size for axis, size in optional.items() if size is not None}
 
 
 def parameter_table(config: ALiBiConfig) -> tuple[Parameter, ...]:
@@ -90,33 +95,62 @@ def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
             flax_leaf = "scale" if is_norm else "embedding" if is_embedding else "kernel"
         return Parameter(f"{module}.{leaf}", (*path, flax_leaf), pattern, sizes, init)
 
-    def norm(module: str) -> Iterator[Parameter]:
-        yield row(module, "weight", "embed -> embed", "ones")
-        yield row(module, "bias", "embed -> embed", "zeros")
+    def norm(module: str, pattern: str = "embed -> embed") -> Iterator[Parameter]:
+        yield row(module, "weight", pattern, "ones")
+        if config.norm_bias:
+            yield row(module, "bias", pattern, "zeros")
+
+    def linear(
+        module: str, pattern: str, has_bias: bool, init: float = config.init_std
+    ) -> Iterator[Parameter]:
+        """The weight, and the bias: the axes of the output alone, which the input's follow."""
+        yield row(module, "weight", pattern, init)
+        if has_bias:
+            output = re.findall(r"\([^)]*\)|\w+", pattern)[0]
+            yield row(module, "bias", f"{output} -> {output.strip('()')}", "zeros")
 
     if config.vocab_size is not None:
         yield row("token_embedding", "weight", "vocab embed -> vocab embed", config.init_std)
+        if config.type_vocab_size is not None:
+            pattern = "types embed -> types embed"
+            yield row("token_type_embedding", "weight", pattern, config.init_std)
+        if config.embedding_norm:
+            yield from norm("embedding_norm")
     for index in range(config.num_layers):
         layer = f"{prefix}layers.{index}"
         yield from norm(f"{layer}.attn_norm")
-        for projection in ("query", "key", "value"):
-            module = f"{layer}.attn.{projection}"
-            pattern = "(heads head_dim) embed -> embed heads head_dim"
-            yield row(module, "weight", pattern, config.init_std)
-            if config.attention_bias:
-                yield row(module, "bias", "(heads head_dim) -> heads head_dim", "zeros")
+        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+            pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
+            yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
+        if config.qk_norm:
+            yield from norm(f"{layer}.attn.query_norm", "(heads head_dim) -> heads head_dim")
+            yield from norm(f"{layer}.attn.key_norm", "(kv_heads head_dim) -> kv_heads head_dim")
         if config.output_projection:
-            module = f"{layer}.attn.output"
-            pattern = "embed (heads head_dim) -> heads head_dim embed"
-            yield row(module, "weight", pattern, config.residual_init_std)
-            if config.attention_bias:
-                yield row(module, "bias", "embed -> embed", "zeros")
+            yield from linear(
+                f"{layer}.attn.output",
+                "embed (heads head_dim) -> heads head_dim embed",
+                config.attention_bias,
+                config.residual_init_std,
+            )
+        if config.attention_output_norm:
+            yield from norm(f"{layer}.attn_output_norm")
         yield from norm(f"{layer}.ffn_norm")
-        yield row(f"{layer}.ffn.fc1", "weight", "mlp embed -> embed mlp", config.init_std)
-        yield row(f"{layer}.ffn.fc1", "bias", "mlp -> mlp", "zeros")
-        yield row(f"{layer}.ffn.fc2", "weight", "embed mlp -> mlp embed", config.residual_init_std)
-        yield row(f"{layer}.ffn.fc2", "bias", "embed -> embed", "zeros")
+        if config.gated_ffn:
+            yield from linear(f"{layer}.ffn.gate", "mlp embed -> embed mlp", config.ffn_bias)
+        yield from linear(f"{layer}.ffn.fc1", "mlp embed -> embed mlp", config.ffn_bias)
+        yield from linear(
+            f"{layer}.ffn.fc2", "embed mlp -> mlp embed", config.ffn_bias, config.residual_init_std
+        )
     if config.final_norm:
         yield from norm(f"{prefix}final_norm")
-    if config.vocab_size is not None and not config.tie_embeddings:
+    if config.vocab_size is None or config.head == "none":
+        return
+    if config.head == "masked_lm":
+        yield from linear("head_transform", "features embed -> embed features", has_bias=True)
+        yield from norm("head_norm")
+        yield Parameter("head_bias", ("head_bias",), "vocab -> vocab", sizes, "zeros")
+    if not config.tie_embeddings:
         yield row("lm_head", "weight", "vocab embed -> embed vocab", config.init_std)
+    if config.adaptive_cutoffs is not None:
+        pattern = "clusters embed -> embed clusters"
+        yield row("cluster_head", "weight", pattern, config.init_std)

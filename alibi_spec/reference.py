@@ -5,13 +5,14 @@ Written for reading, from SPEC.md alone; it shares no arithmetic with the backen
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alibi_spec.bias import bias, model_slopes
+from alibi_spec.bias import bias, interpolation, model_slopes, rounded_bias
 from alibi_spec.checks import check_embeddings, check_mask, check_token_range, check_tokens
 from alibi_spec.masks import masked_softmax, visible_keys
 from alibi_spec.parameters import parameter_table
@@ -29,10 +30,28 @@ def gelu(x: Float64[np.ndarray, "*axes"]) -> Float64[np.ndarray, "*axes"]:
     return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
 
 
+def gelu_tanh(x: Float64[np.ndarray, "*axes"]) -> Float64[np.ndarray, "*axes"]:
+    """The tanh approximation of GELU."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Float64[np.ndarray, "*axes"]) -> Float64[np.ndarray, "*axes"]:
+    """x times the logistic function of x, without overflow."""
+    return x * 0.5 * (1 + np.tanh(x / 2))
+
+
+def relu(x: Float64[np.ndarray, "*axes"]) -> Float64[np.ndarray, "*axes"]:
+    """The positive part."""
+    return np.maximum(x, 0)
+
+
+ACTIVATION_FUNCTIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "silu": silu}
+
+
 def layer_norm(
     x: Float64[np.ndarray, "*batch embed"],
     weight: Float64[np.ndarray, " embed"],
-    shift: Float64[np.ndarray, " embed"],
+    shift: Float64[np.ndarray, " embed"] | float,
     eps: float,
 ) -> Float64[np.ndarray, "*batch embed"]:
     """LayerNorm with the two-pass variance."""
@@ -41,9 +60,42 @@ def layer_norm(
     return centred / np.sqrt(variance + eps) * weight + shift
 
 
+def rms_norm(
+    x: Float64[np.ndarray, "*batch embed"], weight: Float64[np.ndarray, " embed"], eps: float
+) -> Float64[np.ndarray, "*batch embed"]:
+    """RMSNorm: the root mean square stays, the mean is not removed."""
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def adaptive_log_probabilities(
+    logits: Float64[np.ndarray, "*batch vocab"],
+    cluster_logits: Float64[np.ndarray, "*batch clusters"],
+    cutoffs: tuple[int, ...],
+) -> Float64[np.ndarray, "*batch vocab"]:
+    """log p of an adaptive softmax (Grave et al. 2017): of the word, or its cluster and the word.
+
+    The tokens before the first cutoff compete with the clusters; those of each cluster with one
+    another.
+    """
+    first, ends = cutoffs[0], (*cutoffs, logits.shape[-1])
+    head = np.concatenate([logits[..., :first], cluster_logits], axis=-1)
+    parts = [log_softmax(head)]
+    for cluster, (start, end) in enumerate(itertools.pairwise(ends)):
+        chosen = parts[0][..., first + cluster, None]
+        parts.append(chosen + log_softmax(logits[..., start:end]))
+    parts[0] = parts[0][..., :first]
+    return np.concatenate(parts, axis=-1)
+
+
+def log_softmax(logits: Float64[np.ndarray, "*axes"]) -> Float64[np.ndarray, "*axes"]:
+    """Logarithm of the softmax over the last axis."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def biased_logits(
     query: Float[np.ndarray, "batch heads query_len head_dim"],
-    key: Float[np.ndarray, "batch heads key_len head_dim"],
+    key: Float[np.ndarray, "batch kv_heads key_len head_dim"],
     slopes: Float[np.ndarray, " heads"],
     *,
     causal: bool = True,
@@ -56,10 +108,20 @@ def biased_logits(
     query, key, slopes = (array.astype(np.float64) for array in (query, key, slopes))
     query_len, key_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    logits = scale * (query @ key.swapaxes(-1, -2))
-    logits = logits + bias(slopes, query_len, key_len, distance)
+    products = query @ shared_heads(key, query.shape[1]).swapaxes(-1, -2)
+    if distance == "bfloat16":
+        logits = scale * (products + rounded_bias(slopes, key_len, attention_mask))
+    else:
+        logits = scale * products + bias(slopes, query_len, key_len, distance)
     visible = visible_keys(query_len, key_len, causal, attention_mask, segment_ids)
     return np.where(visible, logits, -np.inf)
+
+
+def shared_heads(
+    x: Float[np.ndarray, "batch kv_heads key_len head_dim"], num_heads: int
+) -> Float[np.ndarray, "batch heads key_len head_dim"]:
+    """Keys or values, each head repeated for the group of query heads that shares it."""
+    return np.repeat(x, num_heads // x.shape[1], axis=1)
 
 
 def reference_forward(
@@ -67,6 +129,7 @@ def reference_forward(
     parameters: Mapping[str, Num[np.ndarray, "..."]],
     inputs: Num[np.ndarray, "batch seq *d_model"],
     attention_mask: Integer[np.ndarray, "batch seq"] | None = None,
+    token_type_ids: Integer[np.ndarray, "batch seq"] | None = None,
 ) -> dict[str, Float64[np.ndarray, "..."]]:
     """The forward pass without dropout, in float64.
 
@@ -75,12 +138,13 @@ def reference_forward(
         inputs: tokens [batch, seq] when the configuration has a vocabulary, else embeddings
             [batch, seq, d_model].
         attention_mask: 1 for real positions, 0 for padding on either side.
+        token_type_ids: of a model with `type_vocab_size`; None is 0 everywhere.
 
     Returns:
         Every intermediate by name, in the order of computation: "embedding"; per layer i
         "layers.i.query", ".key", ".value", ".biased_logits" [batch, heads, seq, seq],
         ".probabilities", ".attn" and ".ffn" (the two residual branches) and "layers.i" (the
-        block's output); "output"; and "logits" [batch, seq, vocab] with a vocabulary.
+        block's output); "output"; and "logits" [batch, seq, vocab] with a vocabulary and a head.
 
     Raises:
         ValueError: inputs or mask have the wrong shape, dtype or range; parameters are missing.
@@ -98,7 +162,8 @@ def reference_forward(
     if missing:
         raise ValueError(f"{len(missing)} parameters are missing, first {missing[0]}")
     prefix = "" if config.vocab_size is None else "transformer."
-    slopes = model_slopes(config)
+    slopes = model_slopes(config) * np.float32(interpolation(config, inputs.shape[1]))
+    activation = ACTIVATION_FUNCTIONS[config.activation]
     trace: dict[str, Float64[np.ndarray, "..."]] = {}
 
     def weight(name: str) -> Float64[np.ndarray, "..."]:
@@ -109,29 +174,24 @@ def reference_forward(
         return y + weight(f"{module}.bias") if has_bias else y
 
     def norm(x: np.ndarray, module: str) -> np.ndarray:
-        return layer_norm(x, weight(f"{module}.weight"), weight(f"{module}.bias"), config.norm_eps)
+        if config.norm == "rms":
+            return rms_norm(x, weight(f"{module}.weight"), config.norm_eps)
+        shift = weight(f"{module}.bias") if config.norm_bias else 0.0
+        return layer_norm(x, weight(f"{module}.weight"), shift, config.norm_eps)
 
-    def split_heads(x: np.ndarray) -> np.ndarray:
-        batch, seq, _ = x.shape
-        return x.reshape(batch, seq, config.num_heads, config.head_dim).swapaxes(1, 2)
+    def projection(x: np.ndarray, module: str, name: str) -> np.ndarray:
+        projected = linear(x, f"{module}.{name}", config.attention_bias)
+        if config.qkv_clip is not None:
+            projected = projected.clip(-config.qkv_clip, config.qkv_clip)
+        if config.qk_norm and name != "value":
+            projected = norm(projected, f"{module}.{name}_norm")
+        batch, seq, _ = projected.shape
+        return projected.reshape(batch, seq, -1, config.head_dim).swapaxes(1, 2)
 
-    def merge_heads(x: np.ndarray) -> np.ndarray:
-        batch, _, seq, _ = x.shape
-        return x.swapaxes(1, 2).reshape(batch, seq, config.d_model)
-
-    if config.vocab_size is None:
-        x = inputs.astype(np.float64)
-    else:
-        x = weight("token_embedding.weight")[inputs]
-    trace["embedding"] = x
-
-    for index in range(config.num_layers):
-        layer = f"layers.{index}"
-        module = f"{prefix}{layer}"
-        normed = norm(x, f"{module}.attn_norm")
+    def attention(x: np.ndarray, layer: str) -> np.ndarray:
+        module = f"{prefix}{layer}.attn"
         for name in ("query", "key", "value"):
-            projected = linear(normed, f"{module}.attn.{name}", config.attention_bias)
-            trace[f"{layer}.{name}"] = split_heads(projected)
+            trace[f"{layer}.{name}"] = projection(x, module, name)
         trace[f"{layer}.biased_logits"] = biased_logits(
             trace[f"{layer}.query"],
             trace[f"{layer}.key"],
@@ -142,21 +202,63 @@ def reference_forward(
             distance=config.distance,
         )
         trace[f"{layer}.probabilities"] = masked_softmax(trace[f"{layer}.biased_logits"])
-        attended = merge_heads(trace[f"{layer}.probabilities"] @ trace[f"{layer}.value"])
+        value = shared_heads(trace[f"{layer}.value"], config.num_heads)
+        attended = (trace[f"{layer}.probabilities"] @ value).swapaxes(1, 2).reshape(x.shape)
         if config.output_projection:
-            attended = linear(attended, f"{module}.attn.output", config.attention_bias)
+            attended = linear(attended, f"{module}.output", config.attention_bias)
         trace[f"{layer}.attn"] = attended
-        x = x + attended
+        if config.attention_output_norm:
+            return norm(x + attended, f"{prefix}{layer}.attn_output_norm")
+        return attended
 
-        hidden = gelu(linear(norm(x, f"{module}.ffn_norm"), f"{module}.ffn.fc1"))
-        trace[f"{layer}.ffn"] = linear(hidden, f"{module}.ffn.fc2")
-        x = x + trace[f"{layer}.ffn"]
+    def feed_forward(x: np.ndarray, layer: str) -> np.ndarray:
+        module = f"{prefix}{layer}.ffn"
+        hidden = linear(x, f"{module}.fc1", config.ffn_bias)
+        if config.gated_ffn:
+            hidden = hidden * activation(linear(x, f"{module}.gate", config.ffn_bias))
+        else:
+            hidden = activation(hidden)
+        trace[f"{layer}.ffn"] = linear(hidden, f"{module}.fc2", config.ffn_bias)
+        return trace[f"{layer}.ffn"]
+
+    def residual(x: np.ndarray, layer: str, name: str, branch: Callable[..., Any]) -> np.ndarray:
+        module = f"{prefix}{layer}.{name}_norm"
+        if config.norm_placement == "post":
+            return norm(x + branch(x, layer), module)
+        normed = norm(x, module)
+        return (normed if config.norm_placement == "pre_residual" else x) + branch(normed, layer)
+
+    if config.vocab_size is None:
+        x = inputs.astype(np.float64)
+    else:
+        x = weight("token_embedding.weight")[inputs] * config.embedding_scale
+        if config.type_vocab_size is not None:
+            types = np.zeros_like(inputs) if token_type_ids is None else token_type_ids
+            x = x + weight("token_type_embedding.weight")[types]
+        if config.embedding_norm:
+            x = norm(x, "embedding_norm")
+    trace["embedding"] = x
+
+    for index in range(config.num_layers):
+        layer = f"layers.{index}"
+        x = residual(x, layer, "attn", attention)
+        x = residual(x, layer, "ffn", feed_forward)
         trace[layer] = x
 
     if config.final_norm:
         x = norm(x, f"{prefix}final_norm")
     trace["output"] = x
-    if config.vocab_size is not None:
-        head = "token_embedding" if config.tie_embeddings else "lm_head"
-        trace["logits"] = x @ weight(f"{head}.weight").T
+    if config.vocab_size is None or config.head == "none":
+        return trace
+
+    if config.head == "masked_lm":
+        x = norm(activation(linear(x, "head_transform")), "head_norm")
+    head = "token_embedding" if config.tie_embeddings else "lm_head"
+    logits = linear(x, head, has_bias=False) * config.logit_scale
+    if config.head == "masked_lm":
+        logits = logits + weight("head_bias")
+    if config.adaptive_cutoffs is not None:
+        clusters = linear(x, "cluster_head", has_bias=False) * config.logit_scale
+        logits = adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
+    trace["logits"] = logits
     return trace

@@ -12,8 +12,8 @@ from alibi_torch.kernels import KERNELS, dense
 
 def attention(
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch heads key_len head_dim"],
-    value: Float[Tensor, "batch heads key_len value_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    value: Float[Tensor, "batch kv_heads key_len value_dim"],
     slopes: Float[Tensor, " heads"],
     *,
     causal: bool = True,
@@ -32,7 +32,8 @@ def attention(
     query stands at the last key, as in cached decoding. A query that sees no key gives zeros.
 
     Args:
-        query, key, value: of one dtype: float16, bfloat16, float32 or float64.
+        query, key, value: of one dtype: float16, bfloat16, float32 or float64. Each head of key
+            and value serves heads / kv_heads consecutive heads of query.
         slopes: m for each head, float32.
         causal: queries see no later keys.
         scale: factor on q·k; None is 1/sqrt(head_dim).
@@ -41,7 +42,8 @@ def attention(
         tolerance: share of attention mass per row that an implementation may drop; "dense" drops
             none.
         implementation: "auto" or one of `attention_implementations()`.
-        distance: "absolute", or "signed" for m (j - i) on both sides (jaketae/alibi encoders).
+        distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
+            "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities.
         dropout_rng: generator for dropout; None is torch's own.
 
@@ -72,7 +74,7 @@ def attention(
 
 def biased_logits(
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch heads key_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
     slopes: Float[Tensor, " heads"],
     *,
     causal: bool = True,

@@ -24,20 +24,31 @@ class PretrainedModule(nn.Module):
         super().__init__()
         self.config = config
 
+    def reset_buffers(self, device: torch.device | str | None = None) -> None:
+        """Compute again what follows from the configuration and is in no checkpoint."""
+        for child in self.children():
+            if isinstance(child, PretrainedModule):
+                child.reset_buffers(device)
+
     @classmethod
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
         config: ALiBiConfig | None = None,
         allow_pt: bool = False,
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
 
+        Tensors go to the device one by one; the host never holds more than one of them besides.
+
         Args:
-            path: a checkpoint folder, or a .safetensors, .pt or .msgpack file.
+            path: a checkpoint folder of ours or of a known family, a .safetensors, .pt or .msgpack
+                file, or the id of a folder on the Hugging Face hub.
             dtype: of the parameters; None keeps the checkpoint's.
+            device: where the parameters go.
             config: for files that do not carry a configuration.
             allow_pt: read pickled state dicts, with torch's weights_only unpickler.
 
@@ -46,10 +57,14 @@ class PretrainedModule(nn.Module):
             ValueError: the checkpoint is of the other model class.
         """
         checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
-        model = cls(checkpoint.config)
-        state = {name: as_torch(array) for name, array in checkpoint.tensors.items()}
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        state = {
+            name: as_torch(array).to(device, dtype) for name, array in checkpoint.tensors.items()
+        }
         model.load_state_dict(state, assign=True)
-        return (model if dtype is None else model.to(dtype)).eval()
+        model.reset_buffers(device)
+        return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, for both backends.

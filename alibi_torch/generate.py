@@ -23,7 +23,7 @@ def generate(
         ValueError: the model is an encoder or in training mode, or the prompt or `max_new_tokens`
             is not valid.
     """
-    check_generation(model.config.causal, max_new_tokens)
+    check_generation(model.config.causal, model.config.head, max_new_tokens)
     if model.training:
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")
     tokens = checked_tokens(prompt, model.token_embedding.num_embeddings)

@@ -8,6 +8,9 @@ Checkpoints and training live elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +21,13 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table
+from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
     check_array,
     check_embeddings,
     check_mask,
     check_token_range,
+    check_token_types,
     check_tokens,
     forbid_vocabulary,
     require_vocabulary,
@@ -33,6 +38,14 @@ from alibi_torch.checkpoint import PretrainedModule
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
 
 
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
 class Attention(nn.Module):
     """Multi-head attention with linear biases: projections around `alibi_torch.attention`."""
 
@@ -40,9 +53,13 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         width, has_bias = config.d_model, config.attention_bias
+        kv_width = config.kv_heads * config.head_dim
         self.query = nn.Linear(width, width, bias=has_bias)
-        self.key = nn.Linear(width, width, bias=has_bias)
-        self.value = nn.Linear(width, width, bias=has_bias)
+        self.key = nn.Linear(width, kv_width, bias=has_bias)
+        self.value = nn.Linear(width, kv_width, bias=has_bias)
+        if config.qk_norm:
+            self.query_norm = _norm(config, width)
+            self.key_norm = _norm(config, kv_width)
         if config.output_projection:
             self.output = nn.Linear(width, width, bias=has_bias)
 
@@ -53,9 +70,8 @@ class Attention(nn.Module):
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         attended = attention(
-            self._split_heads(self.query(x)),
-            self._split_heads(self.key(x)),
-            self._split_heads(self.value(x)),
+            *self._query_and_key(x),
+            self._split_heads(self._clip(self.value(x))),
             slopes,
             causal=self.config.causal,
             scale=self.config.scale,
@@ -74,8 +90,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch heads seq seq"]:
         """The logits that `forward` takes the softmax of."""
         return biased_logits(
-            self._split_heads(self.query(x)),
-            self._split_heads(self.key(x)),
+            *self._query_and_key(x),
             slopes,
             causal=self.config.causal,
             scale=self.config.scale,
@@ -83,36 +98,59 @@ class Attention(nn.Module):
             distance=self.config.distance,
         )
 
-    def _split_heads(
+    def _query_and_key(
         self, x: Float[Tensor, "batch seq embed"]
-    ) -> Float[Tensor, "batch heads seq head_dim"]:
+    ) -> tuple[
+        Float[Tensor, "batch heads seq head_dim"], Float[Tensor, "batch kv_heads seq head_dim"]
+    ]:
+        query, key = self._clip(self.query(x)), self._clip(self.key(x))
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return self._split_heads(query), self._split_heads(key)
+
+    def _clip(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
+        limit = self.config.qkv_clip
+        return x if limit is None else x.clamp(-limit, limit)
+
+    def _split_heads(
+        self, x: Float[Tensor, "batch seq width"]
+    ) -> Float[Tensor, "batch any_heads seq head_dim"]:
         return rearrange(
             x,
             "batch seq (heads head_dim) -> batch heads seq head_dim",
-            heads=self.config.num_heads,
+            head_dim=self.config.head_dim,
         )
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around an exact (erf) GELU."""
+    """Two linear maps around an activation, which a third map may gate."""
 
     def __init__(self, config: ALiBiConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+        self.is_gated = config.gated_ffn
+        if config.gated_ffn:
+            self.gate = nn.Linear(config.d_model, config.ffn_dim, bias=config.ffn_bias)
+        self.fc1 = nn.Linear(config.d_model, config.ffn_dim, bias=config.ffn_bias)
+        self.fc2 = nn.Linear(config.ffn_dim, config.d_model, bias=config.ffn_bias)
 
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
-        return self.fc2(F.gelu(self.fc1(x)))
+        if self.is_gated:
+            return self.fc2(self.fc1(x) * self.activation(self.gate(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Residual block: attention, then feed-forward, with norms where `norm_placement` says."""
 
     def __init__(self, config: ALiBiConfig) -> None:
         super().__init__()
-        self.attn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.config = config
+        self.attn_norm = _norm(config, config.d_model)
         self.attn = Attention(config)
-        self.ffn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        if config.attention_output_norm:
+            self.attn_output_norm = _norm(config, config.d_model)
+        self.ffn_norm = _norm(config, config.d_model)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -122,8 +160,26 @@ class Block(nn.Module):
         slopes: Float[Tensor, " heads"],
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
-        x = x + self.dropout(self.attn(self.attn_norm(x), slopes, attention_mask))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        def attn(y: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
+            attended = self.attn(y, slopes, attention_mask)
+            if self.config.attention_output_norm:
+                return self.attn_output_norm(y + attended)
+            return attended
+
+        x = self._residual(x, self.attn_norm, attn)
+        return self._residual(x, self.ffn_norm, self.ffn)
+
+    def _residual(
+        self,
+        x: Float[Tensor, "batch seq embed"],
+        norm: nn.Module,
+        branch: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "batch seq embed"]:
+        if self.config.norm_placement == "post":
+            return norm(x + self.dropout(branch(x)))
+        normed = norm(x)
+        kept = normed if self.config.norm_placement == "pre_residual" else x
+        return kept + self.dropout(branch(normed))
 
 
 class ALiBiTransformer(PretrainedModule):
@@ -135,14 +191,15 @@ class ALiBiTransformer(PretrainedModule):
         ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s.
     """
 
+    slopes: Float[Tensor, " heads"]
+
     def __init__(self, config: ALiBiConfig) -> None:
         forbid_vocabulary(config.vocab_size)
         super().__init__(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         if config.final_norm:
-            self.final_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        slopes = torch.tensor(model_slopes(config).tolist(), dtype=torch.float32)
-        self.register_buffer("slopes", slopes, persistent=False)
+            self.final_norm = _norm(config, config.d_model)
+        self.reset_buffers()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,33 +231,51 @@ class ALiBiTransformer(PretrainedModule):
             check_array("attention_mask", attention_mask, (Tensor,), "a torch.Tensor")
             is_integer = not attention_mask.is_floating_point()
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
+        slopes = self.slopes * interpolation(self.config, x.shape[1])
         for layer in self.layers:
-            x = layer(x, self.slopes, attention_mask)
+            x = layer(x, slopes, attention_mask)
         return self.final_norm(x) if self.config.final_norm else x
+
+    def reset_buffers(self, device: torch.device | str | None = None) -> None:
+        """The slopes of the configuration, float32."""
+        slopes = torch.tensor(
+            model_slopes(self.config).tolist(), dtype=torch.float32, device=device
+        )
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # The slopes follow the module to its device but stay float32: `.to(bfloat16)` would round
         # them, and `.to_empty()` would leave them undefined.
         super()._apply(fn, recurse)
-        slopes, device = model_slopes(self.config).tolist(), self.slopes.device
-        self.slopes = torch.tensor(slopes, dtype=torch.float32, device=device)
+        self.reset_buffers(self.slopes.device)
         return self
 
 
 class ALiBiLM(PretrainedModule):
-    """Token embedding, `ALiBiTransformer`, and a head that is tied to the embedding or its own.
+    """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
     Raises:
         ValueError: the configuration has no vocabulary.
     """
 
     def __init__(self, config: ALiBiConfig) -> None:
-        vocab_size = require_vocabulary(config.vocab_size)
+        vocab_size, width = require_vocabulary(config.vocab_size), config.d_model
         super().__init__(config)
-        self.token_embedding = nn.Embedding(vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        if config.type_vocab_size is not None:
+            self.token_type_embedding = nn.Embedding(config.type_vocab_size, width)
+        if config.embedding_norm:
+            self.embedding_norm = _norm(config, width)
+        self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = ALiBiTransformer(dataclasses.replace(config, vocab_size=None))
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if config.head == "masked_lm":
+            self.head_transform = nn.Linear(width, width)
+            self.head_norm = _norm(config, width)
+            self.head_bias = nn.Parameter(torch.zeros(vocab_size))
+        if config.head != "none" and not config.tie_embeddings:
+            self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        if config.adaptive_cutoffs is not None:
+            self.cluster_head = nn.Linear(width, len(config.adaptive_cutoffs), bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -211,36 +286,91 @@ class ALiBiLM(PretrainedModule):
         self,
         tokens: Integer[Tensor, "batch seq"],
         attention_mask: AttentionMask | None = None,
-    ) -> Float[Tensor, "batch seq vocab"]:
-        """Next-token logits.
+        token_type_ids: Integer[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq output"]:
+        """Logits over the vocabulary: of the next token, or of this one for a masked LM.
 
         Args:
             tokens: ids below `vocab_size`; checked where that needs no device synchronisation:
                 on the CPU, outside `torch.compile`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
+            token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
+
+        Returns:
+            [batch, seq, vocab]; log-probabilities with `adaptive_cutoffs`; hidden states
+            [batch, seq, d_model] with `head="none"`.
 
         Raises:
-            ValueError: wrong shape, dtype or range of `tokens`, or wrong `attention_mask`.
+            ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, or wrong
+                `attention_mask`.
         """
-        tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
-        return self.head(self.transformer(self.token_embedding(tokens), attention_mask))
+        x = self.embed(tokens, token_type_ids)
+        return self.head(self.transformer(x, attention_mask))
 
-    def head(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of hidden states."""
-        if self.config.tie_embeddings:
-            return F.linear(x, self.token_embedding.weight)
-        return self.lm_head(x)
+    def embed(
+        self,
+        tokens: Integer[Tensor, "batch seq"],
+        token_type_ids: Integer[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq embed"]:
+        """What enters the first block. Arguments and errors are those of `forward`."""
+        config = self.config
+        tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
+        check_token_types(config.type_vocab_size, token_type_ids is not None)
+        x = self.token_embedding(tokens) * config.embedding_scale
+        if config.type_vocab_size is not None:
+            types = torch.zeros_like(tokens) if token_type_ids is None else token_type_ids
+            types = checked_tokens(types, config.type_vocab_size, "token type")
+            x = x + self.token_type_embedding(types)
+        return self.dropout(self.embedding_norm(x) if config.embedding_norm else x)
+
+    def head(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq output"]:
+        """What `forward` returns, from hidden states."""
+        config = self.config
+        if config.head == "none":
+            return x
+        if config.head == "masked_lm":
+            activation = ACTIVATION_FUNCTIONS[config.activation]
+            x = self.head_norm(activation(self.head_transform(x)))
+        x = x * config.logit_scale  # cheaper than on the logits
+        weight = (self.token_embedding if config.tie_embeddings else self.lm_head).weight
+        logits = F.linear(x, weight)
+        if config.head == "masked_lm":
+            logits = logits + self.head_bias
+        if config.adaptive_cutoffs is not None:
+            clusters = self.cluster_head(x)
+            return _adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
+        return logits
+
+
+def _adaptive_log_probabilities(
+    logits: Float[Tensor, "batch seq vocab"],
+    cluster_logits: Float[Tensor, "batch seq clusters"],
+    cutoffs: tuple[int, ...],
+) -> Float[Tensor, "batch seq vocab"]:
+    first, ends = cutoffs[0], (*cutoffs, logits.shape[-1])
+    head = torch.cat([logits[..., :first], cluster_logits], dim=-1).log_softmax(dim=-1)
+    parts = [head[..., :first]]
+    for cluster, (start, end) in enumerate(itertools.pairwise(ends)):
+        chosen = head[..., first + cluster, None]
+        parts.append(chosen + logits[..., start:end].log_softmax(dim=-1))
+    return torch.cat(parts, dim=-1)
+
+
+def _norm(config: ALiBiConfig, width: int) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def checked_tokens(
-    tokens: Integer[Tensor, "batch seq"], vocab_size: int
+    tokens: Integer[Tensor, "batch seq"], vocab_size: int, what: str = "token"
 ) -> Integer[Tensor, "batch seq"]:
     """The tokens as int64, or ValueError; their range is checked where they can be looked at."""
     check_array("tokens", tokens, (Tensor,), "a torch.Tensor of token ids")
     check_tokens(tokens.shape, not tokens.is_floating_point() and tokens.dtype != torch.bool)
     tokens = tokens.long()
     if _has_values_on_host(tokens) and tokens.numel():
-        check_token_range(int(tokens.min()), int(tokens.max()), vocab_size)
+        check_token_range(int(tokens.min()), int(tokens.max()), vocab_size, what)
     return tokens
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float, Num
+from jaxtyping import Float, Integer, Num
 from torch import Tensor
 
 from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
@@ -14,13 +14,14 @@ def trace(
     model: ALiBiLM | ALiBiTransformer,
     inputs: Num[Tensor, "batch seq *d_model"],
     attention_mask: AttentionMask | None = None,
+    token_type_ids: Integer[Tensor, "batch seq"] | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
     """Run the model and return what it computed, in order of computation.
 
     Returns:
         Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
         "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
-        language model. Names and values are those of `alibi_spec.reference_forward`.
+        model with a head. Names and values are those of `alibi_spec.reference_forward`.
 
     Raises:
         ValueError: as for the model's own call.
@@ -44,10 +45,11 @@ def trace(
         record(layer, f"layers.{index}")
     record(transformer, "output")
     try:
-        result = model(inputs, attention_mask)
+        optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
+        result = model(inputs, attention_mask, **optional)
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(model, ALiBiLM):
+    if isinstance(model, ALiBiLM) and model.config.head != "none":
         values["logits"] = result
     return values

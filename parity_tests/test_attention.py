@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -75,23 +76,39 @@ def _expected(
     causal: bool = True,
     mask: np.ndarray | None = None,
     segments: np.ndarray | None = None,
+    is_rounded: bool = False,
 ) -> np.ndarray:
-    """One query at a time, from the definition."""
+    """One query at a time, from the definition; `is_rounded` for distance="bfloat16"."""
     result = np.zeros((*query.shape[:3], value.shape[-1]))
-    offset = key.shape[2] - query.shape[2]
+    offset, group = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
     for b, h, i in np.ndindex(*query.shape[:3]):
-        position = i + offset
+        position, shared = i + offset, h // group
         weights = {}
         for j in range(key.shape[2]):
             hidden = (causal and j > position) or (mask is not None and mask[b, j] == 0)
             if hidden or (segments is not None and segments[b, j] != segments[b, position]):
                 continue
-            score = float(query[b, h, i] @ key[b, h, j]) / np.sqrt(query.shape[-1])
-            weights[j] = np.exp(score - float(SLOPES[h]) * abs(position - j))
+            scale, slope = 1 / np.sqrt(query.shape[-1]), float(SLOPES[h])
+            penalty = slope * abs(position - j)
+            if is_rounded:  # relative to the query, so that no exponential overflows
+                here = _rounded(_count(mask, b, position))
+                there = _rounded(_count(mask, b, j))
+                penalty = scale * (_rounded(_rounded(slope) * here))
+                penalty -= scale * (_rounded(_rounded(slope) * there))
+            weights[j] = np.exp(float(query[b, h, i] @ key[b, shared, j]) * scale - penalty)
         if weights:
             total = sum(weights.values())
-            result[b, h, i] = sum(w / total * value[b, h, j] for j, w in weights.items())
+            result[b, h, i] = sum(w / total * value[b, shared, j] for j, w in weights.items())
     return result
+
+
+def _rounded(number: float) -> float:
+    return float(np.float32(number).astype(ml_dtypes.bfloat16))
+
+
+def _count(mask: np.ndarray | None, sequence: int, position: int) -> int:
+    """How many visible keys stand before this one."""
+    return position if mask is None else int(np.count_nonzero(mask[sequence, :position]))
 
 
 @each_backend
@@ -116,6 +133,39 @@ def test_padding_and_segments(attention: Attention, causal: bool) -> None:
     found = attention(query, key, value, SLOPES, causal=causal, **options)
     expected = _expected(query, key, value, causal=causal, mask=mask, segments=segments)
     assert_within(found, expected, BUDGETS["float64", "cpu"].forward, "attention")
+
+
+@each_backend
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_grouped_heads(attention: Attention, kv_heads: int) -> None:
+    """Consecutive query heads share one head of keys and values."""
+    rng = np.random.default_rng(2)
+    query = rng.standard_normal((BATCH, 6, 9, HEAD_DIM))
+    key, value = rng.standard_normal((2, BATCH, kv_heads, SEQ, HEAD_DIM))
+    slopes = alibi_spec.slopes(6)
+    found = attention(query, key, value, slopes)
+    for head in range(6):
+        one = slice(head, head + 1)
+        shared = slice(head * kv_heads // 6, head * kv_heads // 6 + 1)
+        expected = attention(query[:, one], key[:, shared], value[:, shared], slopes[one])
+        limit = BUDGETS["float64", "cpu"].forward
+        assert_within(found[:, one], expected, limit, f"head {head}")
+
+
+@each_backend
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_rounded_bias(attention: Attention, is_masked: bool) -> None:
+    """Falcon-RW's: positions are counted from the first visible key, products are bfloat16."""
+    query, key, value = _draw(12)
+    mask = np.ones((BATCH, SEQ), dtype=np.int64) if is_masked else None
+    if mask is not None:
+        mask[0, :31] = 0
+        mask[1, -4:] = 0
+    found = attention(query, key, value, SLOPES, attention_mask=mask, distance="bfloat16")
+    expected = _expected(query, key, value, mask=mask, is_rounded=True)
+    assert_within(found, expected, BUDGETS["float64", "cpu"].forward, "attention")
+    plain = attention(query, key, value, SLOPES / np.sqrt(HEAD_DIM), attention_mask=mask)
+    assert np.abs(plain - found).max() > 1e-3  # the rounding is no small matter
 
 
 @each_backend

@@ -11,6 +11,7 @@ import pytest
 
 import alibi_spec
 from alibi_spec import ALiBiConfig
+from alibi_spec.bias import interpolation
 from parity_tests.cases import CONFIGS, each_config
 from parity_tests.compare import assert_bitwise
 
@@ -77,6 +78,17 @@ def test_json_round_trip(config_name: str) -> None:
         ({"attention_scale": math.inf}, "attention_scale=inf"),
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"init_std": "small"}, "init_std='small'"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=8"),
+        ({"norm": "rms"}, "norm='rms' has no bias; set norm_bias=False"),
+        ({"norm": "batch"}, r"norm='batch' is not valid; expected one of \('layer', 'rms'\)"),
+        ({"norm_placement": "post", "final_norm": True}, "ends in a norm already; set final_norm"),
+        ({"head": "masked_lm", "tie_embeddings": False}, "set tie_embeddings=True"),
+        ({"activation": "tanh"}, "activation='tanh' is not valid; expected one of"),
+        ({"qkv_clip": 0}, "qkv_clip=0 is not valid; expected None or a number above 0"),
+        ({"adaptive_cutoffs": (), "vocab_size": 9}, r"adaptive_cutoffs=\(\)"),
+        ({"adaptive_cutoffs": (3, 3), "vocab_size": 9}, "do not rise from 0 to vocab_size=9"),
+        ({"adaptive_cutoffs": (3, 9), "vocab_size": 9}, "do not rise from 0 to vocab_size=9"),
+        ({"adaptive_cutoffs": (3,), "vocab_size": 9, "head": "none"}, "need head='linear'"),
         ({"num_head": 4}, "unknown option 'num_head' in the configuration; did you mean num_heads"),
         ({"colour": 4}, "unknown option 'colour' in the configuration; known: num_layers, "),
     ],
@@ -135,6 +147,12 @@ def test_slopes_are_those_of_mpt(num_heads: int, bias_max: float) -> None:
     assert_bitwise(
         alibi_spec.slopes(num_heads, bias_max), np.array(expected).astype(np.float32), "slopes"
     )
+
+
+def test_interpolation_begins_where_training_ended() -> None:
+    config = ALiBiConfig(slope_interpolation=512)
+    assert [interpolation(config, seq) for seq in (1, 512, 1024, 768)] == [1, 1, 0.5, 2 / 3]
+    assert interpolation(ALiBiConfig(), 10**6) == 1
 
 
 @pytest.mark.parametrize(("num_heads", "bias_max"), [(0, 8.0), (4, 0.0), (4, math.nan)])

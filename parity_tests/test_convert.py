@@ -301,6 +301,48 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert usage.value.code == 2
 
 
+def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a conversion shows besides its report, and what it can be told to refuse."""
+    source, arguments = write(tmp_path / "model"), ["convert", str(tmp_path / "model")]
+    assert main([*arguments, str(tmp_path / "a"), "--progress", "--max-shard-size=40KB"]) == 0
+    output = capsys.readouterr()
+    assert "convert: 100%" in output.err
+    assert "verify: 100%" in output.err
+    lines = output.out.splitlines()
+    assert lines[0] == f"{source} (alibi-duo, alibi) -> {tmp_path / 'a'} (alibi)"
+    assert lines[1].startswith("36 tensors, 190,848 bytes, ")
+    assert sum("  model-0000" in line for line in lines) == 5
+    assert lines[-1] == "read back: bitwise what was meant"
+    assert main([*arguments, str(tmp_path / "b"), "--progress", "--json", "--no-verify"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert json.loads(output.out)["verification"]["bitwise"] is False
+
+    parameters = dict(draw_parameters(CONFIG)) | {"lm_head.weight": np.full((101, 48), np.inf)}
+    write_folder(make_folder(tmp_path / "inf"), CONFIG, Tensors.of(parameters))
+    arguments[1] = str(tmp_path / "inf")
+    assert main([*arguments, str(tmp_path / "c")]) == 0
+    assert "  NaN or infinite: 4,848 elements of lm_head.weight" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "d"), "--strict-values"]) == 3
+    assert "NaN or infinity in 1 tensors: lm_head.weight (4,848); " in capsys.readouterr().err
+    assert main([*arguments, "/proc/1/out"]) == 3
+    assert capsys.readouterr().err.startswith("error: /proc/1 cannot be written: ")
+
+
+def test_output_that_nobody_takes(tmp_path: Path) -> None:
+    """A reader that has gone away is no error to report; a full disk is one line."""
+    command = [sys.executable, "-m", "alibi_cli.main", "inspect", str(write(tmp_path / "model"))]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 3
+    assert done.stderr == b"error: [Errno 28] No space left on device\n"
+
+
 def test_command_line_configuration(tmp_path: Path) -> None:
     """--config takes the JSON of a configuration, or the config.json of a checkpoint."""
     save_file(dict(draw_parameters(CONFIG)), tmp_path / "mine.safetensors")

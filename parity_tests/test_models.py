@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,9 +13,12 @@ import torch
 
 import alibi_flax
 import alibi_torch
-from alibi_convert.tensors import as_numpy
-from alibi_spec import ALiBiConfig
-from parity_tests.compare import assert_bitwise
+from alibi_convert import torch_to_flax
+from alibi_convert.tensors import as_numpy, as_torch
+from alibi_spec import ALiBiConfig, reference_forward
+from alibi_spec.budgets import BUDGETS
+from parity_tests.cases import CONFIGS, draw_parameters
+from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.small_models import BARE, CONFIG, MASK, TOKENS, flax_model, torch_model
 
 
@@ -64,6 +68,55 @@ def test_arguments_that_are_no_arrays() -> None:
         module.apply({"params": params}, [[1, 2]])
     with pytest.raises(ValueError, match=r"attention_mask is a ndarray; expected a torch\.Tensor"):
         model(torch.from_numpy(TOKENS), MASK)
+
+
+def test_token_types_are_added() -> None:
+    """Against the reference, in both backends; the default is type 0; other models refuse them."""
+    config, rng = CONFIGS["masked-lm"], np.random.default_rng(0)
+    parameters, tokens = draw_parameters(config), rng.integers(0, 101, (2, 9))
+    types = rng.integers(0, 2, (2, 9))
+    state = {name: as_torch(array) for name, array in parameters.items()}
+    model = alibi_torch.ALiBiLM(config).eval()
+    model.load_state_dict(state)
+    params = torch_to_flax(state, config)
+    for given in (None, types):
+        exact = reference_forward(config, parameters, tokens, token_type_ids=given)["logits"]
+        ours, theirs = (
+            alibi_torch.trace(
+                model,
+                torch.from_numpy(tokens),
+                token_type_ids=None if given is None else torch.from_numpy(given),
+            ),
+            alibi_flax.trace(
+                alibi_flax.ALiBiLM(config),
+                params,
+                jnp.asarray(tokens),
+                token_type_ids=None if given is None else jnp.asarray(given),
+            ),
+        )
+        limit = BUDGETS["float32", "cpu"].forward
+        assert_within(as_numpy(ours["logits"]), exact, limit, "torch")
+        assert_within(np.asarray(theirs["logits"]), exact, limit, "flax")
+    with pytest.raises(ValueError, match="token type 2 is outside the vocabulary; expected 0 … 1"):
+        model(torch.from_numpy(tokens), token_type_ids=torch.from_numpy(types + 1))
+    with pytest.raises(ValueError, match="token_type_ids need a model with type_vocab_size"):
+        torch_model()(torch.from_numpy(TOKENS), token_type_ids=torch.from_numpy(TOKENS))
+    module, plain = flax_model()
+    with pytest.raises(ValueError, match="token_type_ids need a model with type_vocab_size"):
+        module.apply({"params": plain}, jnp.asarray(TOKENS), token_type_ids=jnp.asarray(TOKENS))
+
+
+def test_adaptive_heads_give_probabilities() -> None:
+    """They sum to one over the vocabulary, in both backends."""
+    config = CONFIGS["adaptive"]
+    tokens = np.arange(12).reshape(2, 6)
+    torch.manual_seed(0)
+    ours = as_numpy(alibi_torch.ALiBiLM(config).eval()(torch.from_numpy(tokens)))
+    model = alibi_flax.ALiBiLM(config)
+    theirs = model.apply(model.init(jax.random.key(0), tokens), tokens)
+    for logits in (ours, np.asarray(theirs)):
+        total = np.exp(logits.astype(np.float64)).sum(axis=-1)
+        assert_within(total, np.ones((2, 6)), BUDGETS["float32", "cpu"].forward, "sum")
 
 
 @pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
@@ -122,8 +175,6 @@ def test_bad_embeddings(x: np.ndarray, message: str) -> None:
 
 def test_greedy_generation_agrees_and_is_greedy() -> None:
     """Each new token is the argmax of the last logits, and both backends choose the same."""
-    from alibi_convert import torch_to_flax
-
     model = torch_model()
     for parameter in model.parameters():  # far from initial values, where margins are wide
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
@@ -148,6 +199,9 @@ def test_generation_refuses_encoders() -> None:
         alibi_torch.generate(alibi_torch.ALiBiLM(config), torch.zeros(1, 1, dtype=int), 1)
     with pytest.raises(ValueError, match="an encoder"):
         alibi_flax.generate(alibi_flax.ALiBiLM(config), {}, jnp.zeros((1, 1), int), 1)
+    masked = dataclasses.replace(config, causal=True, head="masked_lm")
+    with pytest.raises(ValueError, match="head='masked_lm' cannot generate; it predicts no next"):
+        alibi_torch.generate(alibi_torch.ALiBiLM(masked), torch.zeros(1, 1, dtype=int), 1)
     with pytest.raises(ValueError, match="the model is in training mode"):
         alibi_torch.generate(torch_model().train(), torch.zeros(1, 1, dtype=int), 1)
     with pytest.raises(ValueError, match=r"max_new_tokens=2\.0 is not valid; expected an integer"):

@@ -61,8 +61,12 @@ def test_tracer(config_name: str) -> None:
 
 def _expected_flax(name: str, tensor: np.ndarray, config: ALiBiConfig) -> np.ndarray:
     """The Flax leaf, element by element, from what linen's layers mean by their kernels."""
-    heads, head_dim = config.num_heads, config.head_dim
-    module, leaf = name.rsplit(".", 1)
+    head_dim = config.head_dim
+    module, _, leaf = name.rpartition(".")
+    is_key_or_value = module.endswith((".key", ".value", ".key_norm"))
+    heads = (config.num_kv_heads or config.num_heads) if is_key_or_value else config.num_heads
+    if module.endswith((".query_norm", ".key_norm")):
+        return np.array([[tensor[h * head_dim + d] for d in range(head_dim)] for h in range(heads)])
     if module.endswith((".query", ".key", ".value")):
         if leaf == "bias":  # y[h, d] += bias[h, d]; torch's feature is h * head_dim + d
             return np.array(
@@ -79,7 +83,8 @@ def _expected_flax(name: str, tensor: np.ndarray, config: ALiBiConfig) -> np.nda
             for d in range(head_dim):
                 expected[h, d, :] = tensor[:, h * head_dim + d]
         return expected
-    is_kernel = leaf == "weight" and module.endswith((".fc1", ".fc2", "lm_head"))
+    linear = (".fc1", ".fc2", ".gate", "lm_head", "cluster_head", "head_transform")
+    is_kernel = leaf == "weight" and module.endswith(linear)
     return np.ascontiguousarray(tensor.T) if is_kernel else tensor
 
 

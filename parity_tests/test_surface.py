@@ -126,6 +126,10 @@ def test_annotated_shapes_hold() -> None:
         for config in (
             ALiBiConfig(vocab_size=11, **small),
             ALiBiConfig(vocab_size=11, tie_embeddings=False, output_projection=False, **small),
+            ALiBiConfig(
+                vocab_size=11, tie_embeddings=False, adaptive_cutoffs=(4, 7), num_kv_heads=1,
+                qk_norm=True, qkv_clip=1.0, distance="bfloat16", norm="rms", norm_bias=False, **small
+            ),
         ):
             tokens = np.arange(18).reshape(2, 9) % 11
             ours = alibi_torch.ALiBiLM(config).eval()

@@ -1,29 +1,222 @@
-"""What a family of foreign checkpoints declares."""
+"""What a family of foreign checkpoints declares, and how its declarations are put to work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from alibi_convert.rules import Rule
-from alibi_convert.tensors import Tensors
-from alibi_spec import ALiBiConfig
+import numpy as np
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.rules import Row, Rule, check_shapes
+from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_bits, paired_chunks
+from alibi_spec import ALiBiConfig, parameter_table
+
+
+@dataclass(frozen=True)
+class Source:
+    """A foreign checkpoint before it is understood.
+
+    Attributes:
+        config: its config.json (or what its file says about the model); None when there is none.
+        tensors: by foreign name, unread.
+    """
+
+    config: Mapping[str, Any] | None
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Foreign tensors that are not carried over.
+
+    Attributes:
+        pattern: regular expression for the whole name.
+        reason: why nothing is lost.
+        same_as: name of a foreign tensor that must hold the same bits.
+    """
+
+    pattern: str
+    reason: str
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One canonical tensor that is computed on import; there is no way back.
+
+    Attributes:
+        canonical: its name.
+        foreign: shape by name of the foreign tensors that it is computed from.
+        compute: called with their arrays, in order; the dtype of the result is that of the first,
+            or of the checkpoint's first float where there is none.
+        reason: what was computed, for the report.
+    """
+
+    canonical: str
+    foreign: Mapping[str, tuple[int, ...]]
+    compute: Callable[..., np.ndarray]
+    reason: str
+
+
+def _nothing(*_: Any) -> tuple[Any, ...]:
+    return ()
+
+
+def _no_tensors(_: ALiBiConfig) -> dict[str, np.ndarray]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family of checkpoints as data.
+    """One family of checkpoints, as data where that is possible.
 
     Attributes:
         name: what `alibi inspect` calls it.
-        recognises: whether these tensor names are the family's.
-        config: the configuration that shapes and buffers imply; raises CheckpointError.
-        rules: every tensor that is carried over.
-        derived: why each tensor that is not carried over can be computed from the configuration.
+        recognises: whether a source is the family's; it may be one that cannot be honoured.
+        read_config: the configuration of a source; raises CheckpointError naming what it cannot
+            honour.
+        rows: the table of tensors, both ways.
+        aliases: (regular expression, replacement) for names that older files use; the first one
+            that matches a whole name renames it.
+        derived: foreign tensors that are not carried over.
+        folds: canonical tensors that are computed.
+        write_config: the foreign config.json of a configuration; raises CheckpointError naming the
+            field that the family cannot express. None for a family that is only imported.
+        generated: foreign tensors that an export adds, by name.
     """
 
     name: str
-    recognises: Callable[[Tensors], bool]
-    config: Callable[[Tensors], ALiBiConfig]
-    rules: Callable[[ALiBiConfig], tuple[Rule, ...]]
-    derived: Callable[[ALiBiConfig], dict[str, str]]
+    recognises: Callable[[Source], bool]
+    read_config: Callable[[Source], ALiBiConfig]
+    rows: tuple[Row, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    derived: Callable[[ALiBiConfig], tuple[Derived, ...]] = _nothing
+    folds: Callable[[ALiBiConfig, Source], tuple[Fold, ...]] = _nothing
+    write_config: Callable[[ALiBiConfig], dict[str, Any]] | None = None
+    generated: Callable[[ALiBiConfig], Mapping[str, np.ndarray]] = _no_tensors
+
+    def rules(self, config: ALiBiConfig) -> tuple[Rule, ...]:
+        """The table for one configuration."""
+        table = {row.name: row for row in parameter_table(config)}
+        return tuple(rule for row in self.rows for rule in row.rules(table, config.num_layers))
+
+    def renamed(self, tensors: Tensors) -> Tensors:
+        """The tensors under the names that `rows` use.
+
+        Raises:
+            CheckpointError: two tensors have one name.
+        """
+        headers: dict[str, LazyTensor] = {}
+        for name, header in tensors.headers.items():
+            current = self._current_name(name)
+            if current in headers:
+                raise CheckpointError(f"{name} is there under an older name too; remove one")
+            headers[current] = header
+        return Tensors(headers)
+
+    def _current_name(self, name: str) -> str:
+        for pattern, replacement in self.aliases:
+            found = re.fullmatch(pattern, name)
+            if found:
+                return found.expand(replacement)
+        return name
+
+
+@dataclass(frozen=True)
+class Import:
+    """A foreign checkpoint in canonical terms.
+
+    Attributes:
+        tensors: canonical names, torch layout, unread.
+        origins: the foreign names that each comes from.
+        derived: foreign tensors that are not carried over, with the reason.
+        folded: canonical tensors that are computed, with the reason.
+    """
+
+    tensors: Tensors
+    origins: dict[str, tuple[str, ...]]
+    derived: dict[str, str]
+    folded: dict[str, str]
+
+
+def import_tensors(family: Family, config: ALiBiConfig, source: Source) -> Import:
+    """Hold a foreign checkpoint against the family's table and give its tensors our names.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected, of the wrong shape, or not what they must be.
+    """
+    rules, folds = family.rules(config), family.folds(config, source)
+    dropped = dict(_dropped(family.derived(config), source.tensors))
+    expected = {rule.foreign: rule.foreign_shape for rule in rules}
+    for fold in folds:
+        expected |= fold.foreign
+    found = {name: shape for name, shape in source.tensors.shapes.items() if name not in dropped}
+    check_shapes(expected, found)
+    headers: dict[str, LazyTensor] = {}
+    origins: dict[str, tuple[str, ...]] = {}
+    for rule in rules:
+        for index, parameter in enumerate(rule.parameters):
+            headers[parameter.name] = _extracted(rule, index, source.tensors)
+            origins[parameter.name] = (rule.foreign,)
+    shapes = {row.name: row.shape for row in parameter_table(config)}
+    for fold in folds:
+        headers[fold.canonical] = _folded(fold, shapes[fold.canonical], source.tensors)
+        origins[fold.canonical] = tuple(fold.foreign)
+    ordered = Tensors({name: headers[name] for name in shapes})
+    return Import(ordered, origins, dropped, {fold.canonical: fold.reason for fold in folds})
+
+
+def export_tensors(family: Family, config: ALiBiConfig, tensors: Tensors) -> Tensors:
+    """Canonical tensors under the family's names and in its layouts, built when looked up."""
+    headers = {rule.foreign: _built(rule, tensors) for rule in family.rules(config)}
+    generated = Tensors.of(family.generated(config))
+    return Tensors(headers | generated.headers)
+
+
+def _dropped(derived: tuple[Derived, ...], tensors: Tensors) -> Iterator[tuple[str, str]]:
+    for name in tensors:
+        for each in derived:
+            if re.fullmatch(each.pattern, name):
+                if each.same_as is not None:
+                    _require_same(name, each.same_as, tensors)
+                yield name, each.reason
+
+
+def _require_same(name: str, other: str, tensors: Tensors) -> None:
+    if other not in tensors or not _same(tensors.headers[name], tensors.headers[other]):
+        raise CheckpointError(
+            f"{name} and {other} must be the same tensor, since the configuration ties them, and "
+            "differ; set tie_word_embeddings to false if they are meant to"
+        )
+
+
+def _same(first: LazyTensor, second: LazyTensor) -> bool:
+    return (first.shape, first.dtype) == (second.shape, second.dtype) and all(
+        np.array_equal(as_bits(mine), as_bits(other))
+        for mine, other in paired_chunks(first.chunks(), second.chunks())
+    )
+
+
+def _extracted(rule: Rule, index: int, tensors: Tensors) -> LazyTensor:
+    dtype = tensors.headers[rule.foreign].dtype
+    shape = rule.parameters[index].shape
+    return LazyTensor(shape, dtype, lambda: rule.extract(tensors[rule.foreign], index))
+
+
+def _folded(fold: Fold, shape: tuple[int, ...], tensors: Tensors) -> LazyTensor:
+    like = (*fold.foreign, *tensors)
+    dtype = next(d for name in like if (d := tensors.headers[name].dtype) in DTYPES.values())
+
+    def read() -> np.ndarray:
+        computed = fold.compute(*(tensors[name] for name in fold.foreign))
+        return np.broadcast_to(computed, shape).astype(dtype)
+
+    return LazyTensor(shape, dtype, read)
+
+
+def _built(rule: Rule, tensors: Tensors) -> LazyTensor:
+    dtype = tensors.headers[rule.parameters[0].name].dtype
+    return LazyTensor(rule.foreign_shape, dtype, lambda: rule.build(tensors))

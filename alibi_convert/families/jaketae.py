@@ -6,25 +6,49 @@ change what a trained model computes.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.families.family import Family
-from alibi_convert.rules import Rule
+from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.keys import plain_form
+from alibi_convert.rules import Row
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, geometric_slopes
 
-_MATRIX = "(part rows) columns -> part rows columns"
-_VECTOR = "(part rows) -> part rows"
+_ROWS = (
+    Row("layers.{i}.attn.kqv.weight", "layers.{i}.attn.{key,query,value}.weight"),
+    Row("layers.{i}.ffn.fc1.weight", "layers.{i}.ffn.fc1.weight"),
+    Row("layers.{i}.ffn.fc1.bias", "layers.{i}.ffn.fc1.bias"),
+    Row("layers.{i}.ffn.fc2.weight", "layers.{i}.ffn.fc2.weight"),
+    Row("layers.{i}.ffn.fc2.bias", "layers.{i}.ffn.fc2.bias"),
+    Row("layers.{i}.attn_norm.weight", "layers.{i}.attn_norm.weight"),
+    Row("layers.{i}.attn_norm.bias", "layers.{i}.attn_norm.bias"),
+    Row("layers.{i}.ffn_norm.weight", "layers.{i}.ffn_norm.weight"),
+    Row("layers.{i}.ffn_norm.bias", "layers.{i}.ffn_norm.bias"),
+)
+# The options of jaketae/alibi's own configuration.
+_OWN_FIELDS = (
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "max_len",
+    "dropout",
+    "causal",
+    "expansion_factor",
+)
 
 
-def _recognises(tensors: Tensors) -> bool:
-    return any(re.fullmatch(r"layers\.\d+\.attn\.kqv\.weight", name) for name in tensors)
+def _recognises(source: Source) -> bool:
+    pattern = r"layers\.\d+\.attn\.kqv\.weight"
+    return source.config is None and any(re.fullmatch(pattern, name) for name in source.tensors)
 
 
-def _config(tensors: Tensors) -> ALiBiConfig:
+def _config(source: Source) -> ALiBiConfig:
+    tensors = source.tensors
     num_layers = sum(name.endswith(".attn.kqv.weight") for name in tensors)
     num_heads = _shape(tensors, "layers.0.attn.m", axes=3)[0]
     ffn_dim, d_model = _shape(tensors, "layers.0.ffn.fc1.weight", axes=2)
@@ -71,27 +95,43 @@ def _check_buffers(tensors: Tensors, module: str, num_heads: int, max_len: int |
             raise CheckpointError(f"{mask} is not a causal mask over {max_len} positions")
 
 
-def _rules(config: ALiBiConfig) -> tuple[Rule, ...]:
-    rules = []
-    for index in range(config.num_layers):
-        layer = f"layers.{index}"
-        projections = tuple(f"{layer}.attn.{name}.weight" for name in ("key", "query", "value"))
-        rules.append(Rule(f"{layer}.attn.kqv.weight", projections, _MATRIX))
-        for module in ("ffn.fc1", "ffn.fc2", "attn_norm", "ffn_norm"):
-            weight, bias = f"{layer}.{module}.weight", f"{layer}.{module}.bias"
-            is_norm = module.endswith("norm")
-            rules.append(Rule(weight, (weight,), _VECTOR if is_norm else _MATRIX))
-            rules.append(Rule(bias, (bias,), _VECTOR))
-    return tuple(rules)
+def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
+    slopes = Derived(r"layers\.\d+\.attn\.m", "slopes: the configuration implies them")
+    mask = Derived(r"layers\.\d+\.attn\.mask", "causal mask: the configuration implies it")
+    return (slopes, mask) if config.causal else (slopes,)
 
 
-def _derived(config: ALiBiConfig) -> dict[str, str]:
-    derived = {}
-    for index in range(config.num_layers):
-        derived[f"layers.{index}.attn.m"] = "slopes: the configuration implies them"
-        if config.causal:
-            derived[f"layers.{index}.attn.mask"] = "causal mask: the configuration implies it"
-    return derived
+def _write_config(config: ALiBiConfig) -> dict[str, Any]:
+    """Nothing, as the file holds no configuration; but the model must be one of jaketae/alibi's."""
+    ours = plain_form(config)
+    theirs = plain_form(ALiBiConfig.jaketae(**{name: getattr(ours, name) for name in _OWN_FIELDS}))
+    for name, value in dataclasses.asdict(ours).items():
+        wanted = getattr(theirs, name)
+        if value != wanted and name != "init_std":
+            raise CheckpointError(
+                f"jaketae cannot express {name}={value!r}; this model would need {wanted!r}"
+            )
+    return {}
 
 
-FAMILY = Family("jaketae", _recognises, _config, _rules, _derived)
+def _buffers(config: ALiBiConfig) -> dict[str, np.ndarray]:
+    """Slopes and causal masks, which jaketae/alibi keeps in every layer."""
+    buffers = {"m": geometric_slopes(config.num_heads)[:, None, None]}
+    if config.causal:
+        buffers["mask"] = np.tril(np.ones((1, 1, config.max_len, config.max_len), np.float32))
+    return {
+        f"layers.{index}.attn.{name}": array
+        for index in range(config.num_layers)
+        for name, array in buffers.items()
+    }
+
+
+FAMILY = Family(
+    "jaketae",
+    _recognises,
+    _config,
+    _ROWS,
+    derived=_derived,
+    write_config=_write_config,
+    generated=_buffers,
+)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Integer, Key
 
 def biased_logits(
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
     slopes: Float[Array, " heads"],
     *,
     causal: bool,
@@ -28,13 +28,14 @@ def biased_logits(
 ) -> Float[Array, "batch heads query_len key_len"]:
     """scale · q·k + bias, -inf where a query may not see a key (SPEC.md §3)."""
     visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
-    return jnp.where(visible, _logits(query, key, slopes, scale, distance), -math.inf)
+    logits = _logits(query, key, slopes, scale, attention_mask, distance)
+    return jnp.where(visible, logits, -math.inf)
 
 
 def attention(
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len heads head_dim"],
-    value: Float[Array, "batch key_len heads value_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+    value: Float[Array, "batch key_len kv_heads value_dim"],
     slopes: Float[Array, " heads"],
     *,
     causal: bool,
@@ -50,33 +51,43 @@ def attention(
     # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
     # end, because softmax of -inf alone is NaN, in gradients too.
     no_key = ~visible.any(axis=-1, keepdims=True)
-    logits = _logits(query, key, slopes, scale, distance)
+    logits = _logits(query, key, slopes, scale, attention_mask, distance)
     probabilities = jax.nn.softmax(jnp.where(visible | no_key, logits, -math.inf), axis=-1)
     if dropout > 0 and dropout_rng is not None:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout, probabilities.shape)
         probabilities = probabilities * keep.astype(probabilities.dtype) / (1 - dropout)
+    value = _shared_heads(value, query.shape[2])
     attended = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
     return jnp.where(no_key.swapaxes(1, 2), 0.0, attended)
 
 
 def _logits(
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
     slopes: Float[Array, " heads"],
     scale: float | None,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
     distance: str,
 ) -> Float[Array, "batch heads query_len key_len"]:
     query_len, key_len, head_dim = query.shape[1], key.shape[1], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    key = _shared_heads(key, query.shape[2])
     products = jnp.einsum(
         "bqhd,bkhd->bhqk",
         query.astype(dtype),
         key.astype(dtype),
         precision=jax.lax.Precision.HIGHEST,  # JAX's default would be bfloat16 or TF32 passes
     )
-    scores = scale * products
-    return scores + _bias(slopes.astype(dtype), query_len, key_len, distance)[None]
+    if distance == "bfloat16":
+        return scale * (products + _rounded_bias(slopes, key_len, attention_mask).astype(dtype))
+    return scale * products + _bias(slopes.astype(dtype), query_len, key_len, distance)[None]
+
+
+def _shared_heads(
+    x: Float[Array, "batch key_len kv_heads width"], num_heads: int
+) -> Float[Array, "batch key_len heads width"]:
+    return x if x.shape[2] == num_heads else jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
 def _bias(
@@ -88,6 +99,25 @@ def _bias(
     return slopes[:, None, None] * relative.astype(slopes.dtype)[None]
 
 
+def _rounded_bias(
+    slopes: Float[Array, " heads"],
+    key_len: int,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
+) -> Float[Array, "#batch heads 1 key_len"]:
+    if attention_mask is None:
+        position = jnp.arange(key_len)[None]
+    else:
+        visible = attention_mask.astype(jnp.bool_).astype(jnp.int32)
+        position = (visible.cumsum(axis=-1) - 1) * visible
+
+    def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        # To bfloat16 and never back: XLA may leave out a pair of casts.
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+    slopes, position = rounded(slopes.astype(jnp.float32)), rounded(position.astype(jnp.float32))
+    return rounded(slopes[None, :, None] * position[:, None, :])[:, :, None, :]
+
+
 def _relative_position(query_len: int, key_len: int) -> Integer[Array, "query_len key_len"]:
     query_position = jnp.arange(key_len - query_len, key_len)
     return jnp.arange(key_len)[None, :] - query_position[:, None]
@@ -95,7 +125,7 @@ def _relative_position(query_len: int, key_len: int) -> Integer[Array, "query_le
 
 def _visible_keys(
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
     causal: bool,
     attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
     segment_ids: Integer[Array, "batch key_len"] | None,

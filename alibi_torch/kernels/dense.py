@@ -17,7 +17,7 @@ from torch import Tensor
 
 def biased_logits(
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch heads key_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
     slopes: Float[Tensor, " heads"],
     *,
     causal: bool,
@@ -28,13 +28,14 @@ def biased_logits(
 ) -> Float[Tensor, "batch heads query_len key_len"]:
     """scale · q·k + bias, -inf where a query may not see a key (SPEC.md §3)."""
     visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
-    return torch.where(visible, _logits(query, key, slopes, scale, distance), -math.inf)
+    logits = _logits(query, key, slopes, scale, attention_mask, distance)
+    return torch.where(visible, logits, -math.inf)
 
 
 def attention(
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch heads key_len head_dim"],
-    value: Float[Tensor, "batch heads key_len value_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    value: Float[Tensor, "batch kv_heads key_len value_dim"],
     slopes: Float[Tensor, " heads"],
     *,
     causal: bool,
@@ -50,29 +51,40 @@ def attention(
     # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
     # end, because softmax of -inf alone is NaN, in gradients too.
     no_key = ~visible.any(dim=-1, keepdim=True)
-    logits = _logits(query, key, slopes, scale, distance)
+    logits = _logits(query, key, slopes, scale, attention_mask, distance)
     probabilities = torch.softmax(torch.where(visible | no_key, logits, -math.inf), dim=-1)
     if dropout > 0:
         keep = torch.empty_like(probabilities).bernoulli_(1 - dropout, generator=dropout_rng)
         probabilities = probabilities * keep / (1 - dropout)
     with _without_autocast(query.device):
+        value = _shared_heads(value, query.shape[1])
         attended = torch.matmul(probabilities.to(value.dtype), value)
     return attended.masked_fill(no_key, 0.0)
 
 
 def _logits(
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch heads key_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
     slopes: Float[Tensor, " heads"],
     scale: float | None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
     distance: str,
 ) -> Float[Tensor, "batch heads query_len key_len"]:
     query_len, key_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key = _shared_heads(key, query.shape[1])
     with _without_autocast(query.device):
-        scores = scale * torch.matmul(query.to(dtype), key.to(dtype).mT)
-    return scores + _bias(slopes.to(dtype), query_len, key_len, distance)[None]
+        products = torch.matmul(query.to(dtype), key.to(dtype).mT)
+    if distance == "bfloat16":
+        return scale * (products + _rounded_bias(slopes, key_len, attention_mask).to(dtype))
+    return scale * products + _bias(slopes.to(dtype), query_len, key_len, distance)[None]
+
+
+def _shared_heads(
+    x: Float[Tensor, "batch kv_heads key_len width"], num_heads: int
+) -> Float[Tensor, "batch heads key_len width"]:
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 def _bias(
@@ -84,6 +96,20 @@ def _bias(
     return slopes[:, None, None] * relative.to(slopes.dtype)[None]
 
 
+def _rounded_bias(
+    slopes: Float[Tensor, " heads"],
+    key_len: int,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+) -> Float[Tensor, "#batch heads 1 key_len"]:
+    if attention_mask is None:
+        position = torch.arange(key_len, device=slopes.device)[None]
+    else:
+        visible = attention_mask.to(torch.bool).long()
+        position = (visible.cumsum(dim=-1) - 1) * visible
+    rounded = slopes.bfloat16()[None, :, None] * position.bfloat16()[:, None, :]
+    return rounded[:, :, None, :]
+
+
 def _relative_position(
     query_len: int, key_len: int, device: torch.device
 ) -> Integer[Tensor, "query_len key_len"]:
@@ -93,7 +119,7 @@ def _relative_position(
 
 def _visible_keys(
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch heads key_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
     causal: bool,
     attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
     segment_ids: Integer[Tensor, "batch key_len"] | None,

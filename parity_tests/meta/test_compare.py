@@ -107,9 +107,10 @@ def test_logits_are_not_judged_by_their_bias() -> None:
     right = biased_logits(query, key, slopes)
     config = ALiBiConfig(d_model=8, num_heads=2, slopes=tuple(slopes.tolist()))
     name = "layers.0.biased_logits"
+    exact = {"layers.0.query": query, "layers.0.key": key, name: right}
 
     def error(logits: np.ndarray) -> float:
-        return activation_errors(config, {name: logits}, {name: right})[name]
+        return activation_errors(config, {name: logits}, exact)[name]
 
     assert error(right.astype(np.float32)) == 0.0  # one rounding of the sum is allowed
     assert error(biased_logits(query * 1.01, key, slopes)) > 0.005

@@ -1,0 +1,196 @@
+"""BTLM-3B-8k and the first JAIS models: GPT-2 with ALiBi, SwiGLU and μP's constant factors.
+
+GPT-2 stores its linear maps transposed, [in, out]. SwiGLU is c_fc(x) · silu(c_fc2(x)): the gate is
+the second map. JAIS has older names for the factors of μP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
+from alibi_convert.rules import Row
+from alibi_spec import ALiBiConfig, slopes
+
+_LAYER, _OURS = "transformer.h.{i}", "transformer.layers.{i}"
+_SLOPES = "transformer.relative_pe.slopes"
+
+_ROWS = (
+    Row("transformer.wte.weight", "token_embedding.weight"),
+    Row(f"{_LAYER}.ln_1.weight", f"{_OURS}.attn_norm.weight"),
+    Row(f"{_LAYER}.ln_1.bias", f"{_OURS}.attn_norm.bias"),
+    Row(
+        f"{_LAYER}.attn.c_attn.weight",
+        f"{_OURS}.attn.{{query,key,value}}.weight",
+        "embed rows -> rows embed",
+    ),
+    Row(f"{_LAYER}.attn.c_attn.bias", f"{_OURS}.attn.{{query,key,value}}.bias"),
+    Row(
+        f"{_LAYER}.attn.c_proj.weight",
+        f"{_OURS}.attn.output.weight",
+        "(heads head_dim) embed -> embed (heads head_dim)",
+    ),
+    Row(f"{_LAYER}.attn.c_proj.bias", f"{_OURS}.attn.output.bias"),
+    Row(f"{_LAYER}.ln_2.weight", f"{_OURS}.ffn_norm.weight"),
+    Row(f"{_LAYER}.ln_2.bias", f"{_OURS}.ffn_norm.bias"),
+    Row(f"{_LAYER}.mlp.c_fc.weight", f"{_OURS}.ffn.fc1.weight", "embed mlp -> mlp embed"),
+    Row(f"{_LAYER}.mlp.c_fc.bias", f"{_OURS}.ffn.fc1.bias"),
+    Row(f"{_LAYER}.mlp.c_fc2.weight", f"{_OURS}.ffn.gate.weight", "embed mlp -> mlp embed"),
+    Row(f"{_LAYER}.mlp.c_fc2.bias", f"{_OURS}.ffn.gate.bias"),
+    Row(f"{_LAYER}.mlp.c_proj.weight", f"{_OURS}.ffn.fc2.weight", "mlp embed -> embed mlp"),
+    Row(f"{_LAYER}.mlp.c_proj.bias", f"{_OURS}.ffn.fc2.bias"),
+    Row("transformer.ln_f.weight", "transformer.final_norm.weight"),
+    Row("transformer.ln_f.bias", "transformer.final_norm.bias"),
+    Row("lm_head.weight", "lm_head.weight"),
+)
+
+# (activation, gated)
+_ACTIVATIONS = {
+    "gelu": ("gelu", False),
+    "gelu_fast": ("gelu_tanh", False),
+    "gelu_new": ("gelu_tanh", False),
+    "gelu_pytorch_tanh": ("gelu_tanh", False),
+    "relu": ("relu", False),
+    "silu": ("silu", False),
+    "swiglu": ("silu", True),
+    "swish": ("silu", False),
+}
+
+
+def _activation(name: str) -> tuple[str, bool]:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _factor(value: float | None) -> float:
+    if value is None:
+        return 1.0
+    if not value > 0:
+        raise ValueError("expected a number above 0")
+    return float(value)
+
+
+def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any]:
+    fields["activation"], fields["gated_ffn"] = fields["activation"]
+    fields["logit_scale"] = fields.pop("width_scale")
+    alpha = fields.pop("output_alpha")
+    if "width_scale" not in foreign:  # JAIS's old name stands for the product
+        fields["logit_scale"] *= alpha
+    is_scaled, by_head_dim = fields.pop("is_scaled"), fields.pop("by_head_dim")
+    if fields.pop("slope_factor") != 1 and fields["slope_interpolation"] is not None:
+        raise ValueError("alibi_scaling has both factor and train_seq_len; expected one of them")
+    if not is_scaled:
+        fields["attention_scale"] = 1.0
+    elif by_head_dim:
+        fields["attention_scale"] = 1 / ALiBiConfig(**fields).head_dim
+    return fields
+
+
+_TABLE = KeyTable(
+    family="btlm",
+    model_type="btlm",
+    architectures=("BTLMLMHeadModel",),
+    lines=(
+        Key("vocab_size", "vocab_size"),
+        Key("n_positions", "max_len", default=1024, aliases=("max_position_embeddings",)),
+        Key("n_embd", "d_model", aliases=("hidden_size",)),
+        Key("n_layer", "num_layers", aliases=("num_hidden_layers",)),
+        Key("n_head", "num_heads", aliases=("num_attention_heads",)),
+        Key("n_inner", "feed_forward_dim", default=None),
+        Key("activation_function", "activation", default="gelu_new", read=_activation),
+        Key("resid_pdrop", "dropout", default=0.1),
+        Key("embd_pdrop", "embedding_dropout", default=0.1),
+        Key("attn_pdrop", "attention_dropout", default=0.1),
+        Key("layer_norm_epsilon", "norm_eps", default=1e-5),
+        Key("initializer_range", "init_std", default=0.02),
+        Key("tie_word_embeddings", "tie_embeddings", default=True),
+        Key("scale_attn_weights", "is_scaled", default=True),
+        Key("scale_qk_dot_by_d", "by_head_dim", default=False, aliases=("mup_scale_qk_dot_by_d",)),
+        Key("embeddings_scale", "embedding_scale", default=1.0, aliases=("mup_embeddings_scale",)),
+        Key("width_scale", "width_scale", default=1.0, aliases=("mup_width_scale",)),
+        Key("mup_output_alpha", "output_alpha", default=1.0),
+        Key("alibi_scaling.factor", "slope_factor", default=None, read=_factor),
+        Key("alibi_scaling.train_seq_len", "slope_interpolation", default=None),
+        Only(
+            "alibi_scaling.type", ("linear", "dynamic"), "slopes are divided by one factor or none"
+        ),
+        Only(
+            "position_embedding_type",
+            ("alibi",),
+            "learned positions are not ALiBi",
+            default="learned",
+        ),
+        Only("scale_attn_by_inverse_layer_idx", (False,), "all layers share one scale here"),
+        Only("add_cross_attention", (False,), "there is no encoder to attend to"),
+        Neutral(("reorder_and_upcast_attn",), "another order of the same operations"),
+        Neutral(("is_decoder", "n_ctx"), "the model is causal, of any length"),
+        Neutral(
+            (
+                "summary_activation",
+                "summary_first_dropout",
+                "summary_proj_to_labels",
+                "summary_type",
+                "summary_use_proj",
+            ),
+            "a classifier that the language model does not have",
+        ),
+    ),
+    implied={"expansion_factor": 4},
+    refine=_refine,
+)
+
+
+def _recognises(source: Source) -> bool:
+    return source.config is not None and source.config.get("model_type") in ("btlm", "jais")
+
+
+def _config(source: Source) -> ALiBiConfig:
+    """The configuration, with the slopes that the file holds: the published code uses them."""
+    foreign = source.config or {}
+    config = _TABLE.read(foreign)
+    used = exact = slopes(config.num_heads)
+    if _SLOPES in source.tensors:
+        used = source.tensors[_SLOPES].astype(np.float32).ravel()  # rounded in a file of 16 bits
+        if used.shape != exact.shape:
+            raise CheckpointError(
+                f"{_SLOPES} holds {used.size} slopes, expected one for each of the "
+                f"{config.num_heads} heads"
+            )
+    used = used / np.float32(_factor((foreign.get("alibi_scaling") or {}).get("factor")))
+    if np.array_equal(used, exact):
+        return config
+    try:
+        return replace(config, slopes=tuple(used.tolist()))
+    except ValueError as error:
+        raise CheckpointError(f"{_SLOPES}: {error}") from None
+
+
+def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
+    buffers = (
+        Derived(r"transformer\.relative_pe\.slopes", "slopes: they are in the configuration"),
+        Derived(r"transformer\.h\.\d+\.attn\.bias", "causal mask: the model is causal anyway"),
+        Derived(r"transformer\.h\.\d+\.attn\.masked_bias", "the logit of a masked key"),
+    )
+    if not config.tie_embeddings:
+        return buffers
+    head = Derived(
+        r"lm_head\.weight", "the head is the token embedding", same_as="transformer.wte.weight"
+    )
+    return (*buffers, head)
+
+
+FAMILY = Family(
+    "btlm",
+    _recognises,
+    _config,
+    _ROWS,
+    aliases=((r"((?:wte|h|ln_f|relative_pe)\..*)", r"transformer.\1"),),
+    derived=_derived,
+)

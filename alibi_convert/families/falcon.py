@@ -1,0 +1,139 @@
+"""Falcon-RW 1B and 7B (tiiuae), the ALiBi models among the Falcons, as transformers keeps them.
+
+The bias is inside the scale, (q·k + r) / sqrt(head_dim), and both the slope and r = m j are rounded
+to bfloat16 whatever the dtype of the model: `distance="bfloat16"` reproduces that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, feed_forward_fields, one_of
+from alibi_convert.rules import Row
+from alibi_spec import ALiBiConfig
+
+_MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
+_ONLY_RW = "only Falcon-RW has ALiBi; Falcon's other models are rotary"
+
+
+def _refine(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
+    if fields["num_kv_heads"] not in (None, fields["num_heads"]):
+        raise ValueError(
+            f"num_kv_heads={fields['num_kv_heads']!r}, but multi_query=False has as many as "
+            f"num_attention_heads={fields['num_heads']!r}"
+        )
+    if fields["feed_forward_dim"] is not None:
+        fields |= feed_forward_fields(fields["feed_forward_dim"], fields["d_model"])
+    return fields | {"num_kv_heads": None}
+
+
+_KEYS = KeyTable(
+    family="falcon",
+    model_type="falcon",
+    architectures=("FalconForCausalLM",),
+    lines=(
+        Only("alibi", (True,), _ONLY_RW, default=False),
+        Only("new_decoder_architecture", (False,), _ONLY_RW),
+        Only("multi_query", (False,), _ONLY_RW, default=True),
+        Only("parallel_attn", (False,), _ONLY_RW, default=True),
+        Only(
+            "apply_residual_connection_post_layernorm",
+            (False,),
+            "Falcon's readers disagree about it",
+            written=False,
+        ),
+        Key("vocab_size", "vocab_size"),
+        Key("hidden_size", "d_model", aliases=("n_embed",)),
+        Key("num_hidden_layers", "num_layers", aliases=("n_layer",)),
+        Key("num_attention_heads", "num_heads", aliases=("n_head",)),
+        Key("num_kv_heads", "num_kv_heads", None, aliases=("n_head_kv",)),
+        Key("max_position_embeddings", "max_len", 2048),
+        Key("ffn_hidden_size", "feed_forward_dim", None),
+        Key(
+            "activation",
+            "activation",
+            "gelu",
+            **one_of(
+                ("gelu", "gelu"),
+                ("gelu_pytorch_tanh", "gelu_tanh"),
+                ("gelu_new", "gelu_tanh"),
+                ("relu", "relu"),
+                ("silu", "silu"),
+                ("swish", "silu"),
+            ),
+        ),
+        Key("bias", "attention_bias", False),
+        Key("bias", "ffn_bias", False),
+        Key("layer_norm_epsilon", "norm_eps", 1e-5),
+        Key("initializer_range", "init_std", 0.02),
+        Key("hidden_dropout", "dropout", 0.0),
+        Key("attention_dropout", "attention_dropout", 0.0),
+        Key("tie_word_embeddings", "tie_embeddings", True),
+        Neutral(("rope_parameters", "rope_scaling", "rope_theta"), "nothing is rotated"),
+        Neutral(("num_ln_in_parallel_attn",), "attention and feed-forward are not parallel"),
+    ),
+    implied={"expansion_factor": 4, "distance": "bfloat16"},
+    refine=_refine,
+)
+
+_MODULES = (
+    ("transformer.h.{i}.input_layernorm", "transformer.layers.{i}.attn_norm"),
+    ("transformer.h.{i}.self_attention.dense", "transformer.layers.{i}.attn.output"),
+    ("transformer.h.{i}.post_attention_layernorm", "transformer.layers.{i}.ffn_norm"),
+    ("transformer.h.{i}.mlp.dense_h_to_4h", "transformer.layers.{i}.ffn.fc1"),
+    ("transformer.h.{i}.mlp.dense_4h_to_h", "transformer.layers.{i}.ffn.fc2"),
+    ("transformer.ln_f", "transformer.final_norm"),
+)
+_ROWS = (
+    Row("transformer.word_embeddings.weight", "token_embedding.weight"),
+    Row(
+        "transformer.h.{i}.self_attention.query_key_value.weight",
+        "transformer.layers.{i}.attn.{query,key,value}.weight",
+        "(heads part head_dim) embed -> part (heads head_dim) embed",
+    ),
+    Row(
+        "transformer.h.{i}.self_attention.query_key_value.bias",
+        "transformer.layers.{i}.attn.{query,key,value}.bias",
+        "(heads part head_dim) -> part (heads head_dim)",
+    ),
+    *(
+        Row(f"{foreign}.{leaf}", f"{canonical}.{leaf}")
+        for foreign, canonical in _MODULES
+        for leaf in ("weight", "bias")
+    ),
+    Row("lm_head.weight", "lm_head.weight"),
+)
+
+
+def _recognises(source: Source) -> bool:
+    return source.config is not None and source.config.get("model_type") in _MODEL_TYPES
+
+
+def _read_config(source: Source) -> ALiBiConfig:
+    return _KEYS.read(source.config or {})
+
+
+def _write_config(config: ALiBiConfig) -> dict[str, Any]:
+    """With both sizes said outright that the table leaves to their defaults."""
+    usual_width = dataclasses.replace(config, expansion_factor=4, feed_forward_dim=None)
+    sizes = {"ffn_hidden_size": config.ffn_dim, "num_kv_heads": config.num_heads}
+    return _KEYS.write(usual_width) | sizes
+
+
+def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
+    embedding = "transformer.word_embeddings.weight"
+    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
+    return (head,) if config.tie_embeddings else ()
+
+
+FAMILY = Family(
+    "falcon",
+    _recognises,
+    _read_config,
+    _ROWS,
+    derived=_derived,
+    write_config=_write_config,
+)

@@ -1,0 +1,364 @@
+"""Foreign configurations as tables: every key of a config.json, said once for both directions.
+
+A key is carried over (`Key`), has one value that can be honoured (`Only`), or says nothing about
+what is computed (`Neutral`). A key that no line names is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from alibi_convert.errors import CheckpointError
+from alibi_spec import ALiBiConfig
+
+REQUIRED = object()  # a key without a default
+
+# Keys of any config.json that say nothing about what the model computes.
+COMMON_NEUTRAL = (
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "custom_pipelines",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "id2label",
+    "ignore_index",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "length_penalty",
+    "mask_token_id",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "pruned_heads",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tokenizer_class",
+    "tokenizer_name",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "unk_token_id",
+    "use_bfloat16",
+    "use_cache",
+)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Key:
+    """A foreign key and the field of `ALiBiConfig` that says the same.
+
+    Attributes:
+        foreign: the key; a dot leads into a nested object.
+        field: ours.
+        default: the foreign value where the key is absent; REQUIRED when it must be there.
+        read: foreign value -> ours; a ValueError says why not.
+        write: ours -> foreign value; a ValueError says why not.
+        aliases: other names of the key in older files.
+    """
+
+    foreign: str
+    field: str
+    default: Any = REQUIRED
+    read: Callable[[Any], Any] = _identity
+    write: Callable[[Any], Any] = _identity
+    aliases: tuple[str, ...] = ()
+
+
+class ReadWrite(TypedDict):
+    """Two arguments of a `Key`."""
+
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any]
+
+
+def one_of(*pairs: tuple[Any, Any]) -> ReadWrite:
+    """`read` and `write` of a `Key` with few values, each a pair (foreign, ours).
+
+    Where two foreign values mean the same, the first is written.
+    """
+
+    def read(value: Any) -> Any:
+        for foreign, ours in pairs:
+            if _is_same(value, foreign):
+                return ours
+        raise ValueError(f"expected {_listed(tuple(foreign for foreign, _ in pairs))}")
+
+    def write(value: Any) -> Any:
+        for foreign, ours in pairs:
+            if value == ours:
+                return foreign
+        raise ValueError(f"expected {_listed(tuple(dict.fromkeys(ours for _, ours in pairs)))}")
+
+    return {"read": read, "write": write}
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key of which some values can be honoured, and the first of them is written.
+
+    Attributes:
+        foreign: the key; a dot leads into a nested object.
+        values: what it may be; absent counts as `default`.
+        reason: why no other value.
+        default: the foreign value where the key is absent.
+        written: whether an export says it.
+    """
+
+    foreign: str
+    values: tuple[Any, ...]
+    reason: str
+    default: Any = None
+    written: bool = True
+
+    def __post_init__(self) -> None:
+        if self.default is None:
+            object.__setattr__(self, "default", self.values[0])
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Keys that change nothing about what is computed, with the reason."""
+
+    names: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The configuration of a family.
+
+    Attributes:
+        family: its name, for messages.
+        model_type: what an export writes.
+        architectures: what an export writes.
+        lines: the keys.
+        implied: fields of ours that every model of the family has.
+        unsaid: fields that the family has no key for and that do not change what a trained model
+            computes; an export leaves them out.
+        refine: completes the fields read so far, given the whole foreign configuration.
+    """
+
+    family: str
+    model_type: str
+    architectures: tuple[str, ...]
+    lines: tuple[Key | Only | Neutral, ...]
+    implied: Mapping[str, Any]
+    unsaid: tuple[str, ...] = ()
+    refine: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+
+    def read(self, foreign: Mapping[str, Any]) -> ALiBiConfig:
+        """The configuration that a foreign one describes.
+
+        Raises:
+            CheckpointError: a key is missing, unknown, or has a value that cannot be honoured.
+        """
+        self._refuse_unknown(foreign)
+        fields = dict(self.implied)
+        for line in self.lines:
+            if isinstance(line, Key):
+                fields[line.field] = self._field(line, foreign)
+            elif isinstance(line, Only):
+                value = _look_up(foreign, line.foreign, line.default)
+                if not any(_is_same(value, allowed) for allowed in line.values):
+                    raise CheckpointError(
+                        f"{line.foreign}={value!r} in the {self.family} configuration cannot be "
+                        f"honoured: {line.reason}; expected {_listed(line.values)}"
+                    )
+        try:
+            if self.refine is not None:
+                fields = self.refine(fields, foreign)
+            return ALiBiConfig(**fields)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(f"the {self.family} configuration: {error}") from None
+
+    def write(self, config: ALiBiConfig) -> dict[str, Any]:
+        """The foreign configuration, as the dict of its config.json.
+
+        Raises:
+            CheckpointError: naming a field that the family cannot express.
+        """
+        config = plain_form(config)
+        expressed = {line.field for line in self.lines if isinstance(line, Key)}
+        defaults = {field.name: field.default for field in dataclasses.fields(ALiBiConfig)}
+        for name, value in dataclasses.asdict(config).items():
+            wanted = self.implied.get(name, defaults[name])
+            if name not in expressed and name not in self.unsaid and value != wanted:
+                raise CheckpointError(
+                    f"{self.family} cannot express {name}={value!r}; it has {wanted!r} always"
+                )
+        foreign: dict[str, Any] = {
+            "architectures": list(self.architectures),
+            "model_type": self.model_type,
+        }
+        for line in self.lines:
+            if isinstance(line, Key):
+                _store(foreign, line.foreign, self._foreign_value(line, config))
+            elif isinstance(line, Only) and line.written:
+                _store(foreign, line.foreign, line.values[0])
+        kept = plain_form(_without(config, self.unsaid))
+        for name, value in dataclasses.asdict(plain_form(self.read(foreign))).items():
+            if value != getattr(kept, name):
+                raise CheckpointError(
+                    f"{self.family} cannot express {name}={getattr(kept, name)!r} together with "
+                    f"the other fields; it would be read back as {value!r}"
+                )
+        return foreign
+
+    def _foreign_value(self, line: Key, config: ALiBiConfig) -> Any:
+        value = getattr(config, line.field)
+        if value is None and line.default is REQUIRED:
+            raise CheckpointError(f"{self.family} cannot express {line.field}=None")
+        try:
+            return line.write(value)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.family} cannot express {line.field}={value!r}: {error}"
+            ) from None
+
+    def _field(self, line: Key, foreign: Mapping[str, Any]) -> Any:
+        names = (line.foreign, *line.aliases)
+        found = {name: _look_up(foreign, name, None) for name in names}
+        said = {name: value for name, value in found.items() if value is not None}
+        first, *others = list(said.values()) or [_look_up(foreign, line.foreign, line.default)]
+        if any(other != first for other in others):
+            listed = ", ".join(f"{name}={value!r}" for name, value in said.items())
+            raise CheckpointError(
+                f"the {self.family} configuration says one thing twice and differently: {listed}; "
+                "keep the one that is meant"
+            )
+        value = first
+        if value is REQUIRED:
+            raise CheckpointError(
+                f"the {self.family} configuration has no {line.foreign}; it may be truncated"
+            )
+        try:
+            return line.read(value)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{line.foreign}={value!r} in the {self.family} configuration cannot be honoured: "
+                f"{error}"
+            ) from None
+
+    def _refuse_unknown(self, foreign: Mapping[str, Any]) -> None:
+        known = {"model_type", *COMMON_NEUTRAL}
+        for line in self.lines:
+            if isinstance(line, Neutral):
+                known.update(line.names)
+            else:
+                known.add(line.foreign)
+                known.update(line.aliases if isinstance(line, Key) else ())
+        nested = {name.split(".")[0] for name in known if "." in name}
+        unknown = [name for name in _flat_names(foreign, nested) if name not in known]
+        if unknown:
+            raise CheckpointError(
+                f"the {self.family} configuration has keys that are not known: "
+                f"{', '.join(sorted(unknown))}; if they change nothing about what the model "
+                "computes, remove them from config.json"
+            )
+
+
+def plain_form(config: ALiBiConfig) -> ALiBiConfig:
+    """The same model, said in one way: defaults left to themselves, both dropout rates named."""
+    changes: dict[str, Any] = {"attention_dropout": config.probability_dropout}
+    if config.num_kv_heads == config.num_heads:
+        changes["num_kv_heads"] = None
+    if config.attention_scale == 1 / math.sqrt(config.head_dim):
+        changes["attention_scale"] = None
+    changes |= feed_forward_fields(config.ffn_dim, config.d_model)
+    return dataclasses.replace(config, **changes)
+
+
+def feed_forward_fields(width: Any, d_model: Any) -> dict[str, Any]:
+    """The fields that say the hidden width of the feed-forward layers: a multiple where it is."""
+    if isinstance(width, int) and isinstance(d_model, int) and width % d_model == 0:
+        return {"expansion_factor": width // d_model, "feed_forward_dim": None}
+    return {"expansion_factor": ALiBiConfig.expansion_factor, "feed_forward_dim": width}
+
+
+def _without(config: ALiBiConfig, unsaid: tuple[str, ...]) -> ALiBiConfig:
+    defaults = {name: getattr(ALiBiConfig, name) for name in unsaid}
+    return dataclasses.replace(config, **defaults)
+
+
+def _is_same(value: Any, allowed: Any) -> bool:
+    return type(value) is type(allowed) and value == allowed
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return " or ".join(repr(value) for value in values)
+
+
+def _look_up(foreign: Mapping[str, Any], name: str, default: Any) -> Any:
+    head, _, rest = name.partition(".")
+    if head not in foreign:
+        return default
+    if not rest:
+        return foreign[head]
+    inner = foreign[head]
+    if inner is None:
+        return default
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{head} in config.json is a {type(inner).__name__}, not an object")
+    return _look_up(inner, rest, default)
+
+
+def _store(foreign: dict[str, Any], name: str, value: Any) -> None:
+    head, _, rest = name.partition(".")
+    if rest:
+        _store(foreign.setdefault(head, {}), rest, value)
+    else:
+        foreign[head] = value
+
+
+def _flat_names(foreign: Mapping[str, Any], nested: set[str]) -> Iterator[str]:
+    for name, value in foreign.items():
+        if name in nested and isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in value)
+        elif name not in nested:
+            yield name

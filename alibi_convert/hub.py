@@ -1,0 +1,66 @@
+"""Checkpoints by their name on the Hugging Face hub; without that library, paths alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.extras import is_installed
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".msgpack", ".json")
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+_PICKLES = ("*.bin",)
+
+
+def resolve(path: str | os.PathLike[str], allow_pt: bool = False) -> Path:
+    """The path itself if it exists; the folder of `org/name`, fetched from the hub if need be.
+
+    Args:
+        path: a path, or `org/name`.
+        allow_pt: fetch pickles where there is no .safetensors file.
+
+    Raises:
+        CheckpointError: no such path, and the name cannot be had from the hub.
+    """
+    name = os.fspath(path)
+    if os.path.exists(name) or not _NAME.fullmatch(name) or name.endswith(_FILE_SUFFIXES):
+        return Path(path)
+    if not is_installed("huggingface_hub"):
+        raise CheckpointError(
+            f"there is no path {name}; to fetch a model of that name from the hub, "
+            "pip install 'alibi-duo[hub]'"
+        )
+    folder = _snapshot(name, _FILES)
+    if allow_pt and not any(folder.glob("*.safetensors")):
+        folder = _snapshot(name, (*_FILES, *_PICKLES))
+    return folder
+
+
+def _snapshot(name: str, files: tuple[str, ...]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    missing = f"there is no path {name}, and the hub"
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{missing} gives {name} only to those who accepted its terms; accept them on its page "
+            "and log in (hf auth login)"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{missing} has none of that name; mind the spelling, and log in if it is private "
+            "(hf auth login)"
+        ) from None
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{missing} takes no such name: {error}") from None
+    except (OSError, errors.HTTPError) as error:  # offline and not cached; the network; the disk
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{missing} cannot be asked: {cause}; connect (and unset HF_HUB_OFFLINE), or give the "
+            "path of a copy"
+        ) from None

@@ -1,0 +1,157 @@
+"""Whether a model computes the same before and after its conversion between families."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alibi_convert.checkpoint import Checkpoint
+from alibi_convert.errors import MismatchError
+from alibi_convert.extras import is_installed
+from alibi_convert.peers import peer_outputs, why_no_peer
+from alibi_convert.store import FORMAT
+from alibi_spec import ALiBiConfig
+from alibi_spec.budgets import BUDGETS, relative_error
+
+_Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+BUDGET = BUDGETS["float32", "cpu"].forward
+_BATCH, _SEQ = 2, 48
+_OVERHEAD = 2**30  # interpreter, frameworks and activations of so short a sequence
+
+
+def compare_logits(source: Checkpoint, result: Checkpoint, is_cast: bool) -> dict[str, Any]:
+    """Run both sides of a conversion on the same tokens, in float32 on the CPU.
+
+    The foreign side is run by its own library where there is one that can be trusted, the other
+    side by both backends. After a cast they run the foreign side too, which the result has been
+    compared with bit by bit.
+
+    Args:
+        source, result: one of them of a foreign family.
+        is_cast: their dtypes differ.
+
+    Returns:
+        plain JSON values: "errors" by implementation, relative to the largest output of the first,
+        whose name is "against"; or "not_run" with the reason.
+
+    Raises:
+        MismatchError: an implementation strays further than float32 allows.
+    """
+    if source.family == result.family:
+        return {"not_run": "nothing was renamed: the same bits are the same model"}
+    foreign, other = (result, source) if source.family == FORMAT else (source, result)
+    other = foreign if is_cast else other
+    if len(list(_runs(foreign, other))) < 2:
+        return {"not_run": "two of transformers, torch and flax are needed; install alibi-duo[all]"}
+    needed, available = _needed_memory(source), available_memory()
+    if available is not None and needed > available:
+        return {
+            "not_run": f"about {needed:,} bytes of memory are needed, {available:,} are available; "
+            "run `alibi verify` where there is more"
+        }
+    against, errors = output_errors(foreign, other)
+    for name, error in errors.items():
+        if not error <= BUDGET:
+            raise MismatchError(
+                f"{name} strays from {against} by {error:.1e} of the largest output, where float32 "
+                f"allows {BUDGET:.0e}; this conversion cannot be trusted: please report it"
+            )
+    reason = why_no_peer(foreign)
+    no_peer = {} if reason is None else {"no_peer": reason}
+    return {"against": against, "errors": errors, "budget": BUDGET, **no_peer}
+
+
+def output_errors(foreign: Checkpoint, other: Checkpoint) -> tuple[str, dict[str, float]]:
+    """The implementation that the others are held against, and their errors relative to it.
+
+    The foreign checkpoint is run by its own library where `why_no_peer` finds no objection, the
+    other by every backend that is installed.
+    """
+    inputs, attention_mask = _inputs(foreign.config)
+    real = attention_mask.astype(bool)
+    outputs = {
+        name: run(inputs, attention_mask)[real].astype(np.float64)
+        for name, run in _runs(foreign, other)
+    }
+    against, *others = outputs
+    return against, {name: relative_error(outputs[name], outputs[against]) for name in others}
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take; None where the system does not say."""
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"))
+        limits += [int(found[1]) * 1024] if found else []
+    return min(limits, default=None)
+
+
+def _needed_memory(checkpoint: Checkpoint) -> int:
+    sizes = [4 * math.prod(header.shape) for header in checkpoint.tensors.headers.values()]
+    return sum(sizes) + 2 * max(sizes) + _OVERHEAD
+
+
+def _runs(foreign: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, _Run]]:
+    """Whoever can run a side, the most independent first."""
+    if why_no_peer(foreign) is None:
+        yield f"transformers' {foreign.family}", partial(peer_outputs, foreign)
+    if is_installed("torch"):
+        yield "alibi_torch", partial(_torch_outputs, other)
+    if is_installed("flax"):
+        yield "alibi_flax", partial(_flax_outputs, other)
+
+
+def _torch_outputs(
+    checkpoint: Checkpoint, inputs: np.ndarray, attention_mask: np.ndarray
+) -> np.ndarray:
+    import torch
+
+    import alibi_torch
+
+    is_bare = checkpoint.config.vocab_size is None
+    model_class = alibi_torch.ALiBiTransformer if is_bare else alibi_torch.ALiBiLM
+    options = _options(checkpoint)
+    model = model_class.from_pretrained(checkpoint.path, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return model(torch.from_numpy(inputs), torch.from_numpy(attention_mask)).numpy()
+
+
+def _flax_outputs(
+    checkpoint: Checkpoint, inputs: np.ndarray, attention_mask: np.ndarray
+) -> np.ndarray:
+    import jax
+
+    import alibi_flax
+
+    cpu = jax.devices("cpu")[0]
+    options = _options(checkpoint)
+    with jax.default_device(cpu), jax.default_matmul_precision("highest"):
+        model, params = alibi_flax.from_pretrained(checkpoint.path, dtype="float32", **options)
+        return np.asarray(model.apply({"params": params}, inputs, attention_mask))
+
+
+def _options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How to open it again: a family's configuration is in its own words."""
+    config = checkpoint.config if checkpoint.family == FORMAT else None
+    return {"config": config, "allow_pt": True}
+
+
+def _inputs(config: ALiBiConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (embeddings without a vocabulary) and a mask that pads one sequence on the left."""
+    rng, shape = np.random.default_rng(0), (_BATCH, min(_SEQ, config.max_len))
+    attention_mask = np.ones(shape, dtype=np.int64)
+    attention_mask[0, : shape[1] // 4] = 0
+    if config.vocab_size is None:
+        inputs = rng.standard_normal((*shape, config.d_model)).astype(np.float32)
+    else:
+        inputs = rng.integers(0, config.vocab_size, shape)
+    return inputs, attention_mask

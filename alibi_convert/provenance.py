@@ -1,0 +1,80 @@
+"""Where a converted checkpoint comes from: `conversion.json`, written beside its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alibi_convert.formats import sidecar
+from alibi_convert.layout import CONFIG_FILE, CONVERSION_FILE, ORBAX_FOLDER, ORBAX_MARK
+from alibi_convert.report import Report
+from alibi_convert.store import weight_files
+from alibi_convert.strict_json import read_json
+
+SPEC_VERSION = 1  # of docs/SPEC.md: what a configuration means
+TABLE_VERSION = 1  # of the names and layouts of parameters
+_LIBRARIES = ("alibi-duo", "numpy", "ml_dtypes", "safetensors")
+
+
+# Keys of a foreign configuration that are wrong once a model has been converted.
+_STALE_KEYS = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")
+
+
+def write_provenance(
+    folder: Path, report: Report, source_config: Mapping[str, Any] | None = None
+) -> None:
+    """`conversion.json`: the report without the places and times of one machine.
+
+    With the foreign configuration that the model came with, if any.
+    """
+    values = report.to_dict()
+    for name in ("destination", "kept", "seconds"):
+        del values[name]
+    if source_config is not None:
+        values["source_config"] = dict(source_config)
+    contents = {
+        "spec_version": SPEC_VERSION,
+        "table_version": TABLE_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": library_versions(),
+        **values,
+    }
+    text = json.dumps(contents, indent=2) + "\n"
+    (folder / CONVERSION_FILE).write_text(text, encoding="utf-8")
+
+
+def restore_neutral_keys(folder: Path, source: Path, family: str) -> None:
+    """Give back to a model that returns to its family the keys that we have no use for.
+
+    Such as the ids of special tokens. `conversion.json` beside the source remembers them.
+    """
+    record, written = source / CONVERSION_FILE, folder / CONFIG_FILE
+    if not (source.is_dir() and record.exists() and written.exists()):
+        return
+    known = read_json(record)
+    before = known.get("source_config")
+    if known.get("family") != family or not isinstance(before, dict):
+        return
+    kept = {name: value for name, value in before.items() if name not in _STALE_KEYS}
+    text = json.dumps(kept | read_json(written), indent=2) + "\n"
+    written.write_text(text, encoding="utf-8")
+
+
+def library_versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a conversion writes."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **versions}
+
+
+def source_files(path: Path, allow_pt: bool = False) -> dict[str, Path]:
+    """The files that make up a checkpoint, by their names in it: configuration and weights."""
+    if not path.is_dir():
+        return {each.name: each for each in (path, sidecar(path)) if each.exists()}
+    if (path / ORBAX_MARK).exists() or (path / ORBAX_FOLDER).is_dir():
+        return {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
+    return {name: path / name for name in (CONFIG_FILE, *weight_files(path, allow_pt))}

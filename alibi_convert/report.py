@@ -1,0 +1,56 @@
+"""What a conversion did, for people, for programs and for `conversion.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from alibi_convert.values import Cast
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source, destination: paths.
+        source_format, destination_format: keys of `FORMATS`.
+        family: "alibi-duo" or the foreign family recognised.
+        tensors: how many were written.
+        nbytes: bytes of tensor data written.
+        dropped: tensors of the source that the configuration implies, with the reason.
+        folded: tensors that were computed from those of the source, with the reason.
+        rounding: largest relative rounding error of any element, None when nothing was cast.
+        casts: the dtypes that were cast, each with its largest rounding error.
+        nonfinite: number of NaN and infinite elements, of the tensors that have such.
+        copied: files that came along unchanged: tokenizer and generation settings.
+        kept: files that a killed run had finished and that were not written again.
+        source_sha256, destination_sha256: hashes by file name.
+        verified: the destination was read back and is bitwise what was meant.
+        verification: every check: "bitwise", and "logits" or why they were not compared.
+        seconds: how long it took.
+    """
+
+    source: str
+    destination: str
+    source_format: str
+    destination_format: str
+    family: str
+    tensors: int
+    nbytes: int
+    dropped: dict[str, str] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)
+    rounding: float | None = None
+    casts: list[Cast] = field(default_factory=list)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    source_sha256: dict[str, str] = field(default_factory=dict)
+    destination_sha256: dict[str, str] = field(default_factory=dict)
+    verified: bool = False
+    verification: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)

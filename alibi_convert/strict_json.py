@@ -1,0 +1,42 @@
+"""JSON objects from files that nobody vouches for: strictly parsed, with errors that name them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from alibi_convert.errors import CheckpointError
+
+
+def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
+    """A JSON object; `origin` names it in errors.
+
+    Raises:
+        CheckpointError: not a JSON object, or one that says two things under one key.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
+        raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{origin} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """`parse_json` of a file; one that cannot be read is a CheckpointError too."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_json(text, str(path))
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {twice!r}; one of the two must go")
+    return values

@@ -1,0 +1,33 @@
+"""The tokenizer that lies beside a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.extras import require
+from alibi_convert.hub import resolve
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The `tokenizers.Tokenizer` of a checkpoint folder, or of `org/name` on the hub.
+
+    Raises:
+        CheckpointError: no tokenizer.json there, or a broken one.
+        ValueError: the tokenizers library is not installed.
+    """
+    require("tokenizers", "hub", "reading a tokenizer")
+    from tokenizers import Tokenizer
+
+    file = resolve(path) / TOKENIZER_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist; convert the tokenizer with transformers' save_pretrained first"
+        )
+    try:
+        return Tokenizer.from_buffer(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not a tokenizer: {error}") from None

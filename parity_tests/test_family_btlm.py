@@ -1,0 +1,282 @@
+"""BTLM and JAIS folders compute what their published code computes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alibi_convert import CheckpointError, open_checkpoint
+from alibi_convert.families import Source, btlm
+from alibi_convert.tensors import Tensors
+from alibi_spec import ALiBiConfig
+from parity_tests import published
+from parity_tests.compare import assert_bitwise
+from parity_tests.published import Arrays, attention, layer_norm, silu
+
+BTLM_3B = """{"_name_or_path": "cerebras/btlm-3b-8k-base", "activation_function": "swiglu",
+"architectures": ["BTLMLMHeadModel"], "attn_pdrop": 0.0, "auto_map": {}, "bos_token_id": 50256,
+"embd_pdrop": 0.0, "eos_token_id": 50256, "initializer_range": 0.073, "layer_norm_epsilon": 1e-05,
+"model_type": "btlm", "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.2200000000000003,
+"mup_scale_qk_dot_by_d": true, "mup_width_scale": 0.1, "n_embd": 2560, "n_head": 32,
+"n_inner": 6826, "n_layer": 32, "n_positions": 8192, "pad_token_id": 50256,
+"position_embedding_type": "alibi", "reorder_and_upcast_attn": false, "resid_pdrop": 0.0,
+"scale_attn_by_inverse_layer_idx": false, "scale_attn_weights": true, "torch_dtype": "bfloat16",
+"transformers_version": "4.30.0", "use_cache": true, "vocab_size": 50257}"""
+
+JAIS_13B = """{"activation_function": "swiglu", "architectures": ["JAISLMHeadModel"],
+"attn_pdrop": 0.0, "auto_map": {}, "bos_token_id": 0, "embd_pdrop": 0.0, "embeddings_scale": 14.6,
+"eos_token_id": 0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "jais",
+"n_embd": 5120, "n_head": 40, "n_inner": 13653, "n_layer": 40, "n_positions": 2048,
+"pad_token_id": 0, "position_embedding_type": "alibi", "reorder_and_upcast_attn": false,
+"resid_pdrop": 0.0, "scale_attn_by_inverse_layer_idx": false, "scale_attn_weights": true,
+"scale_qk_dot_by_d": true, "torch_dtype": "float32", "use_cache": true, "vocab_size": 84992,
+"width_scale": 0.11100000000000002}"""
+
+SMALL: dict[str, Any] = {
+    "model_type": "btlm",
+    "position_embedding_type": "alibi",
+    "vocab_size": 53,
+    "n_positions": 64,
+    "n_embd": 30,
+    "n_layer": 2,
+    "n_head": 5,
+    "n_inner": 44,
+    "activation_function": "swiglu",
+    "mup_embeddings_scale": 3.5,
+    "mup_output_alpha": 2.2,
+    "mup_width_scale": 0.3,
+    "mup_scale_qk_dot_by_d": True,
+}
+TOKENS = np.random.default_rng(1).integers(0, 53, (3, published.SEQ))
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    width, hidden = config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
+    found: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (config["vocab_size"], width)}
+    for index in range(config["n_layer"]):
+        layer = f"transformer.h.{index}"
+        found |= {f"{layer}.ln_{n}.{leaf}": (width,) for n in "12" for leaf in ("weight", "bias")}
+        for name, rows, columns in (
+            ("attn.c_attn", width, 3 * width),
+            ("attn.c_proj", width, width),
+            ("mlp.c_fc", width, hidden),
+            ("mlp.c_fc2", width, hidden),
+            ("mlp.c_proj", hidden, width),
+        ):
+            if name != "mlp.c_fc2" or config["activation_function"] == "swiglu":
+                found |= {
+                    f"{layer}.{name}.weight": (rows, columns),
+                    f"{layer}.{name}.bias": (columns,),
+                }
+    found |= {f"transformer.ln_f.{leaf}": (width,) for leaf in ("weight", "bias")}
+    if not config.get("tie_word_embeddings", True):
+        found["lm_head.weight"] = (config["vocab_size"], width)
+    return found
+
+
+def forward(
+    config: dict[str, Any], slopes: np.ndarray, arrays: Arrays, tokens: np.ndarray
+) -> np.ndarray:
+    """The published forward pass for one sequence; Conv1D is x W + b with W stored [in, out]."""
+
+    def conv(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ arrays[f"{name}.weight"] + arrays[f"{name}.bias"]
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return layer_norm(x, arrays[f"{name}.weight"], arrays[f"{name}.bias"], 1e-5)
+
+    width = config["n_embd"]
+    head_dim = width // config["n_head"]
+    by_head_dim = config.get("mup_scale_qk_dot_by_d", config.get("scale_qk_dot_by_d", False))
+    scale = head_dim ** (-1.0 if by_head_dim else -0.5)
+    x = arrays["transformer.wte.weight"][tokens]
+    x = x * config.get("mup_embeddings_scale", config.get("embeddings_scale", 1.0))
+    for index in range(config["n_layer"]):
+        layer = f"transformer.h.{index}"
+        query, key, value = np.split(conv(norm(x, f"{layer}.ln_1"), f"{layer}.attn.c_attn"), 3, 1)
+        attended = attention(query, key, value, slopes, causal=True, scale=scale)
+        x = x + conv(attended, f"{layer}.attn.c_proj")
+        normed = norm(x, f"{layer}.ln_2")
+        hidden = conv(normed, f"{layer}.mlp.c_fc")
+        if config["activation_function"] == "swiglu":
+            hidden = hidden * silu(conv(normed, f"{layer}.mlp.c_fc2"))
+        else:  # gelu_new
+            inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+            hidden = 0.5 * hidden * (1 + np.tanh(inner))
+        x = x + conv(hidden, f"{layer}.mlp.c_proj")
+    head = "lm_head" if "lm_head.weight" in arrays else "transformer.wte"
+    logits = norm(x, "transformer.ln_f") @ arrays[f"{head}.weight"].T
+    factor = config.get("mup_output_alpha", 1.0) * config.get("mup_width_scale", 1.0)
+    return logits * config.get("width_scale", factor)
+
+
+def check(
+    tmp_path: Path,
+    config: dict[str, Any],
+    slopes: np.ndarray,
+    extra: Arrays | None = None,
+    is_padded: bool = True,
+) -> None:
+    def write(dtype: Any) -> Path:
+        arrays = published.draw(shapes(config), dtype) | (extra or {})
+        return published.write_folder(tmp_path / np.dtype(dtype).name, config, arrays)
+
+    arrays = published.draw(shapes(config))
+    published.assert_same(
+        write, partial(forward, config, slopes, arrays), TOKENS, is_padded=is_padded
+    )
+
+
+def test_btlm(tmp_path: Path) -> None:
+    """With the buffers of its files, which are not carried over."""
+    buffers = {
+        "transformer.relative_pe.slopes": published.slopes(5).astype(np.float32)[:, None],
+        "transformer.h.0.attn.bias": np.tril(np.ones((1, 1, 64, 64), np.uint8)),
+        "transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32),
+    }
+    check(tmp_path, SMALL, published.slopes(5), buffers)
+    checkpoint = open_checkpoint(tmp_path / "float32")
+    assert checkpoint.family == "btlm"
+    assert set(checkpoint.derived) == set(buffers)
+    assert checkpoint.config.slopes == "paper"
+
+
+def test_jais(tmp_path: Path) -> None:
+    """The older names, an untied head, no SwiGLU, and slopes divided by a factor."""
+    config = {
+        **{name: value for name, value in SMALL.items() if not name.startswith("mup_")},
+        "model_type": "jais",
+        "n_embd": 24,
+        "n_head": 3,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "embeddings_scale": 4.5,
+        "width_scale": 0.7,
+        "tie_word_embeddings": False,
+        "alibi_scaling": {"type": "linear", "factor": 2.5},
+    }
+    slopes = published.slopes(3).astype(np.float32) / np.float32(2.5)
+    check(tmp_path, config, slopes.astype(np.float64))
+
+
+def test_slopes_of_long_sequences(tmp_path: Path) -> None:
+    """Sequences of twice the trained length halve the slopes, padding counted."""
+    config = SMALL | {"alibi_scaling": {"type": "linear", "train_seq_len": published.SEQ // 2}}
+    check(tmp_path, config, published.slopes(5) / 2, is_padded=False)
+
+
+def test_stored_slopes(tmp_path: Path) -> None:
+    """A file of 16 bits holds rounded slopes, and the published code computes with those."""
+    stored = published.slopes(10).astype(np.float16)  # 2^-½ among them, no number of 16 bits
+    assert (stored != published.slopes(10)).any()
+    extra = {"transformer.relative_pe.slopes": stored[:, None]}
+    check(tmp_path, SMALL | {"n_head": 10}, stored.astype(np.float64), extra)
+
+
+def test_bare_names_and_a_copy_of_the_head(tmp_path: Path) -> None:
+    arrays = published.draw(shapes(SMALL), np.float32)
+    bare = {name.removeprefix("transformer."): array for name, array in arrays.items()}
+    head = {"lm_head.weight": arrays["transformer.wte.weight"]}
+    folder = published.write_folder(tmp_path / "bare", SMALL, bare | head)
+    checkpoint = open_checkpoint(folder)
+    assert "lm_head.weight" in checkpoint.derived
+    value = arrays["transformer.h.1.attn.c_attn.weight"][:, 60:].T
+    assert_bitwise(checkpoint.tensors["transformer.layers.1.attn.value.weight"], value, "value")
+
+
+def read(config: dict[str, Any], **arrays: np.ndarray) -> ALiBiConfig:
+    named = {name.replace("__", "."): array for name, array in arrays.items()}
+    return btlm.FAMILY.read_config(Source(config, Tensors.of(named)))
+
+
+def test_published_configurations() -> None:
+    base = ALiBiConfig(
+        dropout=0.0, attention_dropout=0.0, gated_ffn=True, activation="silu", expansion_factor=4
+    )
+    assert read(json.loads(BTLM_3B)) == replace(
+        base,
+        num_layers=32,
+        d_model=2560,
+        num_heads=32,
+        max_len=8192,
+        vocab_size=50257,
+        feed_forward_dim=6826,
+        init_std=0.073,
+        attention_scale=1 / 80,
+        embedding_scale=14.6,
+        logit_scale=0.1 * 2.2200000000000003,
+    )
+    assert read(json.loads(JAIS_13B)) == replace(
+        base,
+        num_layers=40,
+        d_model=5120,
+        num_heads=40,
+        max_len=2048,
+        vocab_size=84992,
+        feed_forward_dim=13653,
+        attention_scale=1 / 128,
+        embedding_scale=14.6,
+        logit_scale=0.11100000000000002,
+    )
+
+
+def test_defaults() -> None:
+    """Absent keys take the family's defaults, which are GPT-2's; sizes have none."""
+    sizes = {"vocab_size": 53, "n_embd": 30, "n_layer": 2, "n_head": 5}
+    required = sizes | {"position_embedding_type": "alibi"}
+    assert read(required) == ALiBiConfig(
+        num_layers=2,
+        d_model=30,
+        num_heads=5,
+        max_len=1024,
+        vocab_size=53,
+        expansion_factor=4,
+        activation="gelu_tanh",
+        embedding_dropout=0.1,
+        attention_dropout=0.1,
+    )
+    for size in sizes:
+        with pytest.raises(CheckpointError, match=f"has no {size}"):
+            read({name: value for name, value in required.items() if name != size})
+
+
+def test_unscaled_attention() -> None:
+    assert read(SMALL | {"scale_attn_weights": False}).attention_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_embedding_type": "learned"}, "position_embedding_type='learned'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"activation_function": "tanh"}, "activation_function='tanh'.*swiglu"),
+        ({"alibi_scaling": {"type": "ntk", "factor": 2.0}}, "alibi_scaling.type='ntk'"),
+        ({"alibi_scaling": {"type": "linear", "factor": 0}}, "alibi_scaling.factor=0"),
+        (
+            {"alibi_scaling": {"type": "linear", "factor": 2.0, "train_seq_len": 9}},
+            "both factor and train_seq_len",
+        ),
+        ({"alibi_scaling": 2}, "alibi_scaling in config.json is a int"),
+        ({"rope_theta": 1e4}, "not known: rope_theta"),
+        ({"n_head": 7}, "num_heads=7 does not divide"),
+        ({"n_head": 0}, "num_heads=0 is not valid"),
+    ],
+)
+def test_what_cannot_be_honoured(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(SMALL | change)
+
+
+def test_slopes_that_do_not_fit() -> None:
+    with pytest.raises(CheckpointError, match=r"holds 3 slopes.*5 heads"):
+        read(SMALL, transformer__relative_pe__slopes=np.ones((3, 1), np.float32))
+    with pytest.raises(CheckpointError, match=r"relative_pe\.slopes: slopes="):
+        read(SMALL, transformer__relative_pe__slopes=np.full((5, 1), -1, np.float32))

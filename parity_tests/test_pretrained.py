@@ -1,0 +1,138 @@
+"""Loading onto devices: one tensor at a time, each device's part alone, nothing drawn first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import alibi_flax
+import alibi_torch
+from alibi_convert.rules import canonical_tensors
+from alibi_convert.store import write_folder
+from alibi_convert.tensors import Tensors, as_numpy
+from alibi_spec import ALiBiConfig, model_slopes, parameter_table
+from parity_tests.cases import CONFIGS, draw_parameters, each_config
+from parity_tests.checkpoints import make_folder, write
+from parity_tests.compare import assert_bitwise
+
+
+@each_config
+def test_both_backends_hold_what_is_stored(tmp_path: Path, config_name: str) -> None:
+    config = CONFIGS[config_name]
+    folder, stored = write(tmp_path / "model", config=config), draw_parameters(config)
+    is_bare = config.vocab_size is None
+    model_class = alibi_torch.ALiBiTransformer if is_bare else alibi_torch.ALiBiLM
+    for name, tensor in model_class.from_pretrained(folder).state_dict().items():
+        assert_bitwise(as_numpy(tensor), stored[name], f"torch {name}")
+    _, params = alibi_flax.from_pretrained(folder)
+    for name, array in canonical_tensors(params, config).items():
+        assert_bitwise(array, stored[name], f"flax {name}")
+
+
+def test_torch_device_and_slopes(tmp_path: Path) -> None:
+    """Slopes, which no file holds, are where the parameters are and stay float32."""
+    folder, config = write(tmp_path / "model"), CONFIGS["lm-untied"]
+    before = torch.get_rng_state()
+    model = alibi_torch.ALiBiLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)  # no weights were drawn to be thrown away
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert_bitwise(as_numpy(model.transformer.slopes), model_slopes(config), "slopes")
+    empty = alibi_torch.ALiBiLM.from_pretrained(folder, device="meta")
+    assert {each.device.type for each in (*empty.parameters(), *empty.buffers())} == {"meta"}
+
+
+def test_files_may_change_afterwards(tmp_path: Path) -> None:
+    """Loaded models own their memory: overwriting the file in place moves nothing."""
+    folder, stored = write(tmp_path / "model"), draw_parameters(CONFIGS["lm-untied"])
+    model = alibi_torch.ALiBiLM.from_pretrained(folder)
+    _, params = alibi_flax.from_pretrained(folder)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as handle:
+        handle.seek(file.stat().st_size // 2)
+        handle.write(b"\0" * (file.stat().st_size // 2))
+    for name, tensor in model.state_dict().items():
+        assert_bitwise(as_numpy(tensor), stored[name], f"torch {name}")
+    for name, array in canonical_tensors(params, CONFIGS["lm-untied"]).items():
+        assert_bitwise(array, stored[name], f"flax {name}")
+
+
+def test_flax_sharding(tmp_path: Path) -> None:
+    """Heads and hidden units over four devices, by the table's axis names: the same numbers."""
+    config = CONFIGS["decoder"]
+    folder = write(tmp_path / "model", config=config)
+    _run(
+        f"""
+        import jax, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        import alibi_flax
+        from alibi_convert.rules import canonical_tensors
+        mesh = Mesh(np.array(jax.devices()), ("model",))
+        assert mesh.size == 4
+        def sharding(row):
+            axes = ["model" if axis in ("heads", "kv_heads", "mlp") else None
+                    for axis in row.logical_axes]
+            return NamedSharding(mesh, PartitionSpec(*axes))
+        model, params = alibi_flax.from_pretrained({str(folder)!r}, sharding=sharding)
+        kernel = params["layers_0"]["attn"]["query"]["kernel"]
+        assert kernel.shape == (48, 4, 12)
+        assert kernel.sharding.spec == PartitionSpec(None, "model", None), kernel.sharding
+        assert {{shard.data.shape for shard in kernel.addressable_shards}} == {{(48, 1, 12)}}
+        x = np.random.default_rng(0).standard_normal((1, 9, 48)).astype(np.float32)
+        whole, copies = alibi_flax.from_pretrained({str(folder)!r})
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), params, copies)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        _, replicated = alibi_flax.from_pretrained({str(folder)!r}, sharding=everywhere)
+        assert replicated["final_norm"]["scale"].sharding == everywhere
+        sharded = jax.jit(model.apply)({{"params": params}}, x)
+        assert np.abs(sharded - model.apply({{"params": copies}}, x)).max() < 1e-4
+        """,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_no_second_copy_in_memory(tmp_path: Path, backend: str) -> None:
+    """A model loads where there is room for it and for one more tensor, not for two of it."""
+    config = ALiBiConfig(num_layers=24, d_model=512, num_heads=8, expansion_factor=4, vocab_size=99)
+    folder = make_folder(tmp_path / "model")
+    shapes = {row.name: row.shape for row in parameter_table(config)}
+    arrays = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+    write_folder(folder, config, Tensors.of(arrays))
+    load = {
+        "torch": "import alibi_torch; load = alibi_torch.ALiBiLM.from_pretrained",
+        "flax": "import jax, alibi_flax; jax.numpy.zeros(3); load = alibi_flax.from_pretrained",
+    }[backend]
+    size = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    assert size > 250e6
+    _run(
+        f"""
+        import re, resource
+        {load}
+        def anonymous():
+            status = open("/proc/self/status").read()
+            return int(re.search(r"VmData:\\s+(\\d+) kB", status)[1]) * 1024
+        allowed = anonymous() + int(1.5 * {size})
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+        model = load({str(folder)!r})
+        """
+    )
+
+
+def _run(code: str, **environment: str) -> None:
+    """Run code in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
