@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all lint types mutants clean
+.PHONY: help setup demo test test-all bench lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test-all: setup mutants  ## the parity tests, the longer proofs and the planted 
 
 mutants: setup  ## plant faults one by one and see the tests catch each
 	$(BIN)/python -m parity_tests.meta.mutants
+
+bench: setup  ## how fast and in how much memory 8 GB convert; results in benchmarks/results
+	$(BIN)/python -m benchmarks.conversion
 
 lint: setup  ## style
 	$(BIN)/ruff check .

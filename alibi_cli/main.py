@@ -280,7 +280,8 @@ def _print_logits(logits: Mapping[str, Any]) -> None:
         print(f"outputs not compared: {logits['not_run']}")
         return
     errors = ", ".join(f"{name} {error:.1e}" for name, error in logits["errors"].items())
-    print(f"outputs against {logits['against']}: {errors} (float32 allows {logits['budget']:.0e})")
+    limit = f"{logits['dtype']}, {logits['budget']:.0e} is allowed"
+    print(f"outputs against {logits['against']}: {errors} ({limit})")
     if "no_peer" in logits:
         print(f"  its own library was not run: {logits['no_peer']}")
 

@@ -99,7 +99,9 @@ def convert(
             if verify:
                 written = open_checkpoint(path, allow_pt=True)
                 _require_written(meant, written, destination, progress)
-                logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
+                logits = {"not_run": "NaN or infinity in the weights"}
+                if not watched.nonfinite:
+                    logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
             hashed.result()
         report = Report(
             source=str(source),

@@ -58,7 +58,10 @@ def _snapshot(name: str, files: tuple[str, ...]) -> Path:
         ) from None
     except errors.HFValidationError as error:
         raise CheckpointError(f"{missing} takes no such name: {error}") from None
-    except (OSError, errors.HTTPError) as error:  # offline and not cached; the network; the disk
+    except (
+        OSError,
+        getattr(errors, "HTTPError", OSError),
+    ) as error:  # offline and not cached; the network; the disk
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{missing} cannot be asked: {cause}; connect (and unset HF_HUB_OFFLINE), or give the "

@@ -49,16 +49,16 @@ def why_no_peer(checkpoint: Checkpoint) -> str | None:
 
 
 def peer_outputs(
-    checkpoint: Checkpoint, tokens: np.ndarray, attention_mask: np.ndarray
+    checkpoint: Checkpoint, tokens: np.ndarray, attention_mask: np.ndarray, dtype: str
 ) -> np.ndarray:
-    """Logits [batch, seq, vocab] of transformers' own model, in float32 on the CPU."""
+    """Logits [batch, seq, vocab] of transformers' own model on the CPU."""
     import torch
     import transformers
 
     with _without_progress_bars():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             attn_implementation=_ATTENTION[checkpoint.family],
             local_files_only=True,
         ).eval()

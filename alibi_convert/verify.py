@@ -132,11 +132,12 @@ def _round_trip(checkpoint: Checkpoint) -> Check:
 
 
 def _against_its_own_library(foreign: Checkpoint, other: Checkpoint) -> Check:
-    against, errors = output_errors(foreign, other)
+    found = output_errors(foreign, other)
+    measured = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
     return Check(
-        f"outputs are those of {against} within {_BUDGET.forward:.0e}",
-        max(errors.values()) <= _BUDGET.forward,
-        ", ".join(f"{name} {error:.1e}" for name, error in errors.items()),
+        f"outputs are those of {found.against} within {_BUDGET.forward:.0e}",
+        max(found.errors.values()) <= _BUDGET.forward,
+        measured + (" in float64" if found.dtype == "float64" else ""),
     )
 
 

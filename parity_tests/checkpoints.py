@@ -16,6 +16,7 @@ from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.compare import assert_bitwise
 
 CONFIG = CONFIGS["lm-untied"]
+OURS = ("alibi", "safetensors", "pt", "msgpack", "orbax")  # formats that hold any model
 
 
 def write(path: Path, kind: str = "alibi", config: ALiBiConfig = CONFIG, dtype: Any = None) -> Path:

@@ -20,9 +20,7 @@ from alibi_convert.plan import Problem
 from alibi_convert.store import read_tensors
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, parameter_table
-from parity_tests.checkpoints import CONFIG, make_folder, truncate, write
-
-OURS = ("alibi", "safetensors", "pt", "msgpack", "orbax")
+from parity_tests.checkpoints import CONFIG, OURS, make_folder, truncate, write
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

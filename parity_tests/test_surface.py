@@ -128,7 +128,8 @@ def test_annotated_shapes_hold() -> None:
             ALiBiConfig(vocab_size=11, tie_embeddings=False, output_projection=False, **small),
             ALiBiConfig(
                 vocab_size=11, tie_embeddings=False, adaptive_cutoffs=(4, 7), num_kv_heads=1,
-                qk_norm=True, qkv_clip=1.0, distance="bfloat16", norm="rms", norm_bias=False, **small
+                qk_norm=True, qkv_clip=1.0, distance="bfloat16", norm="rms", norm_bias=False,
+                **small,
             ),
         ):
             tokens = np.arange(18).reshape(2, 9) % 11

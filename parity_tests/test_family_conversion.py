@@ -1,0 +1,193 @@
+"""Conversions between families, by function and by command: proven by whoever can run the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import alibi_convert.logits
+from alibi_cli.main import main
+from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint, plan
+from alibi_convert.store import read_tensors, write_safetensors
+from alibi_convert.tensors import Tensors
+from alibi_convert.verify import verify_steps
+from alibi_spec import ALiBiConfig
+from parity_tests.cases import draw_parameters
+from parity_tests.checkpoints import write
+from parity_tests.compare import assert_bitwise
+from parity_tests.families import redraw
+
+SIZES: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 24, "n_layer": 2, "n_head": 3},
+    "mpt": {"d_model": 24, "n_layers": 2, "n_heads": 3, "max_seq_len": 64},
+    "falcon": {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+}
+IDS = {"bos_token_id": 7, "eos_token_id": 5, "pad_token_id": 3}
+each_family = pytest.mark.parametrize("family", SIZES)
+
+
+def published(path: Path, family: str) -> Path:
+    """A folder as transformers writes it, in bfloat16, with no value at its default."""
+    name = {"bloom": "Bloom", "mpt": "Mpt", "falcon": "Falcon"}[family]
+    config_class = getattr(transformers, f"{name}Config")
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    model = redraw(model_class(config_class(vocab_size=101, **SIZES[family], **IDS)))
+    model.bfloat16().save_pretrained(path)
+    return path
+
+
+@each_family
+def test_there_and_back(tmp_path: Path, family: str) -> None:
+    """Proven on the way in and on the way out; the same bits and the same keys in the end."""
+    source = published(tmp_path / "source", family)
+    report = convert(source, tmp_path / "ours")
+    logits = report.verification["logits"]
+    assert (report.family, logits["against"]) == (family, f"transformers' {family}")
+    assert set(logits["errors"]) == {"alibi_torch", "alibi_flax"}
+    assert all(0 <= error <= logits["budget"] for error in logits["errors"].values())
+    record = json.loads((tmp_path / "ours" / "conversion.json").read_text())
+    assert record["verification"] == {"bitwise": True, "logits": logits}
+    assert record["source_config"] == json.loads((source / "config.json").read_text())
+
+    report = convert(tmp_path / "ours", tmp_path / "back", to=family)
+    assert report.verification["logits"]["against"] == f"transformers' {family}"
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back")
+    )
+    assert {name: after[name] for name in before if name != "attn_config"} == {
+        name: value for name, value in before.items() if name != "attn_config"
+    }
+    for name, value in after.get("attn_config", {}).items():
+        assert before["attn_config"][name] == value, name
+    stored, restored = read_tensors(source), read_tensors(tmp_path / "back")
+    assert set(stored) == set(restored)
+    for name in stored:
+        assert_bitwise(restored[name], stored[name], name)
+    again = convert(tmp_path / "back", tmp_path / "again", max_shard_size=10_000)
+    assert again.destination_sha256["config.json"] == record["destination_sha256"]["config.json"]
+
+
+def test_a_conversion_that_computes_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own outputs decide; a stray one stops the conversion, and nothing appears."""
+    source = published(tmp_path / "source", "bloom")
+    honest = alibi_convert.logits.peer_outputs
+
+    def stray(*arguments: Any) -> np.ndarray:
+        outputs = honest(*arguments).copy()
+        outputs[1, 30, 50] += 1e-4 * np.abs(outputs[1]).max()
+        return outputs
+
+    monkeypatch.setattr("alibi_convert.logits.peer_outputs", stray)
+    plain = tmp_path / "plain"
+    convert(source, plain, verify=False)
+    for origin, to, destination in ((source, "alibi", "ours"), (plain, "bloom", "copy")):
+        with pytest.raises(
+            MismatchError, match=r"alibi_torch strays from transformers' bloom by 1"
+        ):
+            convert(origin, tmp_path / destination, to=to)
+        assert not (tmp_path / destination).exists()
+    name = "outputs are those of transformers' bloom within 1e-05"
+    for ours, theirs in ((source, plain), (plain, source)):
+        check = next(each for each in verify_steps(ours, theirs) if each.name == name)
+        assert not check.passed
+
+
+def test_casts_are_proven_on_what_was_cast(tmp_path: Path) -> None:
+    """bfloat16 costs more than float32 allows: the proof is of the names, not of the rounding."""
+    source = published(tmp_path / "source", "bloom")
+    convert(source, tmp_path / "wide", dtype="float32")
+    convert(tmp_path / "wide", tmp_path / "odd", dtype="float16")
+    report = convert(tmp_path / "odd", tmp_path / "narrow", to="bloom", dtype="bfloat16")
+    assert report.casts
+    assert report.verification["logits"]["against"] == "transformers' bloom"
+
+
+def test_what_is_not_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = published(tmp_path / "source", "mpt")
+    values = json.loads((source / "config.json").read_text())
+    values["attn_config"]["alibi_bias_max"] = 16
+    (source / "config.json").write_text(json.dumps(values))
+    report = convert(source, tmp_path / "other-slopes")
+    logits = report.verification["logits"]
+    assert logits["no_peer"] == "transformers' MPT ignores bias_max"
+    assert logits["against"] == "alibi_torch"  # the backends prove each other
+    assert (set(logits["errors"]), logits["dtype"]) == ({"alibi_flax"}, "float32")
+    with monkeypatch.context() as patch:  # more than float32 can give: float64 settles it
+        patch.setattr("alibi_convert.logits.BUDGET", 1e-10)
+        logits = convert(source, tmp_path / "exact").verification["logits"]
+        assert (logits["dtype"], logits["errors"]["alibi_flax"] < 1e-10) == ("float64", True)
+
+    monkeypatch.setattr("alibi_convert.logits.available_memory", lambda: 10**8)
+    assert main(["convert", str(source), str(tmp_path / "large")]) == 0
+    assert "outputs not compared: about 1,0" in capsys.readouterr().out
+    assert main(["convert", str(source), str(tmp_path / "quick"), "--no-verify"]) == 0
+    for folder, reason in (("large", "bytes of memory are needed"), ("quick", "switched off")):
+        record = json.loads((tmp_path / folder / "conversion.json").read_text())
+        assert reason in record["verification"]["logits"]["not_run"]
+    report = convert(tmp_path / "quick", tmp_path / "copy")
+    assert "nothing was renamed" in report.verification["logits"]["not_run"]
+    stored = dict(read_tensors(source).items())
+    stored["transformer.norm_f.weight"] = np.full_like(stored["transformer.norm_f.weight"], np.nan)
+    write_safetensors(source / "model.safetensors", Tensors.of(stored))
+    report = convert(source, tmp_path / "spoiled")
+    assert report.nonfinite == {"transformer.final_norm.weight": 24}
+    assert "NaN or infinity" in report.verification["logits"]["not_run"]
+
+
+@pytest.mark.parametrize("to", ["mpt", "falcon", "jaketae"])
+def test_what_another_family_cannot_express(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    source = published(tmp_path / "source", "bloom")
+    destination = tmp_path / ("out.pt" if to == "jaketae" else "out")
+    with pytest.raises(CheckpointError, match=rf"{to} cannot express \w+="):
+        convert(source, destination, to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not plan(source, destination, to=to).possible
+    assert main(["plan", str(source), str(destination), "--to", to]) == 3
+    assert f"problem: {to} cannot express" in capsys.readouterr().out
+
+
+def test_the_seed_there_and_back(tmp_path: Path) -> None:
+    """A jaketae/alibi state dict, buffers included, from a folder of ours and to it."""
+    config = ALiBiConfig.jaketae(num_layers=2, d_model=24, num_heads=3, max_len=40, dropout=0.3)
+    ours = write(tmp_path / "ours", config=config)
+    report = convert(ours, tmp_path / "seed.pt", to="jaketae")
+    assert set(report.verification["logits"]["errors"]) == {"alibi_flax"}
+    state = torch.load(tmp_path / "seed.pt", weights_only=True)
+    assert state["layers.1.attn.mask"].shape == (1, 1, 40, 40)
+    assert state["layers.0.attn.kqv.weight"].shape == (72, 24)
+    convert(tmp_path / "seed.pt", tmp_path / "back", allow_pt=True)
+    back = open_checkpoint(tmp_path / "back")
+    for name, array in draw_parameters(config).items():
+        assert_bitwise(back.tensors[name], array, name)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = published(tmp_path / "source", "falcon")
+    assert main(["inspect", str(source)]) == 0
+    assert "ALiBiLM, falcon (folder)" in capsys.readouterr().out
+    assert main(["plan", str(source)]) == 0
+    assert "from transformer.h.1.self_attention.query_key_value.weight" in capsys.readouterr().out
+    assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
+    assert "outputs against transformers' falcon: alibi_torch " in capsys.readouterr().out
+    assert main(["verify", str(source), str(tmp_path / "ours"), "--new-tokens=4"]) == 0
+    assert "ok   outputs are those of transformers' falcon within 1e-05" in capsys.readouterr().out
