@@ -95,6 +95,7 @@ def open_checkpoint(
         name, dtype = next(iter(odd.items()))
         raise CheckpointError(f"{path}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
     config = _settle(path, opened.carried, config)
+    _require_layers(path, config, tensors)
     shapes = {row.name: row.shape for row in parameter_table(config)}
     check_shapes(shapes, tensors.shapes)
     ordered = Tensors({name: tensors.headers[name] for name in shapes})
@@ -170,11 +171,21 @@ def _settle(path: Path, carried: ALiBiConfig | None, given: ALiBiConfig | None) 
     return given
 
 
+def _require_layers(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
+    """A table of so many layers is not even made for a file that cannot hold them."""
+    if config.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{path}: the configuration has {config.num_layers:,} layers, the file "
+            f"{len(tensors):,} tensors"
+        )
+
+
 def _from_family(
     family: Family, path: Path, kind: str, given: ALiBiConfig | None, source: Source
 ) -> Checkpoint:
     source = Source(source.config, family.renamed(source.tensors))
     config = _settle(path, family.read_config(source), given)
+    _require_layers(path, config, source.tensors)
     found = import_tensors(family, config, source)
     for name, header in found.tensors.headers.items():
         if header.dtype not in _FLOATS:

@@ -1,8 +1,8 @@
 """Convert a checkpoint from any format to any other, and show what one holds.
 
-Tensors pass through one by one, a few megabytes at a time, whatever the size of the model: they
-are cast, looked at, hashed and written in one pass, then read back and compared in another. Only
-.pt, .msgpack and orbax hold the whole model in memory.
+Tensors pass through one by one, a few megabytes at a time where none must be put together: they are
+cast, looked at, hashed and written in one pass, then read back and compared in another. Only .pt,
+.msgpack and orbax hold the whole model in memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def convert(
         verify: read the destination back and compare every tensor bit by bit; and between
             families, where memory allows, run both sides and compare what they compute.
         config, allow_pt: as for `open_checkpoint`.
-        overwrite: replace an existing checkpoint.
+        overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
         resume: keep the shards that the same conversion had finished when it was killed.
@@ -125,7 +125,7 @@ def convert(
             seconds=time.monotonic() - started,
         )
         if path.is_dir():
-            write_provenance(path, report, checkpoint.foreign_config)
+            write_provenance(path, report, checkpoint)
     return report
 
 

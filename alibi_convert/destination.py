@@ -18,7 +18,7 @@ from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.journal import Journal
-from alibi_convert.layout import is_checkpoint_file
+from alibi_convert.layout import is_checkpoint_file, sidecar
 
 _NEW, _REPLACED, _JOURNAL = "new", "replaced", "journal.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -219,11 +219,18 @@ def _flush(*paths: Path) -> None:
 def _move_into_place(path: Path, destination: Path, overwrite: bool) -> None:
     companions = [each for each in path.parent.iterdir() if each != path]
     targets = {each: destination.with_name(each.name) for each in (*companions, path)}
-    for target in targets.values():
+    # The configuration beside what was there before says nothing true about what comes.
+    beside = sidecar(destination)
+    stale = (
+        [beside] if path.is_file() and beside.exists() and beside not in targets.values() else []
+    )
+    for target in (*targets.values(), *stale):
         check_destination(target, overwrite)
     replaced = path.parent.with_name(_REPLACED)
     replaced.mkdir()
     try:
+        for each in stale:
+            os.replace(each, replaced / each.name)
         for each, target in targets.items():
             if target.exists():
                 os.replace(target, replaced / target.name)
@@ -233,8 +240,8 @@ def _move_into_place(path: Path, destination: Path, overwrite: bool) -> None:
         for each, target in targets.items():
             if not each.exists():  # it had moved already
                 os.replace(target, each)
-            if (replaced / target.name).exists():
-                os.replace(replaced / target.name, target)
+        for each in replaced.iterdir():
+            os.replace(each, destination.with_name(each.name))
         raise
 
 

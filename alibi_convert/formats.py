@@ -20,6 +20,7 @@ from alibi_convert.extras import require
 from alibi_convert.families import Family, bloom, export_tensors, falcon, jaketae, mpt
 from alibi_convert.journal import Journal
 from alibi_convert.layout import CONFIG_FILE, ORBAX_FOLDER
+from alibi_convert.layout import sidecar as sidecar  # exported
 from alibi_convert.pickle_file import read_pt as read_pt  # exported
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.store import (
@@ -71,11 +72,6 @@ class Format:
     description: str
     streams: bool = False
     stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
-
-
-def sidecar(path: Path) -> Path:
-    """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` beside it."""
-    return path.with_name(path.name + ".json")
 
 
 def read_msgpack(path: Path, config: ALiBiConfig) -> Tensors:

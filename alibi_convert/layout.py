@@ -38,6 +38,11 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     return names
 
 
+def sidecar(path: Path) -> Path:
+    """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` beside it."""
+    return path.with_name(path.name + ".json")
+
+
 def is_checkpoint_file(path: Path) -> bool:
     """Whether this entry of a folder may be replaced along with the checkpoint in it."""
     if path.name == ORBAX_FOLDER:

@@ -112,13 +112,30 @@ def output_errors(foreign: Checkpoint, other: Checkpoint) -> OutputErrors:
 
 def available_memory() -> int | None:
     """Bytes that this process may still take; None where the system does not say."""
-    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
-    limits = [limit for limit in limits if limit != resource.RLIM_INFINITY]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"))
-        limits += [int(found[1]) * 1024] if found else []
-    return min(limits, default=None)
+    free = []
+    for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - _kilobytes(Path("/proc/self/status"), used, absent=0))
+    cgroup = Path("/sys/fs/cgroup")
+    for names in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, used = (cgroup / name for name in names)
+        if limit.exists() and used.exists() and limit.read_text(encoding="ascii").strip().isdigit():
+            free.append(int(limit.read_text(encoding="ascii")) - int(used.read_text("ascii")))
+    if Path("/proc/meminfo").exists():
+        free.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable", absent=0))
+    return min(free, default=None)
+
+
+def _kilobytes(path: Path, name: str, absent: int) -> int:
+    """A line like "VmData:  12 kB" of a file of the kernel's, in bytes."""
+    if not path.exists():
+        return absent
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else absent
 
 
 def _needed_memory(checkpoint: Checkpoint) -> int:

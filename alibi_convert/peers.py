@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.extras import is_installed
+from alibi_convert.families import FAMILIES, Source
+from alibi_convert.families.keys import plain_form
+from alibi_convert.store import read_tensors
+from alibi_convert.tensors import Tensors
 
 # Family -> the attention of transformers that is right: Falcon's eager one applies ALiBi twice.
 _ATTENTION = {"bloom": "eager", "mpt": "eager", "falcon": "sdpa"}
@@ -38,6 +43,8 @@ def why_no_peer(checkpoint: Checkpoint) -> str | None:
     for module in ("transformers", "torch"):
         if not is_installed(module):
             return f"{module} is not installed"
+    if (checkpoint.foreign_config or {}).get("model_type") != family:
+        return "transformers does not know its model_type"
     if family == "mpt":
         always = _MPT_ALWAYS | {"kv_heads": config.num_heads}
         ignored = [name for name, value in always.items() if getattr(config, name) != value]
@@ -45,7 +52,7 @@ def why_no_peer(checkpoint: Checkpoint) -> str | None:
             ignored.append("feed_forward_dim")
         if ignored:
             return f"transformers' MPT ignores {', '.join(ignored)}"
-    return None
+    return _misunderstood(checkpoint)
 
 
 def peer_outputs(
@@ -53,18 +60,57 @@ def peer_outputs(
 ) -> np.ndarray:
     """Logits [batch, seq, vocab] of transformers' own model on the CPU."""
     import torch
+
+    model, _ = _load(checkpoint, getattr(torch, dtype))
+    with torch.no_grad():
+        inputs = torch.from_numpy(tokens), torch.from_numpy(attention_mask)
+        return model.eval()(input_ids=inputs[0], attention_mask=inputs[1]).logits.numpy()
+
+
+def _misunderstood(checkpoint: Checkpoint) -> str | None:
+    """Why transformers would run something else than what the folder says, or None.
+
+    Its own reading of the configuration is read by our table, and must come to the same model; on
+    the meta device it says which tensors it would use.
+    """
+    import torch
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    family = next(each for each in FAMILIES if each.name == checkpoint.family)
+    errors = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+    try:
+        theirs = transformers.AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False
+        )
+        config = family.read_config(Source(theirs.to_dict(), Tensors({})))
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(theirs)
+    except (*errors, StrictDataclassError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"transformers does not read this folder: {cause}"
+    if plain_form(config) != plain_form(checkpoint.config):
+        return "transformers reads another configuration in this folder"
+    expected = {name for name, _ in model.named_parameters()}
+    named = {name for origin in checkpoint.origins.values() for name in origin}
+    stored = read_tensors(checkpoint.path, allow_pt=True)
+    if not (expected <= named <= {*stored, *(f"transformer.{name}" for name in stored)}):
+        return "transformers does not know these names of tensors"
+    return None
+
+
+def _load(checkpoint: Checkpoint, dtype: Any) -> Any:
     import transformers
 
     with _without_progress_bars():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             attn_implementation=_ATTENTION[checkpoint.family],
             local_files_only=True,
-        ).eval()
-    with torch.no_grad():
-        inputs = torch.from_numpy(tokens), torch.from_numpy(attention_mask)
-        return model(input_ids=inputs[0], attention_mask=inputs[1]).logits.numpy()
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
 
 
 @contextmanager

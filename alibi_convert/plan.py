@@ -131,7 +131,8 @@ def plan(
         stored = FORMATS[to].stored(checkpoint.config, wanted)
     except CheckpointError as error:
         problems.append(Problem(str(error), "choose another format", stops=True))
-    peak = _peak_memory(FORMATS[to], [*wanted.headers.values()], nbytes)
+    headers = [*wanted.headers.values(), *stored.headers.values()]
+    peak = _peak_memory(FORMATS[to], headers, nbytes)
     problems += [*_disk_problems(place, nbytes), *_memory_problems(peak), *_library_problems(to)]
     problems += _cast_problems(checkpoint, dtype)
     single = {place.name: list(stored)}

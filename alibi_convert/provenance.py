@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from alibi_convert.checkpoint import Checkpoint
+from alibi_convert.families import FAMILIES
 from alibi_convert.formats import sidecar
 from alibi_convert.layout import CONFIG_FILE, CONVERSION_FILE, ORBAX_FOLDER, ORBAX_MARK
 from alibi_convert.report import Report
@@ -22,21 +23,21 @@ _LIBRARIES = ("alibi-duo", "numpy", "ml_dtypes", "safetensors")
 
 
 # Keys of a foreign configuration that are wrong once a model has been converted.
-_STALE_KEYS = ("_name_or_path", "auto_map", "dtype", "quantization_config", "torch_dtype")
+_STALE_KEYS = frozenset(("_name_or_path", "auto_map", "dtype", "torch_dtype"))
 
 
-def write_provenance(
-    folder: Path, report: Report, source_config: Mapping[str, Any] | None = None
-) -> None:
-    """`conversion.json`: the report without the places and times of one machine.
-
-    With the foreign configuration that the model came with, if any.
-    """
+def write_provenance(folder: Path, report: Report, source: Checkpoint) -> None:
+    """`conversion.json`: the report, and the foreign configuration that the model once had."""
     values = report.to_dict()
     for name in ("destination", "kept", "seconds"):
         del values[name]
-    if source_config is not None:
-        values["source_config"] = dict(source_config)
+    if source.foreign_config is not None:
+        values["source_config"] = dict(source.foreign_config)
+        values["source_family"] = source.family
+    else:
+        before = _record(source.path)
+        kept = ("source_config", "source_family")
+        values |= {name: before[name] for name in kept if name in before}
     contents = {
         "spec_version": SPEC_VERSION,
         "table_version": TABLE_VERSION,
@@ -53,16 +54,20 @@ def restore_neutral_keys(folder: Path, source: Path, family: str) -> None:
 
     Such as the ids of special tokens. `conversion.json` beside the source remembers them.
     """
-    record, written = source / CONVERSION_FILE, folder / CONFIG_FILE
-    if not (source.is_dir() and record.exists() and written.exists()):
-        return
-    known = read_json(record)
+    known, written = _record(source), folder / CONFIG_FILE
     before = known.get("source_config")
-    if known.get("family") != family or not isinstance(before, dict):
+    if known.get("source_family") != family or not (isinstance(before, dict) and written.exists()):
         return
-    kept = {name: value for name, value in before.items() if name not in _STALE_KEYS}
+    neutral = next(each.neutral_keys for each in FAMILIES if each.name == family) - _STALE_KEYS
+    kept = {name: value for name, value in before.items() if name in neutral}
     text = json.dumps(kept | read_json(written), indent=2) + "\n"
     written.write_text(text, encoding="utf-8")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The conversion.json of a folder; empty where there is none."""
+    path = folder / CONVERSION_FILE
+    return read_json(path) if folder.is_dir() and path.exists() else {}
 
 
 def library_versions() -> dict[str, str]:

@@ -131,6 +131,8 @@ def write_safetensors(
 
 def _reserve(file: int, nbytes: int) -> None:
     """Space in one piece, which is faster to write; a disk that is too full says so at once."""
+    if not hasattr(os, "posix_fallocate"):  # as on macOS
+        return
     try:
         os.posix_fallocate(file, 0, nbytes)
     except OSError as error:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 from alibi_convert.destination import check_destination as check_destination  # exported
@@ -81,7 +82,7 @@ def parse_size(text: str | int) -> int:
         ValueError: not a positive size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(text).strip().upper())
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    size = int(Fraction(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:
         raise ValueError(f"{text!r} is not a size; expected bytes, or a number with KB, MB, GB, TB")
     return size

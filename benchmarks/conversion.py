@@ -128,7 +128,7 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     """Make the checkpoint, measure, write the results, and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=list(CONFIGURATIONS), default="alibi")
+    parser.add_argument("--family", choices=list(CONFIGURATIONS), default="bloom")
     parser.add_argument("--to", default="alibi", help="format of the destination (default: alibi)")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="at least (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="medians of so many (default: 3)")

@@ -280,3 +280,19 @@ def test_slopes_that_do_not_fit() -> None:
         read(SMALL, transformer__relative_pe__slopes=np.ones((3, 1), np.float32))
     with pytest.raises(CheckpointError, match=r"relative_pe\.slopes: slopes="):
         read(SMALL, transformer__relative_pe__slopes=np.full((5, 1), -1, np.float32))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mup_scale_qk_dot_by_d": "false"},
+        {"scale_attn_weights": 0},
+        {"mup_width_scale": True},
+        {"alibi_scaling": {"type": "linear", "factor": True}},
+        {"alibi_scaling": {"type": "linear", "factor": 1.0, "train_seq_len": 64}},
+    ],
+)
+def test_values_of_another_type(change: dict) -> None:
+    """A string is not false, true is not one, and a factor of one is a factor."""
+    with pytest.raises(CheckpointError, match=r"expected|true or false"):
+        read(SMALL | change)

@@ -191,3 +191,81 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "outputs against transformers' falcon: alibi_torch " in capsys.readouterr().out
     assert main(["verify", str(source), str(tmp_path / "ours"), "--new-tokens=4"]) == 0
     assert "ok   outputs are those of transformers' falcon within 1e-05" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "names", "reason"),
+    [
+        ("mpt", {"model_type": "mosaic_gpt"}, {}, "does not know its model_type"),
+        ("mpt", {"norm_eps": 0.01, "layer_norm_epsilon": None}, {}, "does not read this folder"),
+        ("mpt", {}, {"norm_1": "ln_1", "ffn": "mlp"}, "does not know these names"),
+        ("mpt", {"id2label": 7}, {}, "does not read this folder"),
+        ("falcon", {"model_type": "RefinedWebModel"}, {}, "does not know its model_type"),
+        ("falcon", {"n_head": 3, "num_attention_heads": None}, {}, "transformers "),
+        ("bloom", {"auto_map": {"AutoModelForCausalLM": "m.M"}}, {}, None),
+    ],
+)
+def test_folders_that_transformers_misunderstands(
+    tmp_path: Path, family: str, keys: dict[str, Any], names: dict[str, str], reason: str | None
+) -> None:
+    """What we read and it does not is converted all the same, proven by the backends."""
+    source = published(tmp_path / "source", family)
+    values = json.loads((source / "config.json").read_text()) | keys
+    values = {name: value for name, value in values.items() if value is not None}
+    (source / "config.json").write_text(json.dumps(values))
+    stored = dict(read_tensors(source).items())
+    for new, old in names.items():
+        stored = {name.replace(f".{new}.", f".{old}."): stored[name] for name in stored}
+    write_safetensors(source / "model.safetensors", Tensors.of(stored))
+    logits = convert(source, tmp_path / "ours").verification["logits"]
+    if reason is None:
+        assert logits["against"] == f"transformers' {family}"
+    else:
+        assert reason in logits["no_peer"]
+        assert (logits["against"], set(logits["errors"])) == ("alibi_torch", {"alibi_flax"})
+    convert(tmp_path / "ours", tmp_path / "back", to=family)
+    kept = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (kept["model_type"], kept["pad_token_id"]) == (family, 3)
+    assert "auto_map" not in kept
+
+
+def test_flat_configurations_come_back_nested(tmp_path: Path) -> None:
+    """Keys of an older dialect are not mixed with those of the newer one; nor lost in two hops."""
+    source = published(tmp_path / "source", "mpt")
+    values = json.loads((source / "config.json").read_text())
+    attention = values.pop("attn_config")
+    flat = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "softmax_scale": None}
+    (source / "config.json").write_text(json.dumps(values | flat | {"prefix_lm": False}))
+    convert(source, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "narrow", dtype="float16")
+    convert(tmp_path / "narrow", tmp_path / "back", to="mpt")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["attn_config"].items() <= attention.items()
+    assert not flat.keys() & back.keys()
+    assert back["eos_token_id"] == IDS["eos_token_id"]
+
+
+def test_a_stale_configuration_goes_with_its_model(tmp_path: Path) -> None:
+    """A .pt of ours, replaced by one that needs no configuration beside it."""
+    config = ALiBiConfig.jaketae(num_layers=1, d_model=24, num_heads=3, max_len=40)
+    convert(write(tmp_path / "other"), tmp_path / "model.pt")
+    ours = write(tmp_path / "ours", config=config)
+    with pytest.raises(CheckpointError, match=r"model\.pt exists"):
+        convert(ours, tmp_path / "model.pt", to="jaketae")
+    assert (tmp_path / "model.pt.json").exists()
+    convert(ours, tmp_path / "model.pt", to="jaketae", overwrite=True)
+    assert not (tmp_path / "model.pt.json").exists()
+    assert open_checkpoint(tmp_path / "model.pt", allow_pt=True).family == "jaketae"
+
+
+@pytest.mark.parametrize("family", ["bloom", "alibi"])
+def test_more_layers_than_tensors(tmp_path: Path, family: str) -> None:
+    """A configuration of two billion layers is refused at once."""
+    source = published(tmp_path / "source", "bloom")
+    field = "n_layer"
+    if family == "alibi":
+        source, field = write(tmp_path / "ours"), "num_layers"
+    values = json.loads((source / "config.json").read_text()) | {field: 2 * 10**9}
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"has 2,000,000,000 layers, the file \d+ tensors"):
+        open_checkpoint(source)

@@ -105,4 +105,5 @@ FAMILY = Family(
     aliases=_ALIASES,
     derived=_derived,
     write_config=_KEYS.write,
+    neutral_keys=_KEYS.neutral_keys,
 )

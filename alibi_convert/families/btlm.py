@@ -14,7 +14,7 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families.family import Derived, Family, Source
-from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, flag
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig, slopes
 
@@ -69,12 +69,14 @@ def _activation(name: str) -> tuple[str, bool]:
     return _ACTIVATIONS[name]
 
 
-def _factor(value: float | None) -> float:
-    if value is None:
-        return 1.0
-    if not value > 0:
+def _factor(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError("expected a number above 0")
     return float(value)
+
+
+def _factor_or_none(value: Any) -> float | None:
+    return None if value is None else _factor(value)
 
 
 def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any
     if "width_scale" not in foreign:  # JAIS's old name stands for the product
         fields["logit_scale"] *= alpha
     is_scaled, by_head_dim = fields.pop("is_scaled"), fields.pop("by_head_dim")
-    if fields.pop("slope_factor") != 1 and fields["slope_interpolation"] is not None:
+    if fields.pop("slope_factor") is not None and fields["slope_interpolation"] is not None:
         raise ValueError("alibi_scaling has both factor and train_seq_len; expected one of them")
     if not is_scaled:
         fields["attention_scale"] = 1.0
@@ -111,12 +113,12 @@ _TABLE = KeyTable(
         Key("layer_norm_epsilon", "norm_eps", default=1e-5),
         Key("initializer_range", "init_std", default=0.02),
         Key("tie_word_embeddings", "tie_embeddings", default=True),
-        Key("scale_attn_weights", "is_scaled", default=True),
-        Key("scale_qk_dot_by_d", "by_head_dim", default=False, aliases=("mup_scale_qk_dot_by_d",)),
+        Key("scale_attn_weights", "is_scaled", default=True, read=flag),
+        Key("scale_qk_dot_by_d", "by_head_dim", False, flag, aliases=("mup_scale_qk_dot_by_d",)),
         Key("embeddings_scale", "embedding_scale", default=1.0, aliases=("mup_embeddings_scale",)),
-        Key("width_scale", "width_scale", default=1.0, aliases=("mup_width_scale",)),
-        Key("mup_output_alpha", "output_alpha", default=1.0),
-        Key("alibi_scaling.factor", "slope_factor", default=None, read=_factor),
+        Key("width_scale", "width_scale", 1.0, _factor, aliases=("mup_width_scale",)),
+        Key("mup_output_alpha", "output_alpha", default=1.0, read=_factor),
+        Key("alibi_scaling.factor", "slope_factor", default=None, read=_factor_or_none),
         Key("alibi_scaling.train_seq_len", "slope_interpolation", default=None),
         Only(
             "alibi_scaling.type", ("linear", "dynamic"), "slopes are divided by one factor or none"
@@ -155,15 +157,18 @@ def _config(source: Source) -> ALiBiConfig:
     """The configuration, with the slopes that the file holds: the published code uses them."""
     foreign = source.config or {}
     config = _TABLE.read(foreign)
-    used = exact = slopes(config.num_heads)
-    if _SLOPES in source.tensors:
-        used = source.tensors[_SLOPES].astype(np.float32).ravel()  # rounded in a file of 16 bits
-        if used.shape != exact.shape:
-            raise CheckpointError(
-                f"{_SLOPES} holds {used.size} slopes, expected one for each of the "
-                f"{config.num_heads} heads"
-            )
-    used = used / np.float32(_factor((foreign.get("alibi_scaling") or {}).get("factor")))
+    factor = (foreign.get("alibi_scaling") or {}).get("factor")
+    if _SLOPES not in source.tensors and factor is None:
+        return config
+    stored = source.tensors[_SLOPES].ravel() if _SLOPES in source.tensors else None
+    if stored is not None and stored.size != config.num_heads:
+        raise CheckpointError(
+            f"{_SLOPES} holds {stored.size} slopes, expected one for each of the "
+            f"{config.num_heads} heads"
+        )
+    exact = slopes(config.num_heads)
+    used = exact if stored is None else stored.astype(np.float32)  # rounded in a 16-bit file
+    used = used if factor is None else used / np.float32(factor)
     if np.array_equal(used, exact):
         return config
     try:

@@ -136,4 +136,5 @@ FAMILY = Family(
     _ROWS,
     derived=_derived,
     write_config=_write_config,
+    neutral_keys=_KEYS.neutral_keys,
 )

@@ -51,7 +51,7 @@ class Fold:
         canonical: its name.
         foreign: shape by name of the foreign tensors that it is computed from.
         compute: called with their arrays, in order; the dtype of the result is that of the first,
-            or of the checkpoint's first float where there is none.
+            or of the checkpoint's first tensor where there is none.
         reason: what was computed, for the report.
     """
 
@@ -86,6 +86,7 @@ class Family:
         write_config: the foreign config.json of a configuration; raises CheckpointError naming the
             field that the family cannot express. None for a family that is only imported.
         generated: foreign tensors that an export adds, by name.
+        neutral_keys: keys of the foreign config.json that a model may take with it when it returns.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Family:
     folds: Callable[[ALiBiConfig, Source], tuple[Fold, ...]] = _nothing
     write_config: Callable[[ALiBiConfig], dict[str, Any]] | None = None
     generated: Callable[[ALiBiConfig], Mapping[str, np.ndarray]] = _no_tensors
+    neutral_keys: frozenset[str] = frozenset()
 
     def rules(self, config: ALiBiConfig) -> tuple[Rule, ...]:
         """The table for one configuration."""
@@ -153,6 +155,7 @@ def import_tensors(family: Family, config: ALiBiConfig, source: Source) -> Impor
     expected = {rule.foreign: rule.foreign_shape for rule in rules}
     for fold in folds:
         expected |= fold.foreign
+        _require_floats(fold, source.tensors)
     found = {name: shape for name, shape in source.tensors.shapes.items() if name not in dropped}
     check_shapes(expected, found)
     headers: dict[str, LazyTensor] = {}
@@ -193,6 +196,14 @@ def _require_same(name: str, other: str, tensors: Tensors) -> None:
         )
 
 
+def _require_floats(fold: Fold, tensors: Tensors) -> None:
+    for name in fold.foreign:
+        if name in tensors and tensors.headers[name].dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{name} is {tensors.headers[name].dtype}; expected one of {', '.join(DTYPES)}"
+            )
+
+
 def _same(first: LazyTensor, second: LazyTensor) -> bool:
     return (first.shape, first.dtype) == (second.shape, second.dtype) and all(
         np.array_equal(as_bits(mine), as_bits(other))
@@ -207,12 +218,12 @@ def _extracted(rule: Rule, index: int, tensors: Tensors) -> LazyTensor:
 
 
 def _folded(fold: Fold, shape: tuple[int, ...], tensors: Tensors) -> LazyTensor:
-    like = (*fold.foreign, *tensors)
-    dtype = next(d for name in like if (d := tensors.headers[name].dtype) in DTYPES.values())
+    like = next(iter(fold.foreign), next(iter(tensors)))
+    dtype = tensors.headers[like].dtype
 
     def read() -> np.ndarray:
         computed = fold.compute(*(tensors[name] for name in fold.foreign))
-        return np.broadcast_to(computed, shape).astype(dtype)
+        return np.broadcast_to(computed, shape).astype(dtype, copy=False)
 
     return LazyTensor(shape, dtype, read)
 

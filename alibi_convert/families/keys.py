@@ -89,6 +89,13 @@ def _identity(value: Any) -> Any:
     return value
 
 
+def flag(value: Any) -> bool:
+    """The value of a key that is true or false; ValueError for anything else."""
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
 @dataclass(frozen=True)
 class Key:
     """A foreign key and the field of `ALiBiConfig` that says the same.
@@ -169,6 +176,9 @@ class Neutral:
     reason: str
 
 
+_COMMON_ONLY = (Only("is_encoder_decoder", (False,), "there are no two halves", written=False),)
+
+
 @dataclass(frozen=True)
 class KeyTable:
     """The configuration of a family.
@@ -192,6 +202,12 @@ class KeyTable:
     unsaid: tuple[str, ...] = ()
     refine: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
 
+    @property
+    def neutral_keys(self) -> frozenset[str]:
+        """Keys at the top that say nothing about what is computed."""
+        own = (name for line in self.lines if isinstance(line, Neutral) for name in line.names)
+        return frozenset(COMMON_NEUTRAL).union(name for name in own if "." not in name)
+
     def read(self, foreign: Mapping[str, Any]) -> ALiBiConfig:
         """The configuration that a foreign one describes.
 
@@ -200,7 +216,7 @@ class KeyTable:
         """
         self._refuse_unknown(foreign)
         fields = dict(self.implied)
-        for line in self.lines:
+        for line in (*self.lines, *_COMMON_ONLY):
             if isinstance(line, Key):
                 fields[line.field] = self._field(line, foreign)
             elif isinstance(line, Only):
@@ -287,7 +303,7 @@ class KeyTable:
 
     def _refuse_unknown(self, foreign: Mapping[str, Any]) -> None:
         known = {"model_type", *COMMON_NEUTRAL}
-        for line in self.lines:
+        for line in (*self.lines, *_COMMON_ONLY):
             if isinstance(line, Neutral):
                 known.update(line.names)
             else:

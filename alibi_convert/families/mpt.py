@@ -19,6 +19,7 @@ from alibi_convert.families.keys import (
     Neutral,
     Only,
     feed_forward_fields,
+    flag,
     one_of,
 )
 from alibi_convert.rules import Row
@@ -69,9 +70,7 @@ def _norm(norm_type: Any) -> str:
 
 
 def _negated(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("expected true or false")
-    return not value
+    return not flag(value)
 
 
 def _clip(value: float | None) -> float | None:
@@ -126,7 +125,7 @@ _KEYS = KeyTable(
     model_type="mpt",
     architectures=("MptForCausalLM",),
     lines=(
-        Only("attn_config.alibi", (True,), "the model has no ALiBi"),
+        Only("attn_config.alibi", (True,), "the model has no ALiBi", default=False),
         Only("attn_config.rope", (False,), "queries and keys are rotated", written=False),
         Only("attn_config.prefix_lm", (False,), "a prefix sees ahead", written=False),
         Only("attn_config.qk_gn", (False,), "a norm for every head", written=False),
@@ -194,7 +193,10 @@ _KEYS = KeyTable(
         Neutral(("embedding_fraction",), "scales gradients alone"),
         Neutral(("low_precision_layernorm",), "an older norm_type; a LayerNorm either way"),
         Neutral(_INITIAL_WEIGHTS, "initial weights"),
-        Neutral(("fc_type", "init_device", "loss_fn", "name", "verbose"), "not about the model"),
+        Neutral(
+            ("fc_type", "ffn_config.fc_type", "init_device", "loss_fn", "name", "verbose"),
+            "not about the model",
+        ),
     ),
     implied={},
     refine=_refine,
@@ -280,4 +282,5 @@ FAMILY = Family(
     aliases=_ALIASES,
     derived=_derived,
     write_config=_write_config,
+    neutral_keys=_KEYS.neutral_keys,
 )
