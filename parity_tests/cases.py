@@ -104,8 +104,19 @@ PADDINGS: dict[str, tuple[tuple[int, slice], ...]] = {  # sequence and positions
     "both-and-empty": (_LEFT, _EMPTY, _RIGHT),
 }
 
+# Options that padding does not touch are tried without any and with all of it.
+OPTIONS = ("bloom-like", "grouped", "gated-rms", "masked-lm", "headless", "adaptive")
+
 each_config = pytest.mark.parametrize("config_name", CONFIGS)
-each_padding = pytest.mark.parametrize("padding", PADDINGS)
+each_padded_config = pytest.mark.parametrize(
+    ("config_name", "padding"),
+    [
+        (config_name, padding)
+        for config_name in CONFIGS
+        for padding in PADDINGS
+        if config_name not in OPTIONS or padding in ("unpadded", "both-and-empty")
+    ],
+)
 
 
 def draw_parameters(config: ALiBiConfig, dtype: str = "float32") -> dict[str, np.ndarray]:

@@ -13,24 +13,21 @@ from parity_tests.cases import (
     draw_inputs,
     draw_mask,
     draw_parameters,
-    each_config,
-    each_padding,
+    each_padded_config,
 )
 from parity_tests.compare import assert_comparable, assert_trace_within
 from parity_tests.implementations import Implementation, each_implementation, present
 
 
 @each_implementation(("cpu", "gpu"))
-@each_padding
-@each_config
+@each_padded_config
 def test_float64(implementation: Implementation, config_name: str, padding: str) -> None:
     """Without rounding in the way, every intermediate of every layer is the reference's."""
     _check(implementation, config_name, padding, "float64")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@each_padding
-@each_config
+@each_padded_config
 def test_narrow_dtypes(config_name: str, padding: str, dtype: str) -> None:
     """Every backend within its budget, and none much worse than its peer, layer by layer.
 
