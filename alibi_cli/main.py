@@ -268,8 +268,8 @@ def _print_report(report: Report) -> None:
         print(f"kept from the killed run: {', '.join(report.kept)}")
     if report.copied:
         print(f"copied: {', '.join(report.copied)}")
-    for name, sha256 in report.destination_sha256.items():
-        print(f"  {sha256}  {name}")
+    for name, xxh3 in report.destination_xxh3.items():
+        print(f"  xxh3 {xxh3}  {name}")
     if report.verified:
         print("read back: bitwise what was meant")
         _print_logits(report.verification["logits"])

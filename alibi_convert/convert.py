@@ -22,7 +22,7 @@ from alibi_convert.comparison import first_difference as first_difference  # exp
 from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
 from alibi_convert.formats import FORMATS
-from alibi_convert.hashing import file_sha256, hashing
+from alibi_convert.hashing import file_xxh3, hashing
 from alibi_convert.layout import copy_companions
 from alibi_convert.logits import compare_logits
 from alibi_convert.progress import progress_bar
@@ -86,7 +86,7 @@ def convert(
             with progress_bar(progress, "convert", nbytes, journal.size(path)) as advance:
                 seen = journal.notes.setdefault("seen", {})
                 watched = Watched(checkpoint.tensors, target, seen, advance)
-                sha256 = FORMATS[to].write(
+                xxh3 = FORMATS[to].write(
                     *(path, checkpoint.config, watched.tensors),
                     max_shard_bytes=max_shard_bytes,
                     journal=journal,
@@ -119,7 +119,7 @@ def convert(
             copied=copied,
             kept=journal.kept,
             source_sha256=source_sha256,
-            destination_sha256=_all_hashes(path, sha256),
+            destination_xxh3=_all_hashes(path, xxh3),
             verified=verify,
             verification={"bitwise": verify, "logits": logits},
             seconds=time.monotonic() - started,
@@ -217,4 +217,4 @@ def _all_hashes(written: Path, known: Mapping[str, str]) -> dict[str, str]:
     """The hashes of every file of the destination, of which some are known."""
     root = written if written.is_dir() else written.parent
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    return {name: known.get(name) or file_sha256(root / name) for name in names}
+    return {name: known.get(name) or file_xxh3(root / name) for name in names}

@@ -46,7 +46,7 @@ class Write(Protocol):
         max_shard_bytes: int = MAX_SHARD_BYTES,
         journal: Journal | None = None,
     ) -> dict[str, str]:
-        """Write the model and return the SHA-256 of those files whose hash is known, by name."""
+        """Write the model and return the XXH3 of those files whose hash is known, by name."""
         ...
 
 
@@ -173,8 +173,8 @@ def _write_alibi(
 def _write_safetensors(
     path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any
 ) -> dict[str, str]:
-    sha256 = write_safetensors(path, tensors, {"alibi_config": config_json(config)})
-    return {path.name: sha256}
+    xxh3 = write_safetensors(path, tensors, {"alibi_config": config_json(config)})
+    return {path.name: xxh3}
 
 
 def _write_pt(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

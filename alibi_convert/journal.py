@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.hashing import file_sha256
+from alibi_convert.hashing import file_xxh3
 from alibi_convert.strict_json import read_json
 
 
@@ -18,7 +18,7 @@ class Journal:
 
     Attributes:
         task: what was asked of which source, as plain JSON values.
-        files: name -> SHA-256 of every file that was finished.
+        files: name -> XXH3 of every file that was finished.
         notes: what else the conversion must remember of the finished files.
         kept: names of files that need not be written again.
     """
@@ -52,9 +52,9 @@ class Journal:
         return journal
 
     def finished(self, path: Path) -> str | None:
-        """The SHA-256 of a file that is whole, None for one that must be written."""
+        """The XXH3 of a file that is whole, None for one that must be written."""
         expected = self.files.get(path.name)
-        if expected is None or not path.is_file() or file_sha256(path) != expected:
+        if expected is None or not path.is_file() or file_xxh3(path) != expected:
             return None
         self.kept.append(path.name)
         return expected
@@ -64,9 +64,9 @@ class Journal:
         found = [folder / name for name in self.files if (folder / name).is_file()]
         return sum(path.stat().st_size for path in found)
 
-    def record(self, path: Path, sha256: str) -> None:
+    def record(self, path: Path, xxh3: str) -> None:
         """This file is whole and on the disk."""
-        self.files[path.name] = sha256
+        self.files[path.name] = xxh3
         self.save()
 
     def save(self) -> None:

@@ -47,16 +47,16 @@ def compare_logits(source: Checkpoint, result: Checkpoint, is_cast: bool) -> dic
     """
     if source.family == result.family:
         return {"not_run": "nothing was renamed: the same bits are the same model"}
-    foreign, other = (result, source) if source.family == FORMAT else (source, result)
-    other = foreign if is_cast else other
-    if len(list(_runs(foreign, other))) < 2:
-        return {"not_run": "two of transformers, torch and flax are needed; install alibi-duo[all]"}
     needed, available = _needed_memory(source), available_memory()
     if available is not None and needed > available:
         return {
             "not_run": f"about {needed:,} bytes of memory are needed, {available:,} are available; "
             "run `alibi verify` where there is more"
         }
+    foreign, other = (result, source) if source.family == FORMAT else (source, result)
+    other = foreign if is_cast else other
+    if len(list(_runs(foreign, other))) < 2:
+        return {"not_run": "two of transformers, torch and flax are needed; install alibi-duo[all]"}
     found = output_errors(foreign, other)
     for name, error in found.errors.items():
         if not error <= BUDGET:

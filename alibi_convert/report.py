@@ -25,7 +25,7 @@ class Report:
         nonfinite: number of NaN and infinite elements, of the tensors that have such.
         copied: files that came along unchanged: tokenizer and generation settings.
         kept: files that a killed run had finished and that were not written again.
-        source_sha256, destination_sha256: hashes by file name.
+        source_sha256, destination_xxh3: hashes by file name.
         verified: the destination was read back and is bitwise what was meant.
         verification: every check: "bitwise", and "logits" or why they were not compared.
         seconds: how long it took.
@@ -46,7 +46,7 @@ class Report:
     copied: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     source_sha256: dict[str, str] = field(default_factory=dict)
-    destination_sha256: dict[str, str] = field(default_factory=dict)
+    destination_xxh3: dict[str, str] = field(default_factory=dict)
     verified: bool = False
     verification: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0

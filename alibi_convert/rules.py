@@ -15,7 +15,7 @@ import einops
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.tensors import Tensors
+from alibi_convert.tensors import Tensors, contiguous_chunks
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.parameters import pattern_shape
 
@@ -81,26 +81,46 @@ class Rule:
 
     def extract(self, tensor: np.ndarray, index: int) -> np.ndarray:
         """The canonical tensor number `index`; a view where that is possible."""
-        if "part" not in self.pattern:
-            rearranged = self._rearrange(tensor, self.pattern)
-            first = sum(parameter.shape[0] for parameter in self.parameters[:index])
-            return rearranged[first : first + self.parameters[index].shape[0]]
-        # Unmerged, the axes are a mere view: only the part that is asked for is copied.
-        source, target = self.pattern.split("->")
-        unmerged = re.sub(r"[()]", "", target)
-        part = self._rearrange(tensor, f"{source}->{unmerged}")[index]
-        left, right = (side.strip().removeprefix("part") for side in (unmerged, target))
-        return self._rearrange(part, f"{left}->{right}")
+        return self.elements(tensor, index).reshape(self.parameters[index].shape)
+
+    def elements(self, tensor: np.ndarray, index: int) -> np.ndarray:
+        """A view whose elements are those of `extract`, in that order; its axes may be unmerged."""
+        if "part" in self.pattern:
+            source, target = self.pattern.split("->")
+            return self._rearrange(tensor, f"{source}->{_unmerged(target)}")[index]
+        first = sum(parameter.shape[0] for parameter in self.parameters[:index])
+        rearranged = self._rearrange(tensor, self.pattern)
+        return rearranged[first : first + self.parameters[index].shape[0]]
 
     def build(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The foreign tensor from the canonical ones: the inverse of `extract`."""
         parts = [tensors[parameter.name] for parameter in self.parameters]
+        if "part" in self.pattern:
+            views, axis = self._unmerged_parts(parts)
+            return np.stack(views, axis).reshape(self.foreign_shape)
         source, _, target = self.pattern.partition("->")
-        if len(parts) == 1 and "part" not in self.pattern:
-            stacked = parts[0]
-        else:
-            stacked = (np.stack if "part" in self.pattern else np.concatenate)(parts)
+        stacked = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return self._rearrange(stacked, f"{target}->{source}" if self.pattern else "")
+
+    def built_chunks(self, tensors: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+        """The elements of `build`, piece by piece, without putting it together where possible."""
+        if "part" in self.pattern:
+            views, axis = self._unmerged_parts([tensors[each.name] for each in self.parameters])
+            for place in np.ndindex(views[0].shape[:axis]):
+                for view in views:
+                    yield from contiguous_chunks(view[place])
+        elif not self.pattern:
+            for parameter in self.parameters:
+                yield from contiguous_chunks(tensors[parameter.name])
+        else:
+            yield from contiguous_chunks(self.build(tensors))
+
+    def _unmerged_parts(self, parts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
+        """Views of the canonical tensors that, stacked along an axis, are the foreign tensor."""
+        source, target = self.pattern.split("->")
+        axes = _unmerged(source).split()
+        pattern = f"{target}->{' '.join(axes)}".replace("part", "")
+        return [self._rearrange(part, pattern) for part in parts], axes.index("part")
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -117,6 +137,10 @@ class Rule:
             return tensor
         sizes = {axis: size for axis, size in self._sizes.items() if axis in _axes(pattern)}
         return einops.rearrange(tensor, pattern, **sizes)
+
+
+def _unmerged(side: str) -> str:
+    return re.sub(r"[()]", "", side)
 
 
 def _axes(pattern: str) -> set[str]:

@@ -6,7 +6,6 @@ reader accepts a name that is there twice.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -15,10 +14,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.hashing import StreamHash
 from alibi_convert.strict_json import parse_json
 from alibi_convert.tensors import LazyTensor, Tensors
 
@@ -100,7 +99,7 @@ def _view(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np
 def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """One file, a few megabytes in memory at a time, flushed to the disk; its SHA-256.
+    """One file, a few megabytes in memory at a time, flushed to the disk; its XXH3.
 
     Raises:
         CheckpointError: a dtype that the format lacks.
@@ -109,8 +108,8 @@ def write_safetensors(
     # Wide elements first, so that each tensor is aligned for whoever maps the file.
     headers = dict(sorted(headers.items(), key=lambda item: -item[1].dtype.itemsize))
     start = _header(headers, {"format": "pt", **(metadata or {})})
-    with path.open("wb") as file, StreamHash() as digest:
-        _reserve(file.fileno(), len(start) + sum(header.nbytes for header in headers.values()))
+    digest = xxhash.xxh3_128()
+    with path.open("wb") as file:
         file.write(start)
         digest.update(start)
         for name, header in headers.items():
@@ -127,17 +126,6 @@ def write_safetensors(
         file.flush()
         os.fsync(file.fileno())
         return digest.hexdigest()
-
-
-def _reserve(file: int, nbytes: int) -> None:
-    """Space in one piece, which is faster to write; a disk that is too full says so at once."""
-    if not hasattr(os, "posix_fallocate"):  # as on macOS
-        return
-    try:
-        os.posix_fallocate(file, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
-            raise
 
 
 def _header(headers: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> bytes:

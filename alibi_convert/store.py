@@ -194,7 +194,7 @@ def write_tensors(
     Files that a journal knows to be whole are kept.
 
     Returns:
-        the SHA-256 of every file with weights, by name.
+        the XXH3 of every file with weights, by name.
     """
     files = shard_names(tensors.headers, max_shard_bytes)
     hashes = {}
@@ -213,10 +213,10 @@ def _write_shard(path: Path, tensors: Tensors, journal: Journal | None) -> str:
     kept = None if journal is None else journal.finished(path)
     if kept is not None:
         return kept
-    sha256 = write_safetensors(path, tensors)
+    xxh3 = write_safetensors(path, tensors)
     if journal is not None:
-        journal.record(path, sha256)
-    return sha256
+        journal.record(path, xxh3)
+    return xxh3
 
 
 def shard_names(

@@ -17,7 +17,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-CHUNK_BYTES = 2**20  # what is held at a time of a tensor that streams
+CHUNK_BYTES = 2**19  # of a tensor that streams: what a core's cache holds while it is written
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LazyTensor:
         return self.size * self.dtype.itemsize
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """The elements in C order, a few megabytes at a time, each chunk flat and contiguous."""
+        """The elements in C order, a piece at a time, each chunk flat and contiguous."""
         return contiguous_chunks(self.read()) if self.stream is None else self.stream()
 
 

@@ -141,7 +141,7 @@ def test_a_killed_run_resumes(killed: Path, source: Path, tmp_path: Path, damage
     assert report.nonfinite == {next(iter(draw_parameters(CONFIG))): 1}  # seen by the killed run
     assert_same_model(tmp_path / "out", source)
     whole = convert(source, tmp_path / "whole", max_shard_size=40_000)
-    assert report.destination_sha256 == whole.destination_sha256
+    assert report.destination_xxh3 == whole.destination_xxh3
     assert whole.kept == []
 
 

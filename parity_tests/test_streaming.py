@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.numpy import load_file
 
 from alibi_cli.main import main
@@ -73,9 +74,12 @@ def test_sharded_conversions(tmp_path: Path) -> None:
         arrays = load_file(path)
         assert {name for name, file in weight_map.items() if file == path.name} == set(arrays)
         assert sum(array.nbytes for array in arrays.values()) <= 20_000 or len(arrays) == 1
-    for hashes, folder in ((report.source_sha256, source), (report.destination_sha256, "sharded")):
+    for hashes, folder, function in (
+        (report.source_sha256, source, hashlib.sha256),
+        (report.destination_xxh3, "sharded", xxhash.xxh3_128),
+    ):
         assert hashes == {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            path.name: function(path.read_bytes()).hexdigest()
             for path in (tmp_path / folder).iterdir()
             if path.name != "conversion.json"
         }
@@ -234,7 +238,7 @@ def test_what_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for name in COMPANION_FILES:
         assert (tmp_path / "out" / name).read_text() == f"contents of {name}"
     assert not (tmp_path / "out" / "README.md").exists()
-    assert set(report.destination_sha256) > set(COMPANION_FILES)
+    assert set(report.destination_xxh3) > set(COMPANION_FILES)
     assert main(["convert", str(source), str(tmp_path / "out"), "--overwrite"]) == 0
     assert "copied: tokenizer.json, " in capsys.readouterr().out
     convert(tmp_path / "out", tmp_path / "out", overwrite=True, dtype="bfloat16")  # over itself
@@ -257,7 +261,7 @@ def test_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found["versions"]) == {"python", "alibi-duo", "numpy", "ml_dtypes", "safetensors"}
     assert found["source"] == "model"
     assert found["casts"] == report.to_dict()["casts"] != []
-    for name in ("source_sha256", "destination_sha256", "dropped", "nonfinite", "verification"):
+    for name in ("source_sha256", "destination_xxh3", "dropped", "nonfinite", "verification"):
         assert found[name] == getattr(report, name)
     assert found["verification"]["bitwise"] is True
     assert report.seconds > 0

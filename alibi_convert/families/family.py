@@ -11,7 +11,14 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.rules import Row, Rule, check_shapes
-from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_bits, paired_chunks
+from alibi_convert.tensors import (
+    DTYPES,
+    LazyTensor,
+    Tensors,
+    as_bits,
+    contiguous_chunks,
+    paired_chunks,
+)
 from alibi_spec import ALiBiConfig, parameter_table
 
 
@@ -212,9 +219,12 @@ def _same(first: LazyTensor, second: LazyTensor) -> bool:
 
 
 def _extracted(rule: Rule, index: int, tensors: Tensors) -> LazyTensor:
-    dtype = tensors.headers[rule.foreign].dtype
     shape = rule.parameters[index].shape
-    return LazyTensor(shape, dtype, lambda: rule.extract(tensors[rule.foreign], index))
+    foreign = tensors.headers[rule.foreign]
+    return LazyTensor(
+        *(shape, foreign.dtype, lambda: rule.extract(foreign.read(), index)),
+        stream=lambda: contiguous_chunks(rule.elements(foreign.read(), index)),
+    )
 
 
 def _folded(fold: Fold, shape: tuple[int, ...], tensors: Tensors) -> LazyTensor:
@@ -230,4 +240,7 @@ def _folded(fold: Fold, shape: tuple[int, ...], tensors: Tensors) -> LazyTensor:
 
 def _built(rule: Rule, tensors: Tensors) -> LazyTensor:
     dtype = tensors.headers[rule.parameters[0].name].dtype
-    return LazyTensor(rule.foreign_shape, dtype, lambda: rule.build(tensors))
+    return LazyTensor(
+        *(rule.foreign_shape, dtype, lambda: rule.build(tensors)),
+        stream=lambda: rule.built_chunks(tensors),
+    )

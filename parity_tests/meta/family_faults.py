@@ -306,4 +306,18 @@ FAMILY_FAULTS = (
         "weights_only=False",
         "test_family_fairseq.py",
     ),
+    Mutant(
+        "a stream of several parts in another order",
+        "alibi_convert/rules.py",
+        "for view in views:",
+        "for view in reversed(views):",
+        "test_rules.py",
+    ),
+    Mutant(
+        "a stream that is copied first",
+        "alibi_convert/rules.py",
+        'return self._rearrange(tensor, f"{source}->{_unmerged(target)}")[index]',
+        'return self._rearrange(tensor, f"{source}->{_unmerged(target)}")[index].copy()',
+        "test_rules.py",
+    ),
 )
