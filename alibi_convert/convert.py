@@ -117,7 +117,7 @@ def convert(
             casts=watched.casts,
             nonfinite=watched.nonfinite,
             copied=copied,
-            kept=journal.kept,
+            kept=sorted(journal.kept),
             source_sha256=source_sha256,
             destination_xxh3=_all_hashes(path, xxh3),
             verified=verify,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ class Journal:
     Attributes:
         task: what was asked of which source, as plain JSON values.
         files: name -> XXH3 of every file that was finished.
-        notes: what else the conversion must remember of the finished files.
+        notes: what else the conversion must remember of the finished files: dicts by name.
         kept: names of files that need not be written again.
     """
 
@@ -29,6 +30,7 @@ class Journal:
         self.files: dict[str, str] = {}
         self.notes: dict[str, Any] = {}
         self.kept: list[str] = []
+        self._lock = threading.Lock()
 
     @classmethod
     def resumed(cls, path: Path, task: Mapping[str, Any]) -> Journal:
@@ -66,12 +68,15 @@ class Journal:
 
     def record(self, path: Path, xxh3: str) -> None:
         """This file is whole and on the disk."""
-        self.files[path.name] = xxh3
-        self.save()
+        with self._lock:  # several files are written at a time
+            self.files[path.name] = xxh3
+            self.save()
 
     def save(self) -> None:
         """Write everything, so that a crash leaves the old journal or the new one."""
-        values = {"task": self.task, "files": self.files, "notes": self.notes}
+        # Copied as they are now: others go on taking notes.
+        notes = {name: dict(note) for name, note in self.notes.items()}
+        values = {"task": self.task, "files": self.files, "notes": notes}
         draft = self._path.with_name(f"{self._path.name}.new")
         with draft.open("w", encoding="utf-8") as file:
             json.dump(values, file, indent=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,4 +30,10 @@ def progress_bar(shown: bool, title: str, total: int, done: int = 0) -> Iterator
         dynamic_ncols=True,
         file=sys.stderr,
     ) as bar:
-        yield bar.update
+        lock = threading.Lock()
+
+        def advance(nbytes: int) -> None:
+            with lock:
+                bar.update(nbytes)
+
+        yield advance

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from alibi_spec import ALiBiConfig, parameter_table
 FORMAT = "alibi-duo"
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 5 * 10**9
+_WRITERS = 2  # shards at a time: most of the work is the kernel's, and it does two at once
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -197,10 +199,13 @@ def write_tensors(
         the XXH3 of every file with weights, by name.
     """
     files = shard_names(tensors.headers, max_shard_bytes)
-    hashes = {}
-    for file, names in files.items():
-        part = Tensors({name: tensors.headers[name] for name in names})
-        hashes[file] = _write_shard(folder / file, part, journal)
+
+    def write(file: str) -> str:
+        part = Tensors({name: tensors.headers[name] for name in files[file]})
+        return _write_shard(folder / file, part, journal)
+
+    with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
+        hashes = dict(zip(files, pool.map(write, files), strict=True))
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         total = sum(header.nbytes for header in tensors.headers.values())

@@ -27,20 +27,22 @@ from parity_tests.compare import assert_bitwise
 SHARDS = "--max-shard-size=40000"
 FIRST, SECOND, THIRD = (f"model-{index:05d}-of-00005.safetensors" for index in (1, 2, 3))
 
-# Writes two shards and half of the third, says so, and waits to be killed.
+# Finishes two shards and writes half of another, says so, and waits to be killed.
 STOPPING = """
-import sys, time
+import json, sys, threading, time
 from alibi_cli.main import main
 from alibi_convert import store
-write, written = store.write_safetensors, []
+write, turn = store.write_safetensors, threading.Lock()
 
 def stopping(path, tensors, metadata=None):
-    if len(written) == 2:
-        path.write_bytes(b"half")
-        print("ready", flush=True)
-        time.sleep(600)
-    written.append(path)
-    return write(path, tensors, metadata)
+    if path.name < "model-00003":
+        return write(path, tensors, metadata)
+    turn.acquire()
+    while len(json.loads((path.parents[2] / "journal.json").read_bytes())["files"]) < 2:
+        time.sleep(0.01)
+    path.write_bytes(b"half")
+    print("ready", flush=True)
+    time.sleep(600)
 
 store.write_safetensors = stopping
 sys.exit(main(sys.argv[1:]))
