@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all bench lint types mutants clean
+.PHONY: help setup demo test test-all bench bench-attention test-gpu bench-gpu lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,18 @@ mutants: setup  ## plant faults one by one and see the tests catch each
 
 bench: setup  ## how fast and in how much memory 8 GB convert; results in benchmarks/results
 	$(BIN)/python -m benchmarks.conversion
+
+bench-attention: setup  ## attention of both backends beside its peers, on the CPU; with pictures
+	$(BIN)/python -m benchmarks.attention_torch
+	$(BIN)/python -m benchmarks.attention_flax
+	$(BIN)/python -m benchmarks.plot benchmarks/results/attention_torch.json benchmarks/results/attention_flax.json
+
+# No set-up: a machine with a GPU has its own builds of torch and jax; PYTHON is where they are.
+test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of PYTHON
+	$(PYTHON) -m pytest -k 'cuda or gpu' -m 'not slow' parity_tests
+
+bench-gpu:  ## attention on a CUDA device beside its peers, with the packages of PYTHON
+	$(PYTHON) -m benchmarks.attention_gpu
 
 lint: setup  ## style
 	$(BIN)/ruff check .

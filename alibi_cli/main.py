@@ -1,4 +1,4 @@
-"""`alibi inspect | plan | convert | verify | demo`: arguments in, report out, exit code.
+"""The `alibi` command: arguments in, report out, exit code.
 
 Exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input. A reader that goes away early (as
 `head` does) ends the command like any other, with 128 + SIGPIPE.
@@ -111,12 +111,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_source_options(command)
     command.set_defaults(run=_verify)
 
-    from alibi_cli.demo import add_arguments
+    from alibi_cli import demo, windows
+
+    command = commands.add_parser(
+        "plot-windows", help="draw what share of its attention a model has to compute"
+    )
+    command.add_argument("source", type=Path, help=_SOURCE)
+    windows.add_arguments(command)
+    _add_source_options(command)
+    command.set_defaults(run=_plot_windows)
 
     command = commands.add_parser(
         "demo", help="train, convert, verify and measure a small model on real text"
     )
-    add_arguments(command)
+    demo.add_arguments(command)
     command.set_defaults(run=_demo)
     return parser
 
@@ -303,6 +311,13 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
     return OK if result.passed else MISMATCH
+
+
+def _plot_windows(options: argparse.Namespace) -> int:
+    from alibi_cli.windows import run
+
+    run(options, _source_options(options))
+    return OK
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -1,9 +1,16 @@
 """Transformers with ALiBi attention in Flax linen; `alibi_torch` is the mirror image."""
 
-from alibi_flax.attention import attention, attention_implementations, biased_logits
+from alibi_flax.attention import (
+    AttentionPlan,
+    attention,
+    attention_implementations,
+    attention_plan,
+    biased_logits,
+)
 from alibi_flax.checkpoint import from_pretrained, save_pretrained
 from alibi_flax.generate import generate
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
+from alibi_flax.plans import model_plans
 from alibi_flax.trace import trace
 from alibi_spec import ALiBiConfig
 
@@ -11,11 +18,14 @@ __all__ = [
     "ALiBiConfig",
     "ALiBiLM",
     "ALiBiTransformer",
+    "AttentionPlan",
     "attention",
     "attention_implementations",
+    "attention_plan",
     "biased_logits",
     "from_pretrained",
     "generate",
+    "model_plans",
     "save_pretrained",
     "trace",
 ]

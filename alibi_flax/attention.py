@@ -6,8 +6,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer, Key
 
-from alibi_flax.kernels import KERNELS, dense
+from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
+from alibi_flax.kernels.call import Call, default_scale
+from alibi_flax.kernels.windows import AttentionPlan
 from alibi_spec.checks import check_attention, check_attention_options, check_mask
+from alibi_spec.windows import BLOCK_SIZE
 
 
 def attention(
@@ -52,26 +55,28 @@ def attention(
         float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown option.
+        ValueError: shapes that do not fit, an unknown option, or an implementation that cannot
+            compute this call, with the reason.
     """
     _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0 and dropout_rng is None:
         raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
-    kernel = KERNELS[attention_implementations()[0] if implementation == "auto" else implementation]
-    return kernel(
-        query,
-        key,
-        value,
-        slopes,
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        slopes=slopes,
         causal=causal,
-        scale=scale,
+        scale=default_scale(scale, query.shape[-1]),
         attention_mask=attention_mask,
         segment_ids=segment_ids,
+        tolerance=tolerance,
         distance=distance,
         dropout=dropout,
         dropout_rng=dropout_rng,
     )
+    return KERNELS[_chosen(call, implementation)].run(call)
 
 
 def biased_logits(
@@ -105,6 +110,56 @@ def biased_logits(
 def attention_implementations() -> tuple[str, ...]:
     """Names that `attention` accepts as `implementation`, besides "auto"."""
     return tuple(KERNELS)
+
+
+def attention_plan(
+    query: Float[Array, "batch query_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+    slopes: Float[Array, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None = None,
+    segment_ids: Integer[Array, "batch key_len"] | None = None,
+    tolerance: str | float = "dtype",
+    block_size: int = BLOCK_SIZE,
+) -> AttentionPlan:
+    """Which blocks of keys `attention` needs, and what share of all that is (SPEC.md §9).
+
+    Arguments and errors are those of `attention`, with distances as in "absolute".
+
+    Args:
+        block_size: positions in a block, of queries and of keys.
+    """
+    _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
+    check_attention_options(tolerance, 0.0, "auto", attention_implementations())
+    return windows.attention_plan(
+        query,
+        key,
+        slopes,
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        block_size=block_size,
+    )
+
+
+def _chosen(call: Call, implementation: str) -> str:
+    """The implementation that is named, or for "auto" the first that pays and does not refuse."""
+    if implementation == "auto":
+        if call.query.shape[1] * call.key.shape[1] < DENSE_PAYS_BELOW:
+            return "dense"
+        return next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
+    reason = KERNELS[implementation].refuses(call)
+    if reason is not None:
+        able = [name for name, kernel in KERNELS.items() if kernel.refuses(call) is None]
+        raise ValueError(
+            f"implementation={implementation!r} cannot compute this: {reason}; "
+            f"expected one of {('auto', *able)}"
+        )
+    return implementation
 
 
 def _check_call(

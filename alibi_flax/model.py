@@ -24,7 +24,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.attention import attention, biased_logits
+from alibi_flax.attention import AttentionPlan, attention, attention_plan, biased_logits
 from alibi_spec import ALiBiConfig, model_slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
@@ -114,6 +114,26 @@ class Attention(nn.Module):
             scale=self.config.scale,
             attention_mask=attention_mask,
             distance=self.config.distance,
+        )
+
+    def attention_plan(
+        self,
+        x: Float[Array, "batch seq embed"],
+        slopes: Float[Array, " heads"],
+        attention_mask: AttentionMask | None = None,
+        *,
+        tolerance: str | float,
+        block_size: int,
+    ) -> AttentionPlan:
+        """The blocks of those logits that `__call__` needs."""
+        return attention_plan(
+            *self._query_and_key(x),
+            slopes,
+            causal=self.config.causal,
+            scale=self.config.scale,
+            attention_mask=attention_mask,
+            tolerance=tolerance,
+            block_size=block_size,
         )
 
     def _query_and_key(

@@ -143,6 +143,15 @@ def check_attention_options(
         raise ValueError(f"dropout={dropout!r} is not valid; expected a rate in [0, 1)")
 
 
+def check_plannable(distance: str, causal: bool) -> None:
+    """Raise ValueError unless the blocks of a model with these biases can be planned."""
+    if distance == "bfloat16" or (distance == "signed" and not causal):
+        raise ValueError(
+            f"attention with distance={distance!r} and causal={causal} is computed whole: there is "
+            "no plan for it"
+        )
+
+
 def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
     """Raise ValueError unless a model of this kind can continue a sequence by so many tokens."""
     if not causal:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from alibi_spec.windows import BLOCK_SIZE
+
 
 def attention(
     query: Any,
@@ -42,6 +44,20 @@ def biased_logits(
 def attention_implementations() -> tuple[str, ...]: ...
 
 
+def attention_plan(
+    query: Any,
+    key: Any,
+    slopes: Any,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Any = None,
+    segment_ids: Any = None,
+    tolerance: str | float = "dtype",
+    block_size: int = BLOCK_SIZE,
+) -> Any: ...
+
+
 def generate(model: Any, prompt: Any, max_new_tokens: int) -> Any: ...
 
 
@@ -50,13 +66,26 @@ def trace(
 ) -> dict[str, Any]: ...
 
 
+def model_plans(
+    model: Any,
+    inputs: Any,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    *,
+    tolerance: str | float = "dtype",
+    block_size: int = BLOCK_SIZE,
+) -> list[Any]: ...
+
+
 PUBLIC = (
     "ALiBiConfig",
     "ALiBiLM",
     "ALiBiTransformer",
     "attention",
     "attention_implementations",
+    "attention_plan",
     "biased_logits",
     "generate",
+    "model_plans",
     "trace",
 )

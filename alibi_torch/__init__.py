@@ -1,18 +1,28 @@
 """Transformers with ALiBi attention in PyTorch; `alibi_flax` is the mirror image."""
 
 from alibi_spec import ALiBiConfig
-from alibi_torch.attention import attention, attention_implementations, biased_logits
+from alibi_torch.attention import (
+    AttentionPlan,
+    attention,
+    attention_implementations,
+    attention_plan,
+    biased_logits,
+)
 from alibi_torch.generate import generate
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
+from alibi_torch.plans import model_plans
 from alibi_torch.trace import trace
 
 __all__ = [
     "ALiBiConfig",
     "ALiBiLM",
     "ALiBiTransformer",
+    "AttentionPlan",
     "attention",
     "attention_implementations",
+    "attention_plan",
     "biased_logits",
     "generate",
+    "model_plans",
     "trace",
 ]

@@ -7,7 +7,10 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from alibi_spec.checks import check_attention, check_attention_options, check_mask
-from alibi_torch.kernels import KERNELS, dense
+from alibi_spec.windows import BLOCK_SIZE
+from alibi_torch.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
+from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels.windows import AttentionPlan
 
 
 def attention(
@@ -52,24 +55,26 @@ def attention(
         float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown option.
+        ValueError: shapes that do not fit, an unknown option, or an implementation that cannot
+            compute this call, with the reason.
     """
     _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
-    kernel = KERNELS[attention_implementations()[0] if implementation == "auto" else implementation]
-    return kernel(
-        query,
-        key,
-        value,
-        slopes,
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        slopes=slopes,
         causal=causal,
-        scale=scale,
+        scale=default_scale(scale, query.shape[-1]),
         attention_mask=attention_mask,
         segment_ids=segment_ids,
+        tolerance=tolerance,
         distance=distance,
         dropout=dropout,
         dropout_rng=dropout_rng,
     )
+    return KERNELS[_chosen(call, implementation)].run(call)
 
 
 def biased_logits(
@@ -103,6 +108,57 @@ def biased_logits(
 def attention_implementations() -> tuple[str, ...]:
     """Names that `attention` accepts as `implementation`, besides "auto"."""
     return tuple(KERNELS)
+
+
+def attention_plan(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    slopes: Float[Tensor, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None = None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None = None,
+    tolerance: str | float = "dtype",
+    block_size: int = BLOCK_SIZE,
+) -> AttentionPlan:
+    """Which blocks of keys `attention` needs, and what share of all that is (SPEC.md §9).
+
+    Arguments and errors are those of `attention`, with distances as in "absolute".
+
+    Args:
+        block_size: positions in a block, of queries and of keys.
+    """
+    _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
+    check_attention_options(tolerance, 0.0, "auto", attention_implementations())
+    with torch.no_grad():
+        return windows.attention_plan(
+            query,
+            key,
+            slopes,
+            causal=causal,
+            scale=scale,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            tolerance=tolerance,
+            block_size=block_size,
+        )
+
+
+def _chosen(call: Call, implementation: str) -> str:
+    """The implementation that is named, or for "auto" the first that pays and does not refuse."""
+    if implementation == "auto":
+        if call.query.shape[2] * call.key.shape[2] < DENSE_PAYS_BELOW:
+            return "dense"
+        return next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
+    reason = KERNELS[implementation].refuses(call)
+    if reason is not None:
+        able = [name for name, kernel in KERNELS.items() if kernel.refuses(call) is None]
+        raise ValueError(
+            f"implementation={implementation!r} cannot compute this: {reason}; "
+            f"expected one of {('auto', *able)}"
+        )
+    return implementation
 
 
 def _check_call(

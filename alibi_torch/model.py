@@ -32,7 +32,7 @@ from alibi_spec.checks import (
     forbid_vocabulary,
     require_vocabulary,
 )
-from alibi_torch.attention import attention, biased_logits
+from alibi_torch.attention import AttentionPlan, attention, attention_plan, biased_logits
 from alibi_torch.checkpoint import PretrainedModule
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
@@ -96,6 +96,26 @@ class Attention(nn.Module):
             scale=self.config.scale,
             attention_mask=attention_mask,
             distance=self.config.distance,
+        )
+
+    def attention_plan(
+        self,
+        x: Float[Tensor, "batch seq embed"],
+        slopes: Float[Tensor, " heads"],
+        attention_mask: AttentionMask | None = None,
+        *,
+        tolerance: str | float,
+        block_size: int,
+    ) -> AttentionPlan:
+        """The blocks of those logits that `forward` needs."""
+        return attention_plan(
+            *self._query_and_key(x),
+            slopes,
+            causal=self.config.causal,
+            scale=self.config.scale,
+            attention_mask=attention_mask,
+            tolerance=tolerance,
+            block_size=block_size,
         )
 
     def _query_and_key(

@@ -13,7 +13,7 @@ import alibi_flax
 import alibi_torch
 from alibi_spec import surface
 
-FUNCTIONS = ("attention", "biased_logits", "attention_implementations")
+FUNCTIONS = ("attention", "attention_implementations", "attention_plan", "biased_logits")
 
 
 @pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
@@ -22,7 +22,7 @@ def test_signatures(backend: object, function: str) -> None:
     assert _parameters(getattr(backend, function)) == _parameters(getattr(surface, function))
 
 
-@pytest.mark.parametrize("function", ["generate", "trace"])
+@pytest.mark.parametrize("function", ["generate", "model_plans", "trace"])
 def test_flax_adds_params_alone(function: str) -> None:
     """Linen keeps parameters outside the module: they follow it in every signature."""
     ours, theirs = (_parameters(getattr(each, function)) for each in (alibi_torch, alibi_flax))
@@ -115,7 +115,7 @@ def test_annotated_shapes_hold() -> None:
     """Every jaxtyping annotation of both backends, checked at run time over whole models."""
     _run("""
         from jaxtyping import TypeCheckError, install_import_hook
-        modules = ("attention", "kernels", "model", "generate", "trace")
+        modules = ("attention", "kernels", "model", "generate", "plans", "trace")
         checked = [f"{wing}.{name}" for wing in ("alibi_torch", "alibi_flax") for name in modules]
         with install_import_hook(checked, "beartype.beartype"):
             import alibi_torch, alibi_flax
@@ -135,6 +135,8 @@ def test_annotated_shapes_hold() -> None:
             tokens = np.arange(18).reshape(2, 9) % 11
             ours = alibi_torch.ALiBiLM(config).eval()
             alibi_torch.trace(ours, torch.from_numpy(tokens), torch.from_numpy(mask) > 0)
+            if config.distance != "bfloat16":
+                alibi_torch.model_plans(ours, torch.from_numpy(tokens), torch.from_numpy(mask))
             alibi_torch.generate(ours, torch.from_numpy(tokens), 2)
             theirs = alibi_flax.ALiBiLM(config)
             tokens, mask_ = jax.numpy.asarray(tokens), jax.numpy.asarray(mask)
@@ -143,6 +145,13 @@ def test_annotated_shapes_hold() -> None:
             alibi_flax.generate(theirs, params, tokens, 2)
             rngs = {"dropout": jax.random.key(1)}
             theirs.apply({"params": params}, tokens, mask_, deterministic=False, rngs=rngs)
+        array, ids = torch.randn(2, 4, 300, 8).requires_grad_(), torch.arange(300).expand(2, -1)
+        for implementation in ("aten_flash", "blockwise"):
+            for masks in ({}, {"attention_mask": ids > 70, "segment_ids": ids // 90}):
+                alibi_torch.attention(
+                    array, array[:, :2], array[:, :2], torch.ones(4) / 8,
+                    implementation=implementation, **masks
+                ).sum().backward()
         query, key = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4)
         try:
             alibi_torch.attention(query, key, key, torch.zeros(2, dtype=torch.int64))

@@ -12,7 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Integer, Key
+from jaxtyping import Bool, Float, Integer
+
+from alibi_flax.kernels.call import Call
 
 
 def biased_logits(
@@ -32,30 +34,23 @@ def biased_logits(
     return jnp.where(visible, logits, -math.inf)
 
 
-def attention(
-    query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len kv_heads head_dim"],
-    value: Float[Array, "batch key_len kv_heads value_dim"],
-    slopes: Float[Array, " heads"],
-    *,
-    causal: bool,
-    scale: float | None,
-    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
-    segment_ids: Integer[Array, "batch key_len"] | None,
-    distance: str,
-    dropout: float,
-    dropout_rng: Key[Array, ""] | None,
-) -> Float[Array, "batch query_len heads value_dim"]:
+def refuses(call: Call) -> str | None:  # noqa: ARG001
+    """Dense attention computes every call."""
+    return None
+
+
+def attention(call: Call) -> Float[Array, "batch query_len heads value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
-    visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
+    query, key, value, attention_mask = call.query, call.key, call.value, call.attention_mask
+    visible = _visible_keys(query, key, call.causal, attention_mask, call.segment_ids)
     # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
     # end, because softmax of -inf alone is NaN, in gradients too.
     no_key = ~visible.any(axis=-1, keepdims=True)
-    logits = _logits(query, key, slopes, scale, attention_mask, distance)
+    logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
     probabilities = jax.nn.softmax(jnp.where(visible | no_key, logits, -math.inf), axis=-1)
-    if dropout > 0 and dropout_rng is not None:
-        keep = jax.random.bernoulli(dropout_rng, 1 - dropout, probabilities.shape)
-        probabilities = probabilities * keep.astype(probabilities.dtype) / (1 - dropout)
+    if call.dropout > 0 and call.dropout_rng is not None:
+        keep = jax.random.bernoulli(call.dropout_rng, 1 - call.dropout, probabilities.shape)
+        probabilities = probabilities * keep.astype(probabilities.dtype) / (1 - call.dropout)
     value = _shared_heads(value, query.shape[2])
     attended = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
     return jnp.where(no_key.swapaxes(1, 2), 0.0, attended)

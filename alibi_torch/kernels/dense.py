@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from alibi_torch.kernels.call import Call, default_scale
+
 
 def biased_logits(
     query: Float[Tensor, "batch heads query_len head_dim"],
@@ -32,30 +34,24 @@ def biased_logits(
     return torch.where(visible, logits, -math.inf)
 
 
-def attention(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    value: Float[Tensor, "batch kv_heads key_len value_dim"],
-    slopes: Float[Tensor, " heads"],
-    *,
-    causal: bool,
-    scale: float | None,
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
-    distance: str,
-    dropout: float,
-    dropout_rng: torch.Generator | None,
-) -> Float[Tensor, "batch heads query_len value_dim"]:
+def refuses(call: Call) -> str | None:  # noqa: ARG001
+    """Dense attention computes every call."""
+    return None
+
+
+def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
-    visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
+    query, key, value, attention_mask = call.query, call.key, call.value, call.attention_mask
+    visible = _visible_keys(query, key, call.causal, attention_mask, call.segment_ids)
     # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
     # end, because softmax of -inf alone is NaN, in gradients too.
     no_key = ~visible.any(dim=-1, keepdim=True)
-    logits = _logits(query, key, slopes, scale, attention_mask, distance)
+    logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
     probabilities = torch.softmax(torch.where(visible | no_key, logits, -math.inf), dim=-1)
-    if dropout > 0:
-        keep = torch.empty_like(probabilities).bernoulli_(1 - dropout, generator=dropout_rng)
-        probabilities = probabilities * keep / (1 - dropout)
+    if call.dropout > 0:
+        keep = torch.empty_like(probabilities)
+        keep = keep.bernoulli_(1 - call.dropout, generator=call.dropout_rng)
+        probabilities = probabilities * keep / (1 - call.dropout)
     with _without_autocast(query.device):
         value = _shared_heads(value, query.shape[1])
         attended = torch.matmul(probabilities.to(value.dtype), value)
@@ -70,8 +66,7 @@ def _logits(
     attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
     distance: str,
 ) -> Float[Tensor, "batch heads query_len key_len"]:
-    query_len, key_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    query_len, key_len, scale = query.shape[2], key.shape[2], default_scale(scale, query.shape[3])
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key = _shared_heads(key, query.shape[1])
     with _without_autocast(query.device):

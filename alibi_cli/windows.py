@@ -1,0 +1,155 @@
+"""`alibi plot-windows`: what share of its attention a model has to compute, head by head."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alibi_convert import load_tokenizer, open_checkpoint
+from alibi_convert.checkpoint import Checkpoint
+from alibi_convert.extras import require
+from alibi_convert.tokenizer import TOKENIZER_FILE
+from alibi_spec.windows import BLOCK_SIZE
+
+BYTES = 256
+_COLOURS = "viridis"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The knobs of `alibi plot-windows`, besides those of its source."""
+    parser.add_argument(
+        "--text", type=Path, help="what the model reads (default: random tokens of its vocabulary)"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="in tokens (default: 2048)")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default="dtype",
+        help="share of attention mass that may be left out (default: dtype, half an ulp)",
+    )
+    parser.add_argument(
+        "--block-size", type=int, default=BLOCK_SIZE, help=f"(default: {BLOCK_SIZE})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random tokens (default: 0)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("windows.png"), help="picture (default: windows.png)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
+
+
+def _tolerance(text: str) -> str | float:
+    return text if text == "dtype" else float(text)
+
+
+def run(options: argparse.Namespace, source_options: dict[str, Any]) -> None:
+    """Plan every layer, print the shares and draw them.
+
+    Raises:
+        CheckpointError: as for `open_checkpoint`.
+        ValueError: the text is too short, has no tokenizer, or the picture exists.
+    """
+    require("torch", "torch", "planning attention")
+    require("matplotlib", "demo", "drawing")
+    import torch
+
+    import alibi_torch
+
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(f"{options.output} exists; pass --overwrite or another --output")
+    if options.length < 1 or options.block_size < 1:
+        raise ValueError("--length and --block-size are numbers of at least 1")
+    checkpoint = open_checkpoint(options.source, **source_options)
+    has_vocabulary = checkpoint.config.vocab_size is not None
+    kind = alibi_torch.ALiBiLM if has_vocabulary else alibi_torch.ALiBiTransformer
+    model = kind.from_pretrained(options.source, **source_options).eval()
+    inputs, description = _inputs(checkpoint, options)
+    plans = alibi_torch.model_plans(
+        model, torch.from_numpy(inputs), tolerance=options.tolerance, block_size=options.block_size
+    )
+    shares = np.stack([plan.share[0].numpy() for plan in plans])
+    if options.json:
+        print(json.dumps({"inputs": description, "share": shares.tolist()}, indent=2))
+    else:
+        _print_shares(shares, description)
+    first = np.stack([plan.first[0].numpy() for plan in plans])
+    _draw(shares, first, options, description)
+    if not options.json:
+        print(f"drawn in {options.output}")
+
+
+def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """What the model reads, [1, length] or [1, length, d_model], and what it is."""
+    config, rng = checkpoint.config, np.random.default_rng(options.seed)
+    if config.vocab_size is None:
+        if options.text is not None:
+            raise ValueError("this model has no vocabulary; leave --text away")
+        shape = (1, options.length, config.d_model)
+        return rng.standard_normal(shape, np.float32), "random embeddings"
+    if options.text is None:
+        return rng.integers(0, config.vocab_size, (1, options.length)), "random tokens"
+    tokens = _tokens(checkpoint, options.text)
+    if len(tokens) < options.length:
+        raise ValueError(
+            f"{options.text} has {len(tokens):,} tokens; choose a longer text or a --length of at "
+            "most that"
+        )
+    return tokens[None, : options.length], options.text.name
+
+
+def _tokens(checkpoint: Checkpoint, text: Path) -> np.ndarray:
+    if (checkpoint.path / TOKENIZER_FILE).is_file():
+        encoded = load_tokenizer(checkpoint.path).encode(text.read_text(encoding="utf-8"))
+        return np.array(encoded.ids)
+    if checkpoint.config.vocab_size == BYTES:
+        return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int64)
+    raise ValueError(
+        f"{checkpoint.path} has no {TOKENIZER_FILE}; put one there, or leave --text away"
+    )
+
+
+def _print_shares(shares: np.ndarray, description: str) -> None:
+    print(f"share of the blocks that will be computed, for {description}")
+    heads = shares.shape[1]
+    print("  layer " + "".join(f"  head {head:<3}" for head in range(heads)) + "  all")
+    for layer, row in enumerate(shares):
+        cells = "".join(f"{share:>9.1%} " for share in row)
+        print(f"  {layer:>5} {cells}{row.mean():>6.1%}")
+    print(f"  all layers and heads: {shares.mean():.1%}")
+
+
+def _draw(
+    shares: np.ndarray, first: np.ndarray, options: argparse.Namespace, description: str
+) -> None:
+    """Shares of all heads; and of the layer with most to do, how far back each head looks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers, heads, blocks = first.shape
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    image = left.imshow(shares, vmin=0, vmax=1, cmap=_COLOURS, aspect="auto")
+    left.set(xlabel="head", ylabel="layer", title="share of blocks that are computed")
+    left.set_xticks(range(heads))
+    left.set_yticks(range(layers))
+    figure.colorbar(image, ax=left)
+
+    busiest = int(shares.mean(axis=1).argmax())
+    position = np.arange(blocks) * options.block_size
+    colours = plt.get_cmap(_COLOURS)(np.linspace(0, 0.9, heads))
+    for head, colour in enumerate(colours):
+        reach = position + options.block_size - first[busiest, head] * options.block_size
+        right.step(position, reach, where="post", color=colour, label=f"head {head}")
+    right.plot(position, position + options.block_size, color="grey", linestyle=":", label="all")
+    right.set(xlabel="position of the query", ylabel="keys that it may need, back to")
+    right.set_title(f"layer {busiest}")
+    right.legend(frameon=False, fontsize="small", ncols=2)
+    right.spines[["top", "right"]].set_visible(False)
+    tolerance = options.tolerance
+    figure.suptitle(f"{options.source.name}, {options.length:,} × {description}, {tolerance=!s}")
+    figure.savefig(options.output, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""What a kernel is, and what it is asked: the facts of one checked call of `attention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jaxtyping import Bool, Float, Integer, Key
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `alibi_flax.attention`, which documents them."""
+
+    query: Float[Array, "batch query_len heads head_dim"]
+    key: Float[Array, "batch key_len kv_heads head_dim"]
+    value: Float[Array, "batch key_len kv_heads value_dim"]
+    slopes: Float[Array, " heads"]
+    causal: bool
+    scale: float
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None
+    segment_ids: Integer[Array, "batch key_len"] | None
+    tolerance: str | float
+    distance: str
+    dropout: float
+    dropout_rng: Key[Array, ""] | None
+
+    @property
+    def platform(self) -> str:
+        """Where it will run: with the query, or where `jit` puts things by default."""
+        if not isinstance(self.query, Tracer) and isinstance(self.query, Array):
+            return next(iter(self.query.devices())).platform
+        config: Any = jax.config
+        device = config.jax_default_device  # a device, the name of a platform, or None
+        if device is None:
+            return jax.default_backend()
+        return device if isinstance(device, str) else device.platform
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute attention.
+
+    Attributes:
+        run: computes a call that is not refused.
+        refuses: why a call cannot be computed here, as the rest of a sentence; None if it can.
+    """
+
+    run: Callable[[Call], Float[Array, "batch query_len heads value_dim"]]
+    refuses: Callable[[Call], str | None]
+
+
+def refuses_bias(call: Call) -> str | None:
+    """The reason why a kernel that knows only -m |i - j| and no dropout cannot compute a call."""
+    if call.distance == "bfloat16":
+        return "it has no rounded bias (distance='bfloat16')"
+    if call.distance == "signed" and not call.causal:
+        return "it has no bias that rewards later keys (distance='signed' with causal=False)"
+    if call.dropout > 0:
+        return "it has no dropout"
+    return None
+
+
+def default_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q·k: 1/sqrt(head_dim) unless one is given."""
+    return 1 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def wide_dtype(array: Float[Array, "..."]) -> Any:
+    """Of logits, sums and norms: float64 for float64 inputs, else float32."""
+    return jnp.float64 if array.dtype == jnp.float64 else jnp.float32

@@ -1,0 +1,388 @@
+"""The passes over blocks as Pallas kernels for TPUs.
+
+A program owns one block of queries (or of keys) of one head, and streams the blocks in its range
+through two buffers: what lies outside is neither fetched nor visited. Numbers per query lie in
+rows, [1, queries], which a TPU stores without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Integer, Shaped
+
+from alibi_flax.kernels.call import Call, refuses_bias
+from alibi_flax.kernels.windowed import Rows, Windows
+from alibi_flax.kernels.windows import query_block_ranges
+
+BLOCK_SIZE = 512  # so that a step computes for longer than it takes to begin
+_LANES = 128  # numbers in a row of a register
+
+Refs = list[Any]
+Step = Callable[[Array, list[Array]], None]
+Program = Callable[[Array, Array, Refs, Refs, Refs], tuple[Step, Callable[[], None]]]
+
+
+def refuses(call: Call) -> str | None:
+    """Why a call cannot be computed here; None if it can."""
+    if call.platform != "tpu":
+        return f"it needs a TPU, and this runs on a {call.platform}"
+    if str(call.query.dtype) not in ("bfloat16", "float32"):
+        return f"a TPU does not compute in {call.query.dtype}"
+    return refuses_bias(call)
+
+
+def attended(
+    windows: Windows,
+) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+    """The result in the dtype of the values, and log Σ_j exp(s_ij), inf in empty rows."""
+
+    def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
+        largest, total, weighted = state
+        largest[...] = jnp.full(largest.shape, -math.inf, largest.dtype)
+        total[...], weighted[...] = _zeros(total), _zeros(weighted)
+        query, *query_ids = own
+        columns = [_column(ids[0]) for ids in query_ids]
+
+        def step(key_block: Array, others: list[Array]) -> None:
+            key, value, *key_ids = others
+            start = _start(windows, block, key_block)
+            ids = zip(columns, key_ids, strict=True)
+            logits, _ = _logits(windows, slope, query[0], key, start, 1, ids)
+            new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
+            base = jnp.where(new == -math.inf, 0.0, new)
+            weights, decay = jnp.exp(logits - base), jnp.exp(largest[...] - base)
+            largest[...] = new
+            total[...] = decay * total[...] + weights.sum(axis=1, keepdims=True)
+            weighted[...] = decay * weighted[...] + _dot(weights.astype(value.dtype), value, 1, 0)
+
+        def finish() -> None:
+            result, log_total = outputs
+            is_empty = total[...] == 0.0
+            attended = jnp.where(is_empty, 0.0, weighted[...] / total[...])
+            result[0] = attended.astype(result.dtype)
+            log_total[0] = _row(jnp.where(is_empty, math.inf, largest[...] + jnp.log(total[...])))
+
+        return step, finish
+
+    size, width = windows.block_size, windows.value.shape[3]
+    result, log_total = _run(
+        *(windows, program, windows.first, windows.last),
+        own=[_matrix(windows.query), *_ids(windows, windows.query_ids)],
+        others=_keys(windows),
+        state=[(size, 1), (size, 1), (size, width)],
+        outputs=[
+            _matrix(_empty(windows.query, width, windows.value.dtype)),
+            _vector(_empty(windows.query, None, windows.slopes.dtype)),
+        ],
+    )
+    return result, log_total
+
+
+def query_gradients(
+    windows: Windows, rows: Rows
+) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+    """Gradients of the queries, and each query's share of the gradient of m."""
+
+    def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
+        of_query, of_slope = state
+        of_query[...], of_slope[...] = _zeros(of_query), _zeros(of_slope)
+        query, gradient, *vectors = own
+        log_total, shift, *columns = (_column(vector[0]) for vector in vectors)
+
+        def step(key_block: Array, others: list[Array]) -> None:
+            key, value, *key_ids = others
+            start = _start(windows, block, key_block)
+            ids = zip(columns, key_ids, strict=True)
+            logits, distance = _logits(windows, slope, query[0], key, start, 1, ids)
+            weights = jnp.exp(logits - log_total)
+            of_logits = weights * (_dot(gradient[0], value, 1, 1) - shift)
+            of_query[...] += _dot(of_logits.astype(key.dtype), key, 1, 0)
+            of_slope[...] -= (of_logits * distance).sum(axis=1, keepdims=True)
+
+        def finish() -> None:
+            outputs[0][0] = windows.scale * of_query[...]
+            outputs[1][0] = _row(of_slope[...])
+
+        return step, finish
+
+    size, width, dtype = windows.block_size, windows.query.shape[3], windows.slopes.dtype
+    of_query, of_slope = _run(
+        *(windows, program, windows.first, windows.last),
+        own=_queries(windows, rows),
+        others=_keys(windows),
+        state=[(size, width), (size, 1)],
+        outputs=[
+            _matrix(_empty(windows.query, width, dtype)),
+            _vector(_empty(windows.query, None, dtype)),
+        ],
+    )
+    return of_query, of_slope
+
+
+def key_gradients(
+    windows: Windows, rows: Rows
+) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+    """Gradients of the keys and values, for each head of queries."""
+
+    def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
+        of_key, of_value = state
+        of_key[...], of_value[...] = _zeros(of_key), _zeros(of_value)
+        key, value, *key_ids = own
+        columns = [_column(ids[0]) for ids in key_ids]
+
+        def step(query_block: Array, others: list[Array]) -> None:
+            # Queries lie along the lanes here, so that their rows need not be turned every time.
+            query, gradient, log_total, shift, *query_ids = others
+            start = _start(windows, query_block, block)
+            ids = zip(columns, query_ids, strict=True)
+            logits, _ = _logits(windows, slope, key[0], query, start, 0, ids)
+            weights = jnp.exp(logits - log_total)
+            of_logits = weights * (_dot(value[0], gradient, 1, 1) - shift)
+            of_key[...] += _dot(of_logits.astype(query.dtype), query, 1, 0)
+            of_value[...] += _dot(weights.astype(gradient.dtype), gradient, 1, 0)
+
+        def finish() -> None:
+            outputs[0][0] = windows.scale * of_key[...]
+            outputs[1][0] = of_value[...]
+
+        return step, finish
+
+    (batch, heads), keys = windows.query.shape[:2], windows.key.shape[2]
+    widths = (windows.key.shape[3], windows.value.shape[3])
+    dtype = windows.slopes.dtype
+    of_key, of_value = _run(
+        *(windows, program),
+        *query_block_ranges(windows.first, windows.last, windows.key_blocks),
+        own=_keys(windows),
+        others=_queries(windows, rows),
+        state=[(windows.block_size, width) for width in widths],
+        outputs=[
+            _matrix(jax.ShapeDtypeStruct((batch, heads, keys, width), dtype)) for width in widths
+        ],
+    )
+    return of_key, of_value
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """An array [sequences, rows, columns] that is read or written block by block.
+
+    Attributes:
+        array: or its shape and dtype.
+        shared: heads of queries that share a sequence.
+        axis: of the positions: 1 for a matrix, 2 for a vector.
+    """
+
+    array: Any
+    shared: int
+    axis: int
+
+    def block_shape(self, size: int) -> tuple[int, int]:
+        """Of one block."""
+        return (size, self.array.shape[2]) if self.axis == 1 else (1, size)
+
+    def own_block(self, size: int) -> pl.BlockSpec:
+        """The block of a program."""
+
+        def index(head: Array, block: Array) -> tuple[Array, Array, Array]:
+            sequence, zero = jax.lax.div(head, jnp.int32(self.shared)), jnp.int32(0)
+            return (sequence, block, zero) if self.axis == 1 else (sequence, zero, block)
+
+        return pl.BlockSpec((1, *self.block_shape(size)), index)
+
+    def block_of(self, ref: Any, head: Array, block: Array, size: int) -> Any:
+        """Any block, where the whole array is stored."""
+        sequence, positions = jax.lax.div(head, jnp.int32(self.shared)), pl.ds(block * size, size)
+        return ref.at[sequence, positions] if self.axis == 1 else ref.at[sequence, :, positions]
+
+
+def _matrix(x: Any, shared: int = 1) -> _Operand:
+    """Of [batch, heads, positions, width]."""
+    return _Operand(_reshaped(x, (-1, *x.shape[2:])), shared, axis=1)
+
+
+def _vector(x: Any, shared: int = 1) -> _Operand:
+    """Of [..., positions]."""
+    return _Operand(_reshaped(x, (-1, 1, x.shape[-1])), shared, axis=2)
+
+
+def _ids(windows: Windows, ids: Array | None) -> list[_Operand]:
+    return [] if ids is None else [_vector(ids, windows.query.shape[1])]
+
+
+def _keys(windows: Windows) -> list[_Operand]:
+    matrices = [_matrix(x, windows.group) for x in (windows.key, windows.value)]
+    return [*matrices, *_ids(windows, windows.key_ids)]
+
+
+def _queries(windows: Windows, rows: Rows) -> list[_Operand]:
+    matrices = [_matrix(x) for x in (windows.query, rows.gradient)]
+    vectors = [_vector(x) for x in (rows.log_total, rows.shift)]
+    return [*matrices, *vectors, *_ids(windows, windows.query_ids)]
+
+
+def _empty(like: Array, width: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
+    shape = like.shape[:3] if width is None else (*like.shape[:3], width)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(
+            (math.prod(x.shape) // math.prod(shape[1:]), *shape[1:]), x.dtype
+        )
+    return x.reshape(shape)
+
+
+def _run(
+    windows: Windows,
+    program: Program,
+    first: Integer[Array, "batch heads blocks"],
+    last: Integer[Array, "batch heads blocks"],
+    *,
+    own: list[_Operand],
+    others: list[_Operand],
+    state: list[tuple[int, int]],
+    outputs: list[_Operand],
+) -> list[Array]:
+    """Run `program` for every head and block, past the blocks of `others` from first to last.
+
+    A program is given its slope, its block, what it owns, memory for its state, and its outputs. It
+    says how to step past one block, and how to finish.
+    """
+    size, (batch, heads, blocks) = windows.block_size, first.shape
+
+    def kernel(slopes: Any, first: Any, last: Any, *refs: Any) -> None:
+        rest = iter(refs)
+        groups = (own, others, outputs, state, others)
+        own_refs, sources, output_refs, state_refs, buffers = (
+            list(islice(rest, len(group))) for group in groups
+        )
+        (semaphores,) = rest
+        head, block = pl.program_id(0), pl.program_id(1)
+        slope = slopes[jax.lax.rem(head, jnp.int32(heads))]
+        step, finish = program(slope, block, own_refs, state_refs, output_refs)
+
+        def copies(other: Array, slot: Array) -> list[Any]:
+            return [
+                pltpu.make_async_copy(
+                    operand.block_of(source, head, other, size),
+                    buffer.at[slot],
+                    semaphores.at[number, slot],
+                )
+                for number, (operand, source, buffer) in enumerate(
+                    zip(others, sources, buffers, strict=True)
+                )
+            ]
+
+        def fetch(other: Array, slot: Array) -> None:
+            for copy in copies(other, slot):
+                copy.start()
+
+        start, end = first[0, 0, block], last[0, 0, block]
+        pl.when(start < end)(lambda: fetch(start, jnp.int32(0)))
+
+        def visit(other: Array, _: None) -> None:
+            slot = jax.lax.rem(other - start, jnp.int32(2))
+            pl.when(other + 1 < end)(lambda: fetch(other + 1, 1 - slot))
+            for copy in copies(other, slot):
+                copy.wait()
+            step(other, [buffer[slot] for buffer in buffers])
+
+        jax.lax.fori_loop(start, end, visit, None)
+        finish()
+
+    def of_head(head: Array, _: Array) -> tuple[Array, Array, Array]:
+        return head, jnp.int32(0), jnp.int32(0)
+
+    bounds = pl.BlockSpec((1, 1, blocks), of_head, memory_space=pltpu.SMEM)
+    results = pl.pallas_call(
+        kernel,
+        grid=(batch * heads, blocks),
+        in_specs=[
+            *(pl.BlockSpec(memory_space=pltpu.SMEM), bounds, bounds),
+            *(operand.own_block(size) for operand in own),
+            *(pl.BlockSpec(memory_space=pl.ANY) for _ in others),
+        ],
+        out_specs=[operand.own_block(size) for operand in outputs],
+        out_shape=[operand.array for operand in outputs],
+        scratch_shapes=[
+            *(pltpu.VMEM(shape, windows.slopes.dtype) for shape in state),
+            *(pltpu.VMEM((2, *each.block_shape(size)), each.array.dtype) for each in others),
+            pltpu.SemaphoreType.DMA((len(others), 2)),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+    )(
+        windows.slopes,
+        *(x.astype(jnp.int32).reshape(batch * heads, 1, blocks) for x in (first, last)),
+        *(operand.array for operand in (*own, *others)),
+    )
+    return [
+        x.reshape(batch, heads, *(x.shape[1:] if operand.axis == 1 else x.shape[2:]))
+        for x, operand in zip(results, outputs, strict=True)
+    ]
+
+
+def _start(windows: Windows, query_block: Array, key_block: Array) -> Array:
+    """How far the first key of a block lies behind the first query of another."""
+    return (key_block - query_block) * windows.block_size - windows.offset
+
+
+def _logits(
+    windows: Windows,
+    slope: Array,
+    left: Float[Array, "block head_dim"],
+    right: Float[Array, "block head_dim"],
+    start: Array,
+    key_axis: int,
+    ids: Any,
+) -> tuple[Float[Array, "block block"], Float[Array, "block block"]]:
+    """Biased logits of two blocks, with the keys along `key_axis`, and their distances.
+
+    `ids` are those of the left block as a column, and of the right one as a row.
+    """
+    shape = (windows.block_size, windows.block_size)
+    index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
+    relative = index[0] - index[1] + start
+    distance = jnp.abs(relative).astype(jnp.float32)
+    logits = windows.scale * _dot(left, right, 1, 1) - slope * distance
+    if windows.causal:
+        logits = jnp.where(relative <= 0, logits, -math.inf)
+    for column, row in ids:
+        logits = jnp.where(column == row, logits, -math.inf)
+    return logits, distance
+
+
+def _dot(
+    left: Array, right: Array, left_axis: int, right_axis: int
+) -> Float[Array, "rows columns"]:
+    """A product summed in float32; the default for float32 would be passes in bfloat16."""
+    is_wide = left.dtype == jnp.float32
+    return jax.lax.dot_general(
+        *(left, right, (((left_axis,), (right_axis,)), ((), ()))),
+        precision=jax.lax.Precision.HIGHEST if is_wide else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _zeros(ref: Any) -> Array:
+    return jnp.zeros(ref.shape, ref.dtype)
+
+
+def _column(row: Shaped[Array, "1 block"]) -> Shaped[Array, "block 1"]:
+    """Turned by way of a full register, the only shape that can be."""
+    return jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
+
+
+def _row(column: Shaped[Array, "block 1"]) -> Shaped[Array, "1 block"]:
+    return jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]

@@ -1,0 +1,274 @@
+"""The certificate of SPEC.md §9 in JAX: which blocks of keys provably cannot change a result.
+
+`alibi_spec.windows` states it and proves it. Here the arithmetic is that of the computation
+(float32, or float64 for float64 inputs), and a block of queries searches as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Integer
+
+from alibi_flax.kernels.call import default_scale, wide_dtype
+from alibi_spec.windows import BLOCK_SIZE, tolerance_of
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("first", "last", "share"),
+    meta_fields=("block_size",),
+)
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The blocks of keys that each block of queries needs.
+
+    Attributes:
+        first, last: half-open ranges of key blocks.
+        share: of the blocks that masks allow a causal (or any) query to see, how many are computed.
+        block_size: positions in a block.
+    """
+
+    first: Integer[Array, "batch heads query_blocks"]
+    last: Integer[Array, "batch heads query_blocks"]
+    share: Float[Array, "batch heads"]
+    block_size: int
+
+
+@partial(jax.jit, static_argnames=("causal", "scale", "tolerance", "block_size"))
+def attention_plan(
+    query: Float[Array, "batch query_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+    slopes: Float[Array, " heads"],
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None = None,
+    segment_ids: Integer[Array, "batch key_len"] | None = None,
+    tolerance: str | float = "dtype",
+    block_size: int = BLOCK_SIZE,
+) -> AttentionPlan:
+    """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
+    allowed_mass = tolerance_of(tolerance, str(query.dtype))
+    visible = None if attention_mask is None else attention_mask.astype(jnp.bool_)
+    scale = default_scale(scale, query.shape[-1])
+    rows = _Rows.of(query, key, slopes, causal, scale, visible, segment_ids, block_size)
+    norms = _block_norms(key, visible, block_size, query.shape[2])
+    blocks, own_block = norms.shape[-1], (rows.position // block_size)[None]
+    shape = rows.reach.shape[:3]
+    lowest = jnp.where(rows.sees_nothing, blocks, own_block).min(axis=-1)[:, None]
+    highest = jnp.where(rows.sees_nothing, -1, own_block).max(axis=-1)[:, None]
+    edge = jnp.full((*norms.shape[:2], 1), -math.inf, norms.dtype)
+    largest_before = jnp.concatenate([edge, jax.lax.cummax(norms, axis=2)], axis=2)
+
+    def drops_before(block: Integer[Array, "batch heads query_blocks"]) -> Array:
+        largest = jnp.take_along_axis(largest_before, block, axis=2)
+        distance = rows.position[None, None] - block[..., None] * block_size + 1
+        mass = allowed_mass if causal else allowed_mass / 2
+        return rows.may_drop(largest, distance, mass)
+
+    first = _last_true(drops_before, jnp.broadcast_to(lowest, shape), blocks)
+    last = jnp.broadcast_to(highest + 1, shape)
+    if not causal:
+        largest_from = jnp.concatenate([jax.lax.cummax(norms, axis=2, reverse=True), edge], axis=2)
+
+        def drops_after(count: Integer[Array, "batch heads query_blocks"]) -> Array:
+            block = blocks - count
+            largest = jnp.take_along_axis(largest_from, block, axis=2)
+            distance = block[..., None] * block_size - rows.position[None, None]
+            return rows.may_drop(largest, distance, allowed_mass / 2)
+
+        after = jnp.broadcast_to(blocks - 1 - highest, shape)
+        last = blocks - _last_true(drops_after, after, blocks)
+    last = jnp.maximum(first, last)
+    allowed = own_block.max(axis=-1).sum() + shape[2] if causal else blocks * shape[2]
+    return AttentionPlan(first, last, (last - first).sum(axis=-1) / allowed, block_size)
+
+
+def query_block_ranges(
+    first: Integer[Array, "batch heads query_blocks"],
+    last: Integer[Array, "batch heads query_blocks"],
+    key_blocks: int,
+) -> tuple[Integer[Array, "batch heads key_blocks"], Integer[Array, "batch heads key_blocks"]]:
+    """First and last (half-open) block of queries whose ranges may hold each block of keys.
+
+    Ranges need not rise with the queries, so some may be inside that do without the block: what
+    they add is no more than the tolerance.
+    """
+    blocks = first.shape[2]
+    block = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), first.shape)
+    sequence, head = jnp.indices(first.shape[:2], dtype=jnp.int32, sparse=True)
+    where = (sequence[..., None], head[..., None])
+    shape = (*first.shape[:2], key_blocks)
+    is_empty = first >= last
+    # A block of keys needs no queries after the last that begins at or before it, nor before the
+    # first that ends after it.
+    begins = jnp.where(is_empty, key_blocks, first)  # out of bounds: dropped
+    ends = jnp.where(is_empty, key_blocks, last - 1)
+    latest = jnp.zeros(shape, jnp.int32).at[(*where, begins)].max(block + 1, mode="drop")
+    earliest = jnp.full(shape, blocks, jnp.int32).at[(*where, ends)].min(block, mode="drop")
+    latest = jax.lax.cummax(latest, axis=2)
+    earliest = jax.lax.cummin(earliest, axis=2, reverse=True)
+    return jnp.minimum(earliest, latest), latest
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the certificate knows of every query, in blocks.
+
+    Attributes:
+        reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
+        anchor_logit: scale q·k of the anchor, the nearest visible key.
+        anchor_norm: ‖k‖ of the anchor.
+        anchor_distance: of the anchor from the query.
+        slope: of the head.
+        is_anchored: the anchor is one that the query sees.
+        sees_nothing: no key is visible to the query, or it is padding of the last block.
+        position: of the query among the keys.
+        rounding: relative error of reach · ‖k‖ as it is computed.
+    """
+
+    reach: Float[Array, "batch heads query_blocks block"]
+    anchor_logit: Float[Array, "batch heads query_blocks block"]
+    anchor_norm: Float[Array, "batch heads query_blocks block"]
+    anchor_distance: Integer[Array, "#batch query_blocks block"]
+    slope: Float[Array, "1 heads 1 1"]
+    is_anchored: Bool[Array, "#batch query_blocks block"]
+    sees_nothing: Bool[Array, "#batch query_blocks block"]
+    position: Integer[Array, "query_blocks block"]
+    rounding: float
+
+    @classmethod
+    def of(
+        cls,
+        query: Float[Array, "batch query_len heads head_dim"],
+        key: Float[Array, "batch key_len kv_heads head_dim"],
+        slopes: Float[Array, " heads"],
+        causal: bool,
+        scale: float,
+        visible: Bool[Array, "batch key_len"] | None,
+        segment_ids: Integer[Array, "batch key_len"] | None,
+        block_size: int,
+    ) -> _Rows:
+        """Measured on the arrays of a call."""
+        batch, query_len, heads, head_dim = query.shape
+        dtype = wide_dtype(query)
+        position = jnp.arange(key.shape[1] - query_len, key.shape[1], dtype=jnp.int32)
+        if visible is None:
+            anchor, anchor_key = position[None], key[:, -query_len:]
+        else:
+            anchor = _anchors(visible, causal)[:, -query_len:]
+            anchor_key = jax.vmap(lambda rows, index: rows[index])(key, anchor.clip(0))
+        is_anchored = anchor >= 0
+        if segment_ids is not None:
+            anchor_segment = jnp.take_along_axis(segment_ids, anchor.clip(0), axis=1)
+            is_anchored = is_anchored & (anchor_segment == segment_ids[:, -query_len:])
+        groups = (batch, query_len, key.shape[2], heads // key.shape[2])
+        query = query.astype(dtype).reshape(*groups, head_dim)
+        anchor_key = anchor_key.astype(dtype)
+        product = jnp.einsum("bngrd,bngd->bngr", query, anchor_key, precision=HIGHEST)
+        anchor_norm = jnp.broadcast_to(_norm(anchor_key)[..., None], groups)
+
+        def in_blocks(x: Array, padding: float | bool = 0) -> Array:
+            rest = [(0, 0)] * (x.ndim - 1)
+            x = jnp.pad(x, [*rest, (0, -query_len % block_size)], constant_values=padding)
+            return x.reshape(*x.shape[:-1], -1, block_size)
+
+        def heads_first(x: Float[Array, "batch query_len kv_heads group"]) -> Array:
+            return in_blocks(x.reshape(batch, query_len, heads).swapaxes(1, 2))
+
+        return cls(
+            reach=heads_first(scale * _norm(query)),
+            anchor_logit=heads_first(scale * product),
+            anchor_norm=heads_first(anchor_norm),
+            anchor_distance=in_blocks(jnp.abs(position[None] - anchor)),
+            slope=slopes.astype(dtype)[None, :, None, None],
+            is_anchored=in_blocks(is_anchored),
+            sees_nothing=in_blocks(anchor < 0, padding=True),
+            position=in_blocks(position),
+            rounding=(head_dim + 8) * float(jnp.finfo(dtype).eps),
+        )
+
+    def may_drop(
+        self,
+        largest: Float[Array, "batch heads query_blocks"],
+        distance: Integer[Array, "batch heads query_blocks block"],
+        allowed_mass: float,
+    ) -> Bool[Array, "batch heads query_blocks"]:
+        """Whether a block of queries can spare all keys from here on, of norms up to `largest`."""
+        # The geometric series of e^-m sums to 1 / (1 - e^-m).
+        series = -jnp.log(-jnp.expm1(-self.slope))
+        norm = largest[..., None]
+        slack = self.rounding * self.reach * (norm + self.anchor_norm)
+        # One rounding for both distances: each on its own can be large.
+        farther = (distance - self.anchor_distance[:, None]).astype(self.reach.dtype)
+        mass = self.reach * norm + slack - self.anchor_logit - self.slope * farther + series
+        limit = math.log(allowed_mass) if allowed_mass > 0 else -math.inf
+        is_small = (mass <= limit) & (self.slope > 0) & self.is_anchored[:, None]
+        may_drop = is_small | jnp.isneginf(norm) | self.sees_nothing[:, None]
+        return may_drop.all(axis=-1)
+
+
+def _norm(x: Float[Array, "*rows head_dim"]) -> Float[Array, "*rows"]:
+    """At least the Euclidean norm: squares that vanish count as the least normal number."""
+    least = x.shape[-1] * float(jnp.finfo(x.dtype).tiny)
+    return jnp.sqrt((x * x).sum(axis=-1) + least)
+
+
+def _block_norms(
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+    visible: Bool[Array, "batch key_len"] | None,
+    block_size: int,
+    heads: int,
+) -> Float[Array, "batch heads key_blocks"]:
+    """The largest norm of a visible key in each block, -inf where there is none."""
+    batch, key_len, kv_heads, _ = key.shape
+    norms = _norm(key.astype(wide_dtype(key)))
+    if visible is not None:
+        norms = jnp.where(visible[..., None], norms, -math.inf)
+    pad = ((0, 0), (0, -key_len % block_size), (0, 0))
+    norms = jnp.pad(norms, pad, constant_values=-math.inf)
+    norms = norms.reshape(batch, -1, block_size, kv_heads).max(axis=2).swapaxes(1, 2)
+    return jnp.repeat(norms, heads // kv_heads, axis=1)
+
+
+def _anchors(
+    visible: Bool[Array, "batch key_len"], causal: bool
+) -> Integer[Array, "batch key_len"]:
+    """The visible key nearest to each position, not after it if causal; -1 where there is none."""
+    position = jnp.arange(visible.shape[1], dtype=jnp.int32)[None]
+    before = jax.lax.cummax(jnp.where(visible, position, -1), axis=1)
+    if causal:
+        return before
+    none = 2 * visible.shape[1]  # farther than any
+    after = jax.lax.cummin(jnp.where(visible, position, none), axis=1, reverse=True)
+    is_before = (before >= 0) & (position - before <= after - position)
+    return jnp.where(is_before, before, jnp.where(after < none, after, -1))
+
+
+def _last_true(
+    holds: Callable[[Array], Array],
+    highest: Integer[Array, "batch heads query_blocks"],
+    blocks: int,
+) -> Integer[Array, "batch heads query_blocks"]:
+    """The largest number in 0 … `highest` that `holds`, elementwise; it holds at 0 and is monotone.
+
+    Binary search: as many evaluations as `blocks` has bits.
+    """
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high + 1) // 2
+        does_hold = holds(middle)
+        return jnp.where(does_hold, middle, low), jnp.where(does_hold, high, middle - 1)
+
+    bounds = (jnp.zeros_like(highest), highest)
+    return jax.lax.fori_loop(0, blocks.bit_length(), halve, bounds)[0]

@@ -1,0 +1,48 @@
+"""How much of a model's attention will be computed: the plan of every layer for given inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+from jax import Array
+from jaxtyping import Integer, Num
+
+from alibi_flax.attention import AttentionPlan
+from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask
+from alibi_spec.checks import check_plannable
+from alibi_spec.windows import BLOCK_SIZE
+
+
+def model_plans(
+    model: ALiBiLM | ALiBiTransformer,
+    params: dict[str, Any],
+    inputs: Num[Array, "batch seq *d_model"],
+    attention_mask: AttentionMask | None = None,
+    token_type_ids: Integer[Array, "batch seq"] | None = None,
+    *,
+    tolerance: str | float = "dtype",
+    block_size: int = BLOCK_SIZE,
+) -> list[AttentionPlan]:
+    """Run the model and return `attention_plan` of every layer, first layer first.
+
+    Raises:
+        ValueError: as for the model's own call and for `attention_plan`; or the model's biases are
+            of another kind than those that the plan knows.
+    """
+    check_plannable(model.config.distance, model.config.causal)
+    plans: list[AttentionPlan] = []
+
+    def record(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        module: nn.Module = context.module
+        if isinstance(module, Attention) and context.method_name == "__call__":
+            plan = module.attention_plan(*args[:3], tolerance=tolerance, block_size=block_size)
+            plans.append(plan)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        # Recomputed blocks would hand out tracers.
+        plain: Any = model.clone(remat=False)
+        optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
+        plain.apply({"params": params}, inputs, attention_mask, **optional)
+    return plans
