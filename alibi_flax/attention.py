@@ -9,7 +9,12 @@ from jaxtyping import Bool, Float, Integer, Key
 from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
 from alibi_flax.kernels.call import Call, default_scale
 from alibi_flax.kernels.windows import AttentionPlan
-from alibi_spec.checks import check_attention, check_attention_options, check_mask
+from alibi_spec.checks import (
+    check_attention,
+    check_attention_options,
+    check_block_size,
+    check_mask,
+)
 from alibi_spec.windows import BLOCK_SIZE
 
 
@@ -133,6 +138,7 @@ def attention_plan(
     """
     _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
+    check_block_size(block_size)
     return windows.attention_plan(
         query,
         key,

@@ -143,6 +143,14 @@ def check_attention_options(
         raise ValueError(f"dropout={dropout!r} is not valid; expected a rate in [0, 1)")
 
 
+def check_block_size(block_size: int) -> None:
+    """Raise ValueError unless blocks hold at least one position."""
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(
+            f"block_size={block_size!r} is not valid; expected an integer of at least 1"
+        )
+
+
 def check_plannable(distance: str, causal: bool) -> None:
     """Raise ValueError unless the blocks of a model with these biases can be planned."""
     if distance == "bfloat16" or (distance == "signed" and not causal):

@@ -6,7 +6,12 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from alibi_spec.checks import check_attention, check_attention_options, check_mask
+from alibi_spec.checks import (
+    check_attention,
+    check_attention_options,
+    check_block_size,
+    check_mask,
+)
 from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
 from alibi_torch.kernels.call import Call, default_scale
@@ -131,6 +136,7 @@ def attention_plan(
     """
     _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
+    check_block_size(block_size)
     with torch.no_grad():
         return windows.attention_plan(
             query,

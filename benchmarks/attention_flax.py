@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "attention_flax.json"
 HEADS, HEAD_DIM = 8, 64
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 QUICK_LENGTHS = (512, 1024, 2048, 4096)
-LARGEST_BYTES, LONGEST_SECONDS = 8e9, 60.0
+LARGEST_BYTES = 8e9
 OURS, DENSE = "alibi_flax, blockwise", "alibi_flax, dense"
 JAX_NN, FLAX_NN = "jax.nn with a bias", "flax.linen with a bias"
 PASSES = ("forward", "forward and backward")
@@ -116,7 +116,12 @@ def timed(program: Any, arrays: Arrays) -> float:
 
 
 def compared(
-    peers: list[str], lengths: tuple[int, ...], dtype: str, inputs: str, pass_name: str
+    peers: list[str],
+    lengths: tuple[int, ...],
+    dtype: str,
+    inputs: str,
+    pass_name: str,
+    longest: float,
 ) -> Iterator[dict[str, Any]]:
     """A row per peer and length, shortest first; a row without seconds says why it has none."""
     last: dict[str, float] = {}
@@ -127,7 +132,7 @@ def compared(
         for peer in peers:
             if peer in stopped:
                 continue
-            found = _prepared(peer, row, last.get(peer, 0.0))
+            found = _prepared(peer, row, last.get(peer, 0.0), longest)
             if isinstance(found, str):
                 yield {"peer": peer} | row | {"stopped": found}
                 stopped.add(peer)
@@ -146,9 +151,11 @@ def compared(
             yield {"peer": peer} | row | {"seconds": last[peer], "raw": seconds} | extra
 
 
-def _prepared(peer: str, row: dict[str, Any], last: float) -> tuple[Any, Arrays] | str:
+def _prepared(
+    peer: str, row: dict[str, Any], last: float, longest: float
+) -> tuple[Any, Arrays] | str:
     """A program and its arguments, or why there is none; `last` is the time at half the length."""
-    if 4 * last > LONGEST_SECONDS:
+    if 4 * last > longest:
         return f"would take {4 * last:.0f} s"
     bias_bytes = 0 if peer == OURS else 4 * HEADS * row["seq"] ** 2  # or the logits of dense
     if bias_bytes > LARGEST_BYTES:
@@ -216,19 +223,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="float32 up to 4,096 alone")
     parser.add_argument("--only", default="", help="peers whose name contains this")
+    parser.add_argument(
+        "--longest", type=float, default=60.0, help="seconds that a call may take (default: 60)"
+    )
+    parser.add_argument("--float32", action="store_true", help="float32 and normal inputs alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     peers = [peer for peer in PEERS if options.only in peer]
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     plans = [(peers, "float32", "normal")]
-    if not options.quick:
+    if not (options.quick or options.float32):
         # The windows follow the inputs. Other peers take the same time for all.
         ours = [peer for peer in peers if peer == OURS]
         plans += [(peers, "bfloat16", "normal"), (ours, "float32", "trained-like")]
     rows: list[dict[str, Any]] = []
     for which, dtype, inputs in plans:
         for pass_name in PASSES:
-            for row in compared(which, lengths, dtype, inputs, pass_name):
+            for row in compared(which, lengths, dtype, inputs, pass_name, options.longest):
                 rows.append(row)
                 found = f"{row['seconds'] * 1e3:9.1f} ms" if "seconds" in row else row["stopped"]
                 labels = f"{row['peer']:24} {row['seq']:6} {dtype:8} {inputs:12} {pass_name:20}"
@@ -245,6 +256,7 @@ def main() -> int:
         "machine": machine() | {"system": platform.platform()},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("alibi-duo", "jax", "flax")},
+        "longest_seconds": options.longest,
         "shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM},
         "notes": {JAX_NN: "the bias is made beforehand", FLAX_NN: "the bias is made beforehand"},
         "goals": goals(rows, peaks, error),

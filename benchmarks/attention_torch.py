@@ -37,7 +37,7 @@ HEADS, HEAD_DIM = 8, 64
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 QUICK_LENGTHS = (512, 1024, 2048, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LARGEST_BYTES, LONGEST_SECONDS = 8e9, 60.0
+LARGEST_BYTES = 8e9
 OURS, PLAIN, DENSE = "alibi_torch, aten_flash", "sdpa, causal, no bias", "alibi_torch, dense"
 MATERIALISED = "sdpa with a materialised bias"
 BOTH = "forward and backward"
@@ -76,7 +76,12 @@ def timed(attend: Attend, arrays: tuple[Tensor, ...], with_gradients: bool) -> f
 
 
 def compared(
-    peers: dict[str, Peer], lengths: tuple[int, ...], dtype: str, inputs: str, with_gradients: bool
+    peers: dict[str, Peer],
+    lengths: tuple[int, ...],
+    dtype: str,
+    inputs: str,
+    with_gradients: bool,
+    longest: float,
 ) -> Iterator[dict[str, Any]]:
     """A row per peer and length, shortest first; a row without seconds says why it has none."""
     pass_name = BOTH if with_gradients else "forward"
@@ -86,7 +91,7 @@ def compared(
         arrays, ready = draw(seq, DTYPES[dtype], inputs), {}
         for name, peer in peers.items():
             row = {"peer": name, "seq": seq, "dtype": dtype, "inputs": inputs, "pass": pass_name}
-            reason = _unable(peer, seq, with_gradients, last.get(name))
+            reason = _unable(peer, seq, with_gradients, last.get(name, 0.0), longest)
             if reason is not None:
                 if name not in stopped:
                     yield row | {"stopped": reason}
@@ -107,14 +112,14 @@ def compared(
             yield row | {"seconds": last[name], "raw": seconds}
 
 
-def _unable(peer: Peer, seq: int, with_gradients: bool, last: float | None) -> str | None:
+def _unable(peer: Peer, seq: int, with_gradients: bool, last: float, longest: float) -> str | None:
     if not peer.is_installed:
         return f"{peer.needs} is not installed"
     if with_gradients and not peer.has_gradients:
         return "no gradients on the CPU"
     if peer.squares * HEADS * seq**2 * 4 > LARGEST_BYTES:
         return f"needs {peer.squares * HEADS * seq**2 * 4 / 1e9:.0f} GB"
-    if last is not None and 4 * last > LONGEST_SECONDS:
+    if 4 * last > longest:
         return f"would take {4 * last:.0f} s"
     return None
 
@@ -247,6 +252,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="float32 up to 4,096 alone")
     parser.add_argument("--only", default="", help="peers whose name contains this")
+    parser.add_argument(
+        "--longest", type=float, default=60.0, help="seconds that a call may take (default: 60)"
+    )
+    parser.add_argument("--float32", action="store_true", help="float32 and normal inputs alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -257,12 +266,12 @@ def main() -> int:
     ours = {name: peer for name, peer in peers.items() if name in FOLLOWS_INPUTS}
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     plans = [(peers, "float32", "normal")]
-    if not options.quick:
+    if not (options.quick or options.float32):
         plans += [(peers, "bfloat16", "normal"), (ours, "float32", "trained-like")]
     rows: list[dict[str, Any]] = []
     for which, dtype, inputs in plans:
         for with_gradients in (False, True):
-            for row in compared(which, lengths, dtype, inputs, with_gradients):
+            for row in compared(which, lengths, dtype, inputs, with_gradients, options.longest):
                 rows.append(row)
                 found = f"{row['seconds'] * 1e3:9.1f} ms" if "seconds" in row else row["stopped"]
                 labels = f"{row['peer']:30} {row['seq']:6} {dtype:8} {inputs:12} {row['pass']:20}"
@@ -278,6 +287,7 @@ def main() -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"system": platform.platform(), "threads": torch.get_num_threads()},
         "versions": versions(),
+        "longest_seconds": options.longest,
         "shape": {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM},
         "notes": {name: peer.note for name, peer in peers.items() if peer.note},
         "goals": goals(rows, peaks, error, steps),

@@ -280,6 +280,26 @@ def test_queries_of_a_block_of_keys() -> None:
         assert ends[b, h, j] - begins[b, h, j] == (rising[0][b, h] == j).sum()
 
 
+def test_lanes_end_one_by_one() -> None:
+    """Every range is passed from end to end and no farther, whatever lies in the other lanes."""
+    rng = np.random.default_rng(4)
+    first = rng.integers(0, 9, (2, 3, 5))
+    last = first + rng.integers(0, 9, first.shape)
+
+    def visit(head: Array, block: Array) -> Any:
+        named = (head * 5 + block)[:, None]
+
+        def step(other: Array, state: Any) -> Any:
+            return (state[0] + other[:, None] + 1,)
+
+        return (jnp.zeros_like(named),), step, lambda state: (state[0], named)
+
+    ranges = (jnp.asarray(x, jnp.int32) for x in (first, last))
+    total, named = (np.asarray(x) for x in blockwise._over_ranges(*ranges, visit))
+    assert np.array_equal(total, (last * (last + 1) - first * (first + 1)) // 2)
+    assert np.array_equal(named.ravel(), np.arange(first.size))
+
+
 def test_transformations() -> None:
     """vmap, remat, and a gradient through both, of keys and of traced slopes."""
     arrays, _ = _draw(260)

@@ -97,6 +97,14 @@ def test_other_biases_have_no_plan(changes: dict[str, Any]) -> None:
         alibi_flax.model_plans(alibi_flax.ALiBiLM(ours.config), params, jnp.asarray(TOKENS))
 
 
+def test_blocks_hold_something() -> None:
+    query, key = np.zeros((2, 1, 1, 1, 4), np.float32)
+    slopes = np.ones(1, np.float32)
+    for backend, array in ((alibi_torch, torch.from_numpy), (alibi_flax, jnp.asarray)):
+        with pytest.raises(ValueError, match="block_size=0 is not valid; expected an integer"):
+            backend.attention_plan(array(query), array(key), array(slopes), block_size=0)
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, text, picture = write(tmp_path / "model", config=CONFIG), tmp_path / "text", "w.png"
     text.write_bytes(bytes(TOKENS[0].astype(np.uint8)))

@@ -13,20 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Integer, Shaped
+from jaxtyping import Float, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.windowed import Rows, Windows
 from alibi_flax.kernels.windows import query_block_ranges
 
-# XLA spreads a product over the cores of a CPU only from about this size on, so blocks are large,
-# and two lanes are enough. Smaller blocks in more lanes do less work, and take longer.
+# XLA spreads a product over the cores of a CPU only from about this size on: smaller blocks do less
+# work and take longer, and so do several of them side by side.
 BLOCK_SIZE = 512
-LANES = 2  # blocks that advance side by side
 
-Lanes = Integer[Array, " lanes"]
+Index = Integer[Array, ""]
 State = tuple[Array, ...]
-Step = Callable[[Lanes, Any], State]
+Step = Callable[[Index, Any], State]
 Finish = Callable[[Any], State]
 
 
@@ -41,30 +40,34 @@ def attended(
     """The result in the dtype of the values, and log Σ_j exp(s_ij), inf in empty rows."""
     dtype = windows.slopes.dtype
 
-    def visit(head: Lanes, query_block: Lanes) -> tuple[State, Step, Finish]:
+    def visit(head: Index, query_block: Index) -> tuple[State, Step, Finish]:
         query = _rows(windows, windows.query, head, query_block)
 
-        def step(key_block: Lanes, state: Any) -> State:
+        def step(key_block: Index, state: Any) -> State:
             largest, total, attended = state
             key, value = _keys(windows, head, key_block)
-            logits, _ = _logits(windows, head, query_block, key_block, query, key, key_axis=2)
+            logits, _ = _logits(windows, head, query_block, key_block, query, key, key_axis=1)
             new = jnp.maximum(largest, logits.max(axis=-1))
             base = jnp.where(jnp.isneginf(new), 0, new)
-            weights, decay = jnp.exp(logits - base[..., None]), jnp.exp(largest - base)
+            weights, decay = jnp.exp(logits - base[:, None]), jnp.exp(largest - base)
             total = decay * total + weights.sum(axis=-1)
-            weighted = windows.dot("tqk,tkd->tqd", weights.astype(value.dtype), value)
-            return new, total, decay[..., None] * attended + weighted
+            weighted = windows.dot("qk,kd->qd", weights.astype(value.dtype), value)
+            return new, total, decay[:, None] * attended + weighted
 
         def finish(state: Any) -> State:
             largest, total, attended = state
             is_empty = total == 0
             log_total = jnp.where(is_empty, math.inf, largest + jnp.log(total))
-            attended = jnp.where(is_empty[..., None], 0, attended / total[..., None])
+            attended = jnp.where(is_empty[:, None], 0, attended / total[:, None])
             return attended.astype(windows.value.dtype), log_total
 
-        rows = query.shape[:2]
-        attended = jnp.zeros((*rows, windows.value.shape[-1]), dtype)
-        return (jnp.full(rows, -math.inf, dtype), jnp.zeros(rows, dtype), attended), step, finish
+        size, width = windows.block_size, windows.value.shape[-1]
+        state = (
+            jnp.full(size, -math.inf, dtype),
+            jnp.zeros(size, dtype),
+            jnp.zeros((size, width), dtype),
+        )
+        return state, step, finish
 
     result, log_total = _over_ranges(windows.first, windows.last, visit)
     return result, log_total
@@ -75,18 +78,18 @@ def query_gradients(
 ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
-    def visit(head: Lanes, query_block: Lanes) -> tuple[State, Step, Finish]:
+    def visit(head: Index, query_block: Index) -> tuple[State, Step, Finish]:
         query, gradient, log_total, shift = _queries(windows, rows, head, query_block)
 
-        def step(key_block: Lanes, state: Any) -> State:
+        def step(key_block: Index, state: Any) -> State:
             of_query, of_slope = state
             key, value = _keys(windows, head, key_block)
             place = (head, query_block, key_block)
-            logits, distance = _logits(windows, *place, query, key, key_axis=2)
-            weights = jnp.exp(logits - log_total[..., None])
-            of_weights = windows.dot("tqd,tkd->tqk", gradient, value)
-            of_logits = weights * (of_weights - shift[..., None])
-            of_query += windows.dot("tqk,tkd->tqd", of_logits.astype(key.dtype), key)
+            logits, distance = _logits(windows, *place, query, key, key_axis=1)
+            weights = jnp.exp(logits - log_total[:, None])
+            of_weights = windows.dot("qd,kd->qk", gradient, value)
+            of_logits = weights * (of_weights - shift[:, None])
+            of_query += windows.dot("qk,kd->qd", of_logits.astype(key.dtype), key)
             return of_query, of_slope - (of_logits * distance).sum(axis=-1)
 
         def finish(state: Any) -> State:
@@ -94,7 +97,7 @@ def query_gradients(
             return windows.scale * of_query, of_slope
 
         zeros = jnp.zeros(query.shape, windows.slopes.dtype)
-        return (zeros, zeros[..., 0]), step, finish
+        return (zeros, zeros[:, 0]), step, finish
 
     of_query, of_slope = _over_ranges(windows.first, windows.last, visit)
     return of_query, of_slope
@@ -105,21 +108,21 @@ def key_gradients(
 ) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
     """Gradients of the keys and values, for each head of queries."""
 
-    def visit(head: Lanes, key_block: Lanes) -> tuple[State, Step, Finish]:
+    def visit(head: Index, key_block: Index) -> tuple[State, Step, Finish]:
         key, value = _keys(windows, head, key_block)
 
-        def step(query_block: Lanes, state: Any) -> State:
+        def step(query_block: Index, state: Any) -> State:
             of_key, of_value = state
             own = _queries(windows, rows, head, query_block)
             place = (head, query_block, key_block)
             query, gradient, log_total, shift = own
             # Keys lie in rows here: XLA is slow at products that sum over rows on the left.
-            logits, _ = _logits(windows, *place, key, query, key_axis=1)
-            weights = jnp.exp(logits - log_total[:, None, :])
-            of_weights = windows.dot("tkd,tqd->tkq", value, gradient)
-            of_logits = weights * (of_weights - shift[:, None, :])
-            of_key += windows.dot("tkq,tqd->tkd", of_logits.astype(query.dtype), query)
-            of_value += windows.dot("tkq,tqd->tkd", weights.astype(gradient.dtype), gradient)
+            logits, _ = _logits(windows, *place, key, query, key_axis=0)
+            weights = jnp.exp(logits - log_total[None])
+            of_weights = windows.dot("kd,qd->kq", value, gradient)
+            of_logits = weights * (of_weights - shift[None])
+            of_key += windows.dot("kq,qd->kd", of_logits.astype(query.dtype), query)
+            of_value += windows.dot("kq,qd->kd", weights.astype(gradient.dtype), gradient)
             return of_key, of_value
 
         def finish(state: Any) -> State:
@@ -136,103 +139,75 @@ def key_gradients(
 
 def _logits(
     windows: Windows,
-    head: Lanes,
-    query_block: Lanes,
-    key_block: Lanes,
-    left: Float[Array, "lanes block head_dim"],
-    right: Float[Array, "lanes block head_dim"],
+    head: Index,
+    query_block: Index,
+    key_block: Index,
+    left: Float[Array, "block head_dim"],
+    right: Float[Array, "block head_dim"],
     key_axis: int,
-) -> tuple[Float[Array, "lanes block block"], Float[Array, "lanes block block"]]:
-    """Biased logits of two blocks in each lane, with the keys along `key_axis`, and distances."""
+) -> tuple[Float[Array, "block block"], Float[Array, "block block"]]:
+    """Biased logits of two blocks, with the keys along `key_axis`, and their distances."""
     size, heads = windows.block_size, len(windows.slopes)
-    shape = (1, size, size)
-    index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 3 - key_axis)]
-    start = (key_block - query_block) * size - windows.offset
-    relative = index[0] - index[1] + start[:, None, None]
+    shape = (size, size)
+    index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
+    relative = index[0] - index[1] + (key_block - query_block) * size - windows.offset
     distance = jnp.abs(relative).astype(windows.slopes.dtype)
-    slope = _take(windows.slopes, head % heads)[:, None, None]
-    logits = windows.scale * windows.dot("tid,tjd->tij", left, right) - slope * distance
+    products = windows.dot("id,jd->ij", left, right)
+    logits = windows.scale * products - windows.slopes[head % heads] * distance
     if windows.causal:
         logits = jnp.where(relative <= 0, logits, -math.inf)
     if windows.query_ids is not None and windows.key_ids is not None:
         sequence = head // heads
         query_ids = _rows(windows, windows.query_ids, sequence, query_block)
         key_ids = _rows(windows, windows.key_ids, sequence, key_block)
-        columns, rows = (query_ids, key_ids) if key_axis == 2 else (key_ids, query_ids)
-        logits = jnp.where(columns[:, :, None] == rows[:, None, :], logits, -math.inf)
+        columns, rows = (query_ids, key_ids) if key_axis == 1 else (key_ids, query_ids)
+        logits = jnp.where(columns[:, None] == rows[None], logits, -math.inf)
     return logits, distance
 
 
 def _queries(
-    windows: Windows, rows: Rows, head: Lanes, query_block: Lanes
+    windows: Windows, rows: Rows, head: Index, query_block: Index
 ) -> tuple[Array, Array, Array, Array]:
-    """Queries, gradients of their result, log-sums and shifts of one block in each lane."""
+    """One block of queries, gradients of their result, log-sums and shifts."""
     arrays = (windows.query, rows.gradient, rows.log_total, rows.shift)
     query, gradient, log_total, shift = (_rows(windows, x, head, query_block) for x in arrays)
     return query, gradient, log_total, shift
 
 
 def _keys(
-    windows: Windows, head: Lanes, key_block: Lanes
-) -> tuple[Float[Array, "lanes block head_dim"], Float[Array, "lanes block value_dim"]]:
+    windows: Windows, head: Index, key_block: Index
+) -> tuple[Float[Array, "block head_dim"], Float[Array, "block value_dim"]]:
     shared = head // windows.group
     key = _rows(windows, windows.key, shared, key_block)
     return key, _rows(windows, windows.value, shared, key_block)
 
 
 def _rows(
-    windows: Windows, x: Shaped[Array, "..."], sequence: Lanes, block: Lanes
-) -> Shaped[Array, "lanes block *width"]:
-    """One block in each lane, of [batch, (heads,) seq, (width)] with heads counted through."""
+    windows: Windows, x: Shaped[Array, "..."], sequence: Index, block: Index
+) -> Shaped[Array, "block *width"]:
+    """One block of [batch, (heads,) seq, (width)], with heads counted through."""
     size, width = windows.block_size, x.shape[3:]
     seq = x.shape[1] if x.ndim == 2 else x.shape[2]
-    return _take(x.reshape(-1, size, *width), sequence * (seq // size) + block)
+    blocks = x.reshape(-1, size, *width)
+    return jax.lax.dynamic_index_in_dim(blocks, sequence * (seq // size) + block, keepdims=False)
 
 
 def _over_ranges(
     first: Integer[Array, "batch heads blocks"],
     last: Integer[Array, "batch heads blocks"],
-    visit: Callable[[Lanes, Lanes], tuple[State, Step, Finish]],
+    visit: Callable[[Index, Index], tuple[State, Step, Finish]],
 ) -> State:
     """What becomes of each block of every head on its way through the blocks first … last.
 
-    `visit` gives the state of some heads and blocks, the step through one more block, and the final
-    touch. A loop lasts as long as its longest lane, so ranges of like length go side by side.
+    `visit` gives the state of a head's block, the step past one more block, and the final touch.
     """
     batch, heads, blocks = first.shape
-    count = first.size
-    lanes = min(LANES, count)
-    first, last = (jnp.pad(x.reshape(-1), (0, -count % lanes)) for x in (first, last))
-    order = jnp.argsort(first - last).astype(jnp.int32)
 
-    def advance(_: None, item: Lanes) -> tuple[None, State]:
-        block, end = _take(first, item), _take(last, item)
-        item = item.clip(max=count - 1)
-        state, step, finish = visit(item // blocks, item % blocks)
+    def passed(item: tuple[Index, Index, Index]) -> State:
+        number, start, end = item
+        state, step, finish = visit(number // blocks, number % blocks)
+        return finish(jax.lax.fori_loop(start, end, step, state))
 
-        def is_unfinished(carry: tuple[Lanes, Any]) -> Bool[Array, ""]:
-            return (carry[0] < end).any()
-
-        def proceed(carry: tuple[Lanes, Any]) -> tuple[Lanes, State]:
-            block, state = carry
-            is_active = block < end
-
-            def kept(new: Array, old: Array) -> Array:
-                return jnp.where(is_active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-            return block + 1, jax.tree.map(kept, step(block, state), state)
-
-        return None, finish(jax.lax.while_loop(is_unfinished, proceed, (block, state))[1])
-
-    _, results = jax.lax.scan(advance, None, order.reshape(-1, lanes))
-    place = jnp.argsort(order)[:count]
-
-    def in_place(x: Shaped[Array, "groups lanes block *width"]) -> Array:
-        x = _take(x.reshape(-1, *x.shape[2:]), place)
-        return x.reshape(batch, heads, -1, *x.shape[2:])
-
-    return tuple(in_place(x) for x in results)
-
-
-def _take(x: Shaped[Array, "count *rest"], index: Lanes) -> Shaped[Array, "lanes *rest"]:
-    return jnp.take(x, index, axis=0, mode="clip")
+    numbers = jnp.arange(first.size, dtype=jnp.int32)
+    results = jax.lax.map(passed, (numbers, first.reshape(-1), last.reshape(-1)))
+    return tuple(x.reshape(batch, heads, -1, *x.shape[2:]) for x in results)
