@@ -189,7 +189,7 @@ def test_far_keys_are_not_read(passes: Any) -> None:
 
 
 def test_sequences_and_heads_are_apart() -> None:
-    """What is no number in one head of one sequence stays there, though heads share lanes."""
+    """What is no number in one head of one sequence stays there."""
     arrays, _ = _draw(600, dtype=jnp.float32)
     attend = _with_gradients(partial(_fused, blockwise))
     plain = attend(arrays)
@@ -278,26 +278,6 @@ def test_queries_of_a_block_of_keys() -> None:
     )
     for b, h, j in np.ndindex(2, 3, 10):
         assert ends[b, h, j] - begins[b, h, j] == (rising[0][b, h] == j).sum()
-
-
-def test_lanes_end_one_by_one() -> None:
-    """Every range is passed from end to end and no farther, whatever lies in the other lanes."""
-    rng = np.random.default_rng(4)
-    first = rng.integers(0, 9, (2, 3, 5))
-    last = first + rng.integers(0, 9, first.shape)
-
-    def visit(head: Array, block: Array) -> Any:
-        named = (head * 5 + block)[:, None]
-
-        def step(other: Array, state: Any) -> Any:
-            return (state[0] + other[:, None] + 1,)
-
-        return (jnp.zeros_like(named),), step, lambda state: (state[0], named)
-
-    ranges = (jnp.asarray(x, jnp.int32) for x in (first, last))
-    total, named = (np.asarray(x) for x in blockwise._over_ranges(*ranges, visit))
-    assert np.array_equal(total, (last * (last + 1) - first * (first + 1)) // 2)
-    assert np.array_equal(named.ravel(), np.arange(first.size))
 
 
 def test_transformations() -> None:
