@@ -151,13 +151,25 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+def beyond_windows(distance: str, causal: bool, dropout: float) -> str | None:
+    """What a kernel over windows, which knows only -m |i - j| (SPEC.md §9), lacks; None if nothing.
+
+    The rest of a sentence that begins with the kernel.
+    """
+    if distance == "bfloat16":
+        return "it has no rounded bias (distance='bfloat16')"
+    if distance == "signed" and not causal:
+        return "it has no bias that rewards later keys (distance='signed' with causal=False)"
+    if dropout > 0:
+        return "it has no dropout"
+    return None
+
+
 def check_plannable(distance: str, causal: bool) -> None:
     """Raise ValueError unless the blocks of a model with these biases can be planned."""
-    if distance == "bfloat16" or (distance == "signed" and not causal):
-        raise ValueError(
-            f"attention with distance={distance!r} and causal={causal} is computed whole: there is "
-            "no plan for it"
-        )
+    reason = beyond_windows(distance, causal, dropout=0.0)
+    if reason is not None:
+        raise ValueError(f"this model's attention is computed whole, without a plan: {reason}")
 
 
 def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:

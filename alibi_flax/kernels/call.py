@@ -13,6 +13,8 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer, Key
 
+from alibi_spec.checks import beyond_windows
+
 
 @dataclass(frozen=True)
 class Call:
@@ -58,13 +60,7 @@ class Kernel:
 
 def refuses_bias(call: Call) -> str | None:
     """The reason why a kernel that knows only -m |i - j| and no dropout cannot compute a call."""
-    if call.distance == "bfloat16":
-        return "it has no rounded bias (distance='bfloat16')"
-    if call.distance == "signed" and not call.causal:
-        return "it has no bias that rewards later keys (distance='signed' with causal=False)"
-    if call.dropout > 0:
-        return "it has no dropout"
-    return None
+    return beyond_windows(call.distance, call.causal, call.dropout)
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:

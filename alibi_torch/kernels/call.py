@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from alibi_spec.checks import beyond_windows
+
 
 @dataclass(frozen=True)
 class Call:
@@ -44,13 +46,7 @@ class Kernel:
 
 def refuses_bias(call: Call) -> str | None:
     """The reason why a kernel that knows only -m |i - j| and no dropout cannot compute a call."""
-    if call.distance == "bfloat16":
-        return "it has no rounded bias (distance='bfloat16')"
-    if call.distance == "signed" and not call.causal:
-        return "it has no bias that rewards later keys (distance='signed' with causal=False)"
-    if call.dropout > 0:
-        return "it has no dropout"
-    return None
+    return beyond_windows(call.distance, call.causal, call.dropout)
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
