@@ -21,6 +21,7 @@ test: setup  ## the parity tests
 	$(BIN)/pytest -n 2 -m 'not slow'
 
 test-all: setup mutants  ## the parity tests, the longer proofs and the planted faults
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-aot,gpu-aot]'
 	$(BIN)/pytest -n 2
 
 mutants: setup  ## plant faults one by one and see the tests catch each
@@ -30,6 +31,8 @@ bench: setup  ## how fast and in how much memory 8 GB convert; results in benchm
 	$(BIN)/python -m benchmarks.conversion
 
 bench-attention: setup  ## attention of both backends beside its peers, on the CPU; with pictures
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.seed_torch
 	$(BIN)/python -m benchmarks.attention_torch
 	$(BIN)/python -m benchmarks.attention_flax
 	$(BIN)/python -m benchmarks.plot benchmarks/results/attention_torch.json benchmarks/results/attention_flax.json
@@ -39,7 +42,8 @@ test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of 
 	$(PYTHON) -m pytest -k 'cuda or gpu' -m 'not slow' parity_tests
 
 bench-gpu:  ## attention on a CUDA device beside its peers, with the packages of PYTHON
-	$(PYTHON) -m benchmarks.attention_gpu
+	$(PYTHON) -m benchmarks.attention_gpu_torch
+	$(PYTHON) -m benchmarks.attention_gpu_flax
 
 lint: setup  ## style
 	$(BIN)/ruff check .

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import alibi_flax
 from alibi_flax.attention import attention_plan
-from alibi_flax.kernels import DENSE_PAYS_BELOW, blockwise, pallas_tpu, windowed
+from alibi_flax.kernels import DENSE_PAYS_BELOW, blockwise, pallas_gpu, pallas_tpu, windowed
 from alibi_flax.kernels.call import Call
 from alibi_flax.kernels.windows import query_block_ranges
 from alibi_spec import windows as spec
@@ -45,8 +46,23 @@ CASES: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
 }
 each_passes = pytest.mark.parametrize(
-    "passes", [blockwise, pallas_tpu], ids=["blockwise", "pallas_tpu"]
+    "passes",
+    [blockwise, pallas_tpu, pallas_gpu],
+    ids=["blockwise", "pallas_tpu", "pallas_gpu"],
 )
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for TPUs and GPUs: their numbers can be had anywhere."""
+    compiled = pl.pallas_call
+
+    def call(kernel: Any, *, compiler_params: Any, **options: Any) -> Any:
+        is_for_tpus = isinstance(compiler_params, pltpu.CompilerParams)
+        interpret: Any = pltpu.InterpretParams() if is_for_tpus else True
+        return compiled(kernel, compiler_params=compiler_params, interpret=interpret, **options)
+
+    monkeypatch.setattr(pl, "pallas_call", call)
 
 
 def _draw(
@@ -78,7 +94,7 @@ def _draw(
 
 
 def _fused(passes: Any, arrays: dict[str, Array], causal: bool = True, **options: Any) -> Array:
-    """A kernel on this machine, whatever it refuses; those for TPUs are interpreted."""
+    """A kernel on this machine, whatever it refuses."""
     call = Call(
         **arrays,
         causal=causal,
@@ -92,8 +108,9 @@ def _fused(passes: Any, arrays: dict[str, Array], causal: bool = True, **options
     )
     if passes is blockwise:
         return windowed.attention(call, blockwise, spec.BLOCK_SIZE)
-    with pltpu.force_tpu_interpret_mode():
-        return windowed.attention(call, passes, block_size=128)
+    if passes is pallas_gpu:
+        return windowed.attention(call, pallas_gpu, pallas_gpu.block_size(call))
+    return windowed.attention(call, passes, block_size=128)
 
 
 def _dense(arrays: dict[str, Array], causal: bool = True, **options: Any) -> Array:
@@ -113,7 +130,7 @@ def _with_gradients(attend: Any) -> Callable[[dict[str, Array]], dict[str, np.nd
     program = jax.jit(jax.grad(value, has_aux=True))
 
     def run(arrays: dict[str, Array]) -> dict[str, np.ndarray]:
-        with jax.numpy_dtype_promotion("strict"), pltpu.force_tpu_interpret_mode():
+        with jax.numpy_dtype_promotion("strict"):
             gradients, attended = program(arrays)
         named = {"attended": attended} | {name: gradients[name] for name in NAMES}
         return {name: np.asarray(array) for name, array in named.items()}
@@ -142,6 +159,9 @@ def test_float64(case: str, causal: bool) -> None:
         (pallas_tpu, "float32", "everything", True),
         (pallas_tpu, "float32", "everything", False),
         (pallas_tpu, "bfloat16", "one key head", True),
+        (pallas_gpu, "float32", "everything", True),
+        (pallas_gpu, "float32", "everything", False),
+        (pallas_gpu, "bfloat16", "one key head", True),
     ],
 )
 def test_narrow_dtypes(passes: Any, dtype: str, case: str, causal: bool) -> None:
@@ -382,6 +402,7 @@ def test_auto() -> None:
         ),
         ("blockwise", {"dropout": 0.1, "dropout_rng": jax.random.key(0)}, "it has no dropout"),
         ("pallas_tpu", {}, "it needs a TPU, and this runs on a cpu"),
+        ("pallas_gpu", {}, "it needs a GPU, and this runs on a cpu"),
     ],
 )
 def test_refusals(implementation: str, options: dict[str, Any], reason: str) -> None:

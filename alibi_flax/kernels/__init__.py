@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from alibi_flax.kernels import blockwise, dense, pallas_tpu, windowed
+from alibi_flax.kernels import blockwise, dense, pallas_gpu, pallas_tpu, windowed
 from alibi_flax.kernels.call import Kernel
 
 KERNELS = {
@@ -13,6 +13,11 @@ KERNELS = {
     "blockwise": Kernel(
         partial(windowed.attention, passes=blockwise, block_size=blockwise.BLOCK_SIZE),
         blockwise.refuses,
+    ),
+    # After "blockwise", so that only its name calls it: no GPU has run it yet.
+    "pallas_gpu": Kernel(
+        lambda call: windowed.attention(call, pallas_gpu, pallas_gpu.block_size(call)),
+        pallas_gpu.refuses,
     ),
     "dense": Kernel(dense.attention, dense.refuses),
 }

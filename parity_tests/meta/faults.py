@@ -345,7 +345,7 @@ FAULTS = (
         "alibi_torch/kernels/windows.py",
         "self.ceiling + series",
         "self.ceiling",
-        "test_torch_kernels.py -k certificate",
+        "test_torch_windows.py -k certificate",
     ),
     Mutant(
         "the narrowest window of a batch for all of it",
@@ -408,21 +408,21 @@ FAULTS = (
         "alibi_torch/kernels/flex.py",
         "(position + key_len - query_len + 1) // BLOCK_SIZE",
         "(position + key_len - query_len + BLOCK_SIZE) // BLOCK_SIZE",
-        "test_torch_kernels.py -k flex",
+        "test_torch_gpu.py -k flex",
     ),
     Mutant(
         "workers that use every thread",
         "alibi_torch/kernels/workers.py",
         "torch.get_num_threads()  # the first question makes",
         "_ = 0  # the first question makes",
-        "test_torch_kernels.py -k threads",
+        "test_torch_threads.py",
     ),
     Mutant(
         "all later threads compute with one",
         "alibi_torch/kernels/workers.py",
         "            torch.set_num_threads(threads)\n",
         "",
-        "test_torch_kernels.py -k threads",
+        "test_torch_threads.py",
     ),
     Mutant(
         "unknown operators taken on trust",
@@ -476,8 +476,8 @@ FAULTS = (
     Mutant(
         "segments of keys read where the queries stand",
         "alibi_flax/kernels/blockwise.py",
-        "_rows(windows, windows.key_ids, sequence, key_block)",
-        "_rows(windows, windows.key_ids, sequence, query_block)",
+        "blocks.load(windows.key_ids, sequence, key_block)",
+        "blocks.load(windows.key_ids, sequence, query_block)",
         "test_flax_kernels.py -k float64",
     ),
     Mutant(

@@ -1,0 +1,48 @@
+"""The memory that one call adds at its peak, in a process of its own (Linux)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Lets the allocator give every large block back, or what an earlier call freed would hide a later
+# one's need.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def peak_of_process(module: str, *arguments: str) -> int:
+    """What `python -m MODULE --peak-of ARGUMENTS` prints: it calls `print_peak`."""
+    command = [sys.executable, "-m", module, "--peak-of", *arguments]
+    environment = os.environ | _ALLOCATOR
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return int(done.stdout)
+
+
+def print_peak(prepare: Callable[[], Callable[[], Any]]) -> None:
+    """Print the bytes that a call holds once it is prepared, and adds at its peak.
+
+    The second run is measured: what the first one compiles and begins is no part of it.
+    """
+    at_first = _resident_bytes()
+    run = prepare()
+    held = max(0, _resident_bytes() - at_first)
+    run()
+    before = _resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    run()
+    print(held + _status_bytes("VmHWM") - before)
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

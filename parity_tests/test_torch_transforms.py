@@ -1,0 +1,110 @@
+"""What torch does to functions, done to its kernels: compiling, mapping, checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import alibi_torch
+from alibi_convert.tensors import as_numpy
+from alibi_spec.budgets import BUDGETS
+from parity_tests.compare import assert_bitwise, assert_within
+from parity_tests.torch_calls import (
+    WIDTH,
+    draw,
+    each_fused,
+    masks_of,
+    slopes_of,
+    with_gradients,
+)
+
+SLOPES = slopes_of()
+
+
+def _loss(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    return alibi_torch.attention(query, key, value, SLOPES, **options).square().mean()
+
+
+@each_fused
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiles_into_one_graph(implementation: str) -> None:
+    arrays = [each.requires_grad_() for each in draw(300, 300, dtype="float32").values()]
+    options = {"implementation": implementation, **masks_of("mask", 300)}
+    exact = torch.autograd.grad(_loss(*arrays, **options), arrays)
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*arrays, **options), arrays)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert_bitwise(as_numpy(ours), as_numpy(theirs), "gradient")
+
+
+@each_fused
+def test_per_sample_gradients(implementation: str) -> None:
+    """vmap over grad, and vmap alone."""
+    arrays = [each[:, None] for each in draw(300, 300, dtype="float32").values()]
+
+    def loss(*arrays: torch.Tensor) -> torch.Tensor:
+        return _loss(*arrays, implementation=implementation)
+
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*arrays)
+    for index in range(2):
+        expected = torch.func.grad(loss, argnums=(0, 1, 2))(*(each[index] for each in arrays))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_bitwise(as_numpy(ours[index]), as_numpy(theirs), f"sample {index}")
+    shared = torch.func.vmap(loss, in_dims=(0, None, None))(arrays[0], arrays[1][0], arrays[2][0])
+    assert_bitwise(as_numpy(shared[0]), as_numpy(loss(*(each[0] for each in arrays))), "shared")
+
+
+@each_fused
+def test_checkpointing_changes_nothing(implementation: str) -> None:
+    arrays = [each.requires_grad_() for each in draw(300, 300, dtype="float32").values()]
+    options = {"implementation": implementation}
+    exact = torch.autograd.grad(_loss(*arrays, **options), arrays)
+    loss = checkpoint(_loss, *arrays, use_reentrant=False, **options)
+    for ours, theirs in zip(torch.autograd.grad(loss, arrays), exact, strict=True):
+        assert_bitwise(as_numpy(ours), as_numpy(theirs), "gradient")
+    with torch.no_grad():
+        assert not _loss(*arrays, **options).requires_grad
+
+
+@each_fused
+def test_no_second_derivative(implementation: str) -> None:
+    arrays = [each.requires_grad_() for each in draw(300, 300).values()]
+    loss = _loss(*arrays, implementation=implementation)
+    (gradient,) = torch.autograd.grad(loss, arrays[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use implementation='dense'"):
+        torch.autograd.grad(gradient.square().sum(), arrays)
+
+
+@each_fused
+def test_autocast_does_not_narrow(implementation: str) -> None:
+    arrays = draw(300, 300, dtype="float32")
+    plain = with_gradients(arrays, slopes_of(), implementation=implementation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = with_gradients(arrays, slopes_of(), implementation=implementation)
+    for name, array in plain.items():
+        assert_bitwise(inside[name], array, name)
+
+
+def test_shapes_alone_on_the_meta_device() -> None:
+    arrays = {name: each.to("meta") for name, each in draw(300, 400).items()}
+    attended = alibi_torch.attention(**arrays, slopes=slopes_of().to("meta"))
+    assert attended.shape == (2, 4, 300, WIDTH)
+    assert attended.device.type == "meta"
+
+
+@each_fused
+def test_strides_do_not_matter(implementation: str) -> None:
+    """Heads split by a view, as in the model; and columns that are not adjacent."""
+    arrays = draw(300, 300)
+    exact = with_gradients(arrays, slopes_of(), implementation=implementation)
+    views = {
+        name: each.transpose(1, 2).contiguous().transpose(1, 2) for name, each in arrays.items()
+    }
+    columns = {name: each.mT.contiguous().mT for name, each in arrays.items()}
+    for moved in (views, columns):
+        options = {"slopes": slopes_of(), "implementation": implementation}
+        found = as_numpy(alibi_torch.attention(**moved, **options))
+        assert_within(found, exact["attended"], BUDGETS["float64", "cpu"].forward, "views")

@@ -1,0 +1,76 @@
+"""Calls of torch's kernels for their tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import alibi_spec
+import alibi_torch
+from alibi_convert.tensors import as_numpy, as_torch
+from alibi_torch.kernels.call import Call, default_scale
+
+BLOCK, WIDTH = 16, 8
+each_fused = pytest.mark.parametrize("implementation", ["aten_flash", "blockwise"])
+
+
+def draw(
+    query_len: int,
+    key_len: int,
+    heads: int = 4,
+    kv_heads: int = 4,
+    dtype: str = "float64",
+    width: int = WIDTH,
+) -> dict[str, torch.Tensor]:
+    """query, key, value [2, heads, seq, width]."""
+    rng = np.random.default_rng(0)
+    shapes = {"query": (heads, query_len), "key": (kv_heads, key_len), "value": (kv_heads, key_len)}
+    return {
+        name: as_torch(rng.standard_normal((2, *shape, width)).astype(dtype))
+        for name, shape in shapes.items()
+    }
+
+
+def slopes_of(heads: int = 4) -> torch.Tensor:
+    return as_torch(alibi_spec.slopes(heads))
+
+
+def masks_of(kind: str, key_len: int) -> dict[str, torch.Tensor]:
+    """Padding on both sides with gaps, an empty sequence's worth of it, and packed segments."""
+    rng, masks = np.random.default_rng(1), {}
+    if "mask" in kind:
+        mask = rng.random((2, key_len)) < 0.9
+        mask[0, : key_len // 3] = False
+        mask[1, -key_len // 4 :] = False
+        masks["attention_mask"] = torch.from_numpy(mask)
+    if "segments" in kind:
+        masks["segment_ids"] = torch.from_numpy(np.sort(rng.integers(0, 4, (2, key_len))))
+    return masks
+
+
+def with_gradients(
+    arrays: dict[str, torch.Tensor], slopes: torch.Tensor, **options: Any
+) -> dict[str, np.ndarray]:
+    """Attended values and the gradients of a fixed sum of them, in NumPy.
+
+    The gradient of the slopes is among them where every device has one.
+    """
+    leaves = {name: array.clone().requires_grad_() for name, array in arrays.items()}
+    if options["implementation"] in ("dense", "blockwise"):
+        leaves["slopes"] = slopes.clone().requires_grad_()
+    attended = alibi_torch.attention(**{"slopes": slopes, **leaves}, **options)
+    rng = np.random.default_rng(2)
+    cotangent = as_torch(rng.standard_normal(attended.shape)).to(attended)
+    gradients = torch.autograd.grad(attended, list(leaves.values()), cotangent)
+    named = dict(zip(leaves, gradients, strict=True)) | {"attended": attended}
+    return {name: as_numpy(array.detach().cpu()) for name, array in named.items()}
+
+
+def call_of(**changes: Any) -> Call:
+    arrays: dict[str, Any] = {**draw(300, 300, dtype="float32"), "slopes": slopes_of()}
+    options = {"attention_mask": None, "segment_ids": None, "dropout_rng": None, "dropout": 0.0}
+    shared = {"causal": True, "scale": default_scale(None, WIDTH), "distance": "absolute"}
+    return Call(**(arrays | options | shared | {"tolerance": "dtype"} | changes))
