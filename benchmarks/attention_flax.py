@@ -1,9 +1,8 @@
 """How fast and how exact attention of alibi_flax is here: `python -m benchmarks.attention_flax`.
 
 The peers are JAX's and Flax's own attention, given the bias as a matrix that is made beforehand.
-All are compiled first. Memory is the compiler's figure for a
-call, with the bias that it is given. Takes half an hour on two cores; `--quick`
-three minutes.
+All are compiled first. Memory is the compiler's figure for a call, with the bias that it is given.
+Takes half an hour on two cores; `--quick` three minutes.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from benchmarks.compare import (
     FORWARD,
     HEADS,
     LARGEST_BYTES,
+    SHAPE,
     Case,
     Figures,
     Ready,
@@ -164,6 +164,7 @@ def main() -> int:
     results = {
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("alibi-duo", "jax", "flax")},
+        "shape": SHAPE,
         "longest_seconds": options.longest,
         "notes": {JAX_NN: "the bias is made beforehand", FLAX_NN: "the bias is made beforehand"},
         "goals": goals(wanted),

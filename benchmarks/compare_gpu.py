@@ -77,11 +77,19 @@ def _compared(
         else:
             ready[peer] = found
     raw: dict[str, list[float]] = {peer: [] for peer in ready}
+    failed: dict[str, str] = {}
     for _ in range(rounds):
         for peer, timed in ready.items():
-            raw[peer].append(timed())
+            if peer not in failed:
+                try:
+                    raw[peer].append(timed())
+                except RuntimeError as error:  # no room beside the others
+                    failed[peer] = str(error).splitlines()[0]
     for peer, figures in raw.items():
         row = {"peer": peer} | case._asdict()
+        if peer in failed:
+            yield row | {"stopped": failed[peer]}
+            continue
         yield row | {"milliseconds": statistics.median(figures), "raw": figures}
 
 

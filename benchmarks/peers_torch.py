@@ -83,8 +83,12 @@ def _sdpa_causal(_slopes: Tensor, _seq: int, _dtype: torch.dtype) -> Attend:
     return partial(F.scaled_dot_product_attention, is_causal=True)
 
 
-def compiled_flex(slopes: Tensor, seq: int, _dtype: torch.dtype) -> Attend:
-    """FlexAttention as its own documentation does ALiBi, on the device of the slopes."""
+def _flex(slopes: Tensor, seq: int, _dtype: torch.dtype) -> Attend:
+    return compiled_flex(slopes, seq)
+
+
+def compiled_flex(slopes: Tensor, seq: int) -> Attend:
+    """FlexAttention with the bias as a score modification and a causal block mask."""
     flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
 
     def bias(score: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Tensor:  # noqa: ARG001
@@ -143,7 +147,7 @@ PEERS: dict[str, Peer] = {
     "jaketae/alibi": Peer(_seed, squares=6, note="attention alone, without its projections"),
     "sdpa with a materialised bias": Peer(_sdpa_with_bias, squares=3),
     "sdpa, causal, no bias": Peer(_sdpa_causal, note="another function: no bias at all"),
-    "FlexAttention, compiled": Peer(compiled_flex, has_gradients=False),
+    "FlexAttention, compiled": Peer(_flex, has_gradients=False),
     "transformers BLOOM": Peer(_bloom, 7, needs="transformers", note=_PROJECTIONS),
     "transformers MPT": Peer(_mpt, 7, needs="transformers", note=_PROJECTIONS),
     "x-transformers": Peer(_x_transformers, 7, needs="x_transformers"),

@@ -27,6 +27,8 @@ def picture(results: dict[str, Any], path: Path) -> None:
         for row in results["rows"]
         if "extra_bytes" in row and (row["dtype"], row["inputs"]) == ("float32", "normal")
     ]
+    if not rows:
+        raise SystemExit(f"{path.stem} has no rows with memory: a quick run measures none")
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     figure, panels = plt.subplots(
         2, 2, figsize=(12, 9), sharex=True, sharey="row", layout="constrained"

@@ -405,7 +405,10 @@ def test_auto() -> None:
         ("pallas_gpu", {}, "it needs a GPU, and this runs on a cpu"),
     ],
 )
-def test_refusals(implementation: str, options: dict[str, Any], reason: str) -> None:
+def test_refusals(
+    implementation: str, options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Call, "platform", "cpu")  # wherever this runs
     x = jnp.zeros((1, 4, 2, 4))
     message = f"implementation='{implementation}' cannot compute this: {reason}.*'auto', .*'dense'"
     call = partial(alibi_flax.attention, implementation=implementation, **options)

@@ -14,7 +14,8 @@ KERNELS = {
         partial(windowed.attention, passes=blockwise, block_size=blockwise.BLOCK_SIZE),
         blockwise.refuses,
     ),
-    # After "blockwise", so that only its name calls it: no GPU has run it yet.
+    # After "blockwise", so that only its name calls it: JAX has deprecated what it stands on, and
+    # no GPU has run it yet.
     "pallas_gpu": Kernel(
         lambda call: windowed.attention(call, pallas_gpu, pallas_gpu.block_size(call)),
         pallas_gpu.refuses,

@@ -28,6 +28,7 @@ except ImportError:  # deprecated since JAX 0.11
     triton: Any = None
 
 _NARROWEST = 16  # columns of a matrix for tensor cores
+_LEAST_BLOCK = 32
 # Of a block of keys. With larger ones the backward pass needs more than the 99 KB of shared memory
 # that GPUs have at least (from compute capability 8.0 on).
 _BLOCK_BYTES = 2**14
@@ -41,17 +42,18 @@ def refuses(call: Call) -> str | None:
         return f"it does not compute in {call.query.dtype}"
     if triton is None:
         return f"JAX {jax.__version__} has no Triton under Pallas"
-    batch, query_len, heads, _ = call.query.shape
-    rows = batch * heads * (max(query_len, call.key.shape[1]) + 64)
-    if rows * max(_width(call.query), _width(call.value)) >= 2**31:
-        return "it counts the numbers of an array in 32 bits"
+    if _row_bytes(call) * _LEAST_BLOCK > _BLOCK_BYTES:
+        return "its heads are too wide for a GPU's shared memory"
     return refuses_bias(call)
 
 
 def block_size(call: Call) -> int:
-    """Positions in a block: 64, or 32 where they are wide."""
-    width = max(_width(call.query), _width(call.value))
-    return 64 if 64 * width * call.query.dtype.itemsize <= _BLOCK_BYTES else 32
+    """Positions in a block: fewer where they are wide."""
+    return 64 if 64 * _row_bytes(call) <= _BLOCK_BYTES else _LEAST_BLOCK
+
+
+def _row_bytes(call: Call) -> int:
+    return max(_width(call.query), _width(call.value)) * call.query.dtype.itemsize
 
 
 def attended(
