@@ -1,4 +1,4 @@
-"""The passes over blocks as Pallas kernels for NVIDIA and AMD GPUs, compiled by Triton.
+"""The passes over blocks as Pallas kernels for GPUs, compiled by Triton.
 
 A program owns one block of one head and keeps its state in registers; its steps are those of
 `blockwise`. JAX 0.11 has deprecated Triton under Pallas, and what is to replace it (Mosaic GPU)
