@@ -151,7 +151,7 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-def beyond_windows(distance: str, causal: bool, dropout: float) -> str | None:
+def beyond_windows(distance: str, causal: bool) -> str | None:
     """What a kernel over windows, which knows only -m |i - j| (SPEC.md §9), lacks; None if nothing.
 
     The rest of a sentence that begins with the kernel.
@@ -160,14 +160,12 @@ def beyond_windows(distance: str, causal: bool, dropout: float) -> str | None:
         return "it has no rounded bias (distance='bfloat16')"
     if distance == "signed" and not causal:
         return "it has no bias that rewards later keys (distance='signed' with causal=False)"
-    if dropout > 0:
-        return "it has no dropout"
     return None
 
 
 def check_plannable(distance: str, causal: bool) -> None:
     """Raise ValueError unless the blocks of a model with these biases can be planned."""
-    reason = beyond_windows(distance, causal, dropout=0.0)
+    reason = beyond_windows(distance, causal)
     if reason is not None:
         raise ValueError(f"this model's attention is computed whole, without a plan: {reason}")
 

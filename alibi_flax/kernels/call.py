@@ -60,7 +60,9 @@ class Kernel:
 
 def refuses_bias(call: Call) -> str | None:
     """The reason why a kernel that knows only -m |i - j| and no dropout cannot compute a call."""
-    return beyond_windows(call.distance, call.causal, call.dropout)
+    if call.dropout > 0:
+        return "it has no dropout"
+    return beyond_windows(call.distance, call.causal)
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
