@@ -10,7 +10,15 @@ from typing import Any
 
 from alibi_convert import formats, store
 from alibi_convert.errors import CheckpointError
-from alibi_convert.families import FAMILIES, Family, Source, fairseq, import_tensors
+from alibi_convert.families import (
+    FAMILIES,
+    Derived,
+    Family,
+    Source,
+    fairseq,
+    import_tensors,
+    settle_ties,
+)
 from alibi_convert.hub import resolve
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
@@ -18,6 +26,9 @@ from alibi_spec import ALiBiConfig, parameter_table
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 _FLOATS = frozenset(DTYPES.values())
+_TIED_HEAD = Derived(
+    r"lm_head\.weight", "tied: it is the token embedding", same_as="token_embedding.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -96,10 +107,16 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
     config = _settle(path, opened.carried, config)
     _require_layers(path, config, tensors)
+    ordered, dropped = _own_tensors(tensors, config)
+    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, dropped)
+
+
+def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
+    """The parameters of a configuration, in order, and what is there besides without need."""
+    settled = settle_ties((_TIED_HEAD,) if config.tie_embeddings else (), tensors)
     shapes = {row.name: row.shape for row in parameter_table(config)}
-    check_shapes(shapes, tensors.shapes)
-    ordered = Tensors({name: tensors.headers[name] for name in shapes})
-    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, {})
+    check_shapes(shapes, settled.tensors.shapes)
+    return Tensors({name: settled.tensors.headers[name] for name in shapes}), settled.dropped
 
 
 def _open_folder(folder: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened:
@@ -211,7 +228,7 @@ def torch_to_flax(state_dict: Mapping[str, Any], config: ALiBiConfig) -> dict[st
     Raises:
         CheckpointError: tensors missing, unexpected or of the wrong shape.
     """
-    return flax_tree(Tensors.of(state_dict), config)
+    return flax_tree(_own_tensors(Tensors.of(state_dict), config)[0], config)
 
 
 def flax_to_torch(params: Mapping[str, Any], config: ALiBiConfig) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_every_truncation_of_a_pickle(tmp_path: Path) -> None:
         (lambda f: edit(f, num_heads=7), "num_heads=7 does not divide"),
         (lambda f: edit(f, num_head=7), "unknown option 'num_head'"),
         (lambda f: edit(f, num_layers=3), r"16 tensors missing, 0 unexpected"),
-        (lambda f: edit(f, tie_embeddings=True), r"unexpected +lm_head\.weight"),
+        (lambda f: edit(f, tie_embeddings=True), r"lm_head\.weight and token_.* must be the same"),
         (lambda f: truncate(f / "model.safetensors"), "is truncated or not safetensors"),
         (lambda f: (f / "model.safetensors").unlink(), "does not exist"),
     ],

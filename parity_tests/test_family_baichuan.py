@@ -172,7 +172,7 @@ def test_the_rotary_models_are_refused() -> None:
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-        ({"quantization_config": {}}, "not known: quantization_config"),
+        ({"quantization_config": {}}, "the weights are quantised; save them dequantised"),
     ],
 )
 def test_what_cannot_be_honoured(change: dict[str, Any], message: str) -> None:

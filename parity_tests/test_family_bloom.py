@@ -190,7 +190,7 @@ def test_published_configurations(config: dict[str, Any], sizes: dict[str, int])
     ("changes", "message"),
     [
         ({"skip_bias_add_qkv": True}, "skip_bias_add_qkv=True .* cannot be honoured"),
-        ({"quantization_config": {}}, "keys that are not known: quantization_config"),
+        ({"quantization_config": {}}, "the weights are quantised; save them dequantised"),
         ({"n_embed": None}, "has no hidden_size"),
         ({"hidden_size": 2048}, "hidden_size=2048, n_embed=1024; keep the one"),
         ({"layer_norm_epsilon": None}, "norm_eps=None is not valid"),

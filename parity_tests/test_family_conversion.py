@@ -14,11 +14,12 @@ import transformers
 import alibi_convert.logits
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint, plan
+from alibi_convert.families import FAMILIES, settle_ties
 from alibi_convert.store import read_tensors, write_safetensors
 from alibi_convert.tensors import Tensors
 from alibi_convert.verify import verify_steps
 from alibi_spec import ALiBiConfig
-from parity_tests.cases import draw_parameters
+from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise
 from parity_tests.families import redraw
@@ -79,6 +80,52 @@ def test_there_and_back(tmp_path: Path, family: str) -> None:
         assert_bitwise(restored[name], stored[name], name)
     again = convert(tmp_path / "back", tmp_path / "again", max_shard_size=10_000)
     assert again.destination_xxh3["config.json"] == record["destination_xxh3"]["config.json"]
+
+
+@pytest.mark.parametrize("family", [*SIZES, "alibi"])
+def test_tied_tensors_under_their_second_name(tmp_path: Path, family: str) -> None:
+    """Of tensors that share their memory safetensors' own `save_model` keeps one, here the head."""
+    if family == "alibi":
+        source, first = (
+            write(tmp_path / "source", config=CONFIGS["lm-tied"]),
+            "token_embedding.weight",
+        )
+    else:
+        source = published(tmp_path / "source", family)
+        first = open_checkpoint(source).origins["token_embedding.weight"][0]
+    expected = {name: array.copy() for name, array in open_checkpoint(source).tensors.items()}
+    stored = {name: array.copy() for name, array in read_tensors(source).items()}
+    second = stored | {"lm_head.weight": stored[first]}
+    for names in ({first, "lm_head.weight"}, {"lm_head.weight"}):
+        kept = {name: second[name] for name in {*stored, *names} if name in names or name != first}
+        write_safetensors(source / "model.safetensors", Tensors.of(kept))
+        found = open_checkpoint(source)
+        assert list(found.derived) == ["lm_head.weight"] * (len(names) - 1)
+        for name, array in expected.items():
+            assert_bitwise(found.tensors[name], array, name)
+    second["lm_head.weight"] = second["lm_head.weight"] + second["lm_head.weight"].dtype.type(1)
+    write_safetensors(source / "model.safetensors", Tensors.of(second))
+    with pytest.raises(CheckpointError, match=rf"lm_head.weight and {first} must be the same"):
+        open_checkpoint(source)
+
+
+def test_every_tied_name_may_be_the_only_one() -> None:
+    """Of every family, importers included."""
+    tied = {
+        (family.name, each.pattern.replace("\\", ""), each.same_as)
+        for family in FAMILIES
+        for each in family.derived(ALiBiConfig(vocab_size=9))
+        if each.same_as is not None
+    }
+    assert {"bloom", "mpt", "falcon", "btlm", "mosaicbert", "jina", "fairseq"} <= {
+        family for family, _, _ in tied
+    }
+    for family, second, first in tied:
+        derived = next(each for each in FAMILIES if each.name == family).derived
+        alone = Tensors.of({second: np.arange(3.0)})
+        settled = settle_ties(derived(ALiBiConfig(vocab_size=9)), alone)
+        assert list(settled.tensors) == [first], family
+        assert settled.other_names == {first: second}
 
 
 def test_a_conversion_that_computes_something_else(

@@ -397,7 +397,7 @@ def attention(**changes: Any) -> dict[str, Any]:
         ({"no_bias": None}, "expected true or false"),
         ({"norm_eps": 1e-6, "layer_norm_epsilon": 1e-5}, "keep the one that is meant"),
         ({"norm_type": "triton_rmsnorm"}, "norm_type='triton_rmsnorm'"),
-        ({"residual_modification": "layer"}, "not known: residual_modification"),
+        ({"residual_modification": "layer"}, "branches are scaled"),
     ],
 )
 def test_what_cannot_be_honoured(changes: dict[str, Any], message: str) -> None:

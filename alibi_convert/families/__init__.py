@@ -18,6 +18,7 @@ from alibi_convert.families.family import (
     Source,
     export_tensors,
     import_tensors,
+    settle_ties,
 )
 
 FAMILIES = (
@@ -40,4 +41,5 @@ __all__ = [
     "Source",
     "export_tensors",
     "import_tensors",
+    "settle_ties",
 ]

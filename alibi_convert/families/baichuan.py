@@ -80,7 +80,7 @@ def _config(source: Source) -> ALiBiConfig:
             f"({rotary[0] if rotary else 'max_position_embeddings in config.json'}) instead of "
             "ALiBi; only Baichuan-13B and Baichuan2-13B can be read"
         )
-    return _TABLE.read(foreign)
+    return _TABLE.read(foreign, source.ignored)
 
 
 def _is_baichuan2(foreign: Mapping[str, Any], config: ALiBiConfig) -> bool:

@@ -67,7 +67,6 @@ LINES = (
     Key("initializer_range", "init_std", default=0.02),
     Key("layer_norm_eps", "norm_eps", default=1e-12),
     Only("is_decoder", (False,), "the bias is symmetric and nothing is masked"),
-    Only("add_cross_attention", (False,), "there is no encoder to attend to"),
     Only("tie_word_embeddings", (True,), "the head ends in the token embedding"),
     Neutral(("classifier_dropout", "num_labels"), "a classifier that is not read"),
 )

@@ -88,7 +88,7 @@ def _recognises(source: Source) -> bool:
 
 
 def _read_config(source: Source) -> ALiBiConfig:
-    return _KEYS.read(source.config or {})
+    return _KEYS.read(source.config or {}, source.ignored)
 
 
 def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:

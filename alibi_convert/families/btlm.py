@@ -130,7 +130,6 @@ _TABLE = KeyTable(
             default="learned",
         ),
         Only("scale_attn_by_inverse_layer_idx", (False,), "all layers share one scale here"),
-        Only("add_cross_attention", (False,), "there is no encoder to attend to"),
         Neutral(("reorder_and_upcast_attn",), "another order of the same operations"),
         Neutral(("is_decoder", "n_ctx"), "the model is causal, of any length"),
         Neutral(
@@ -156,7 +155,7 @@ def _recognises(source: Source) -> bool:
 def _config(source: Source) -> ALiBiConfig:
     """The configuration, with the slopes that the file holds: the published code uses them."""
     foreign = source.config or {}
-    config = _TABLE.read(foreign)
+    config = _TABLE.read(foreign, source.ignored)
     factor = (foreign.get("alibi_scaling") or {}).get("factor")
     if _SLOPES not in source.tensors and factor is None:
         return config

@@ -206,7 +206,9 @@ def _is_adaptive(source: Source) -> bool:
 def _config(source: Source) -> ALiBiConfig:
     """The options, completed by what only the tensors tell: vocabulary and final norm."""
     options = source.config or {}
-    config = _TABLE.read({name: options[name] for name in options if _is_of_model(name)})
+    config = _TABLE.read(
+        {name: options[name] for name in options if _is_of_model(name)}, source.ignored
+    )
     vocab_size, cutoffs = _vocab_size(source), config.adaptive_cutoffs
     if cutoffs is not None:
         cutoffs = tuple(end for end in cutoffs if end != vocab_size)

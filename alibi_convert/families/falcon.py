@@ -106,6 +106,9 @@ _ROWS = (
     ),
     Row("lm_head.weight", "lm_head.weight"),
 )
+_ALIASES = (  # files written from the model without its head
+    (r"((?:word_embeddings|h\.\d+|ln_f)\..+)", r"transformer.\1"),
+)
 
 
 def _recognises(source: Source) -> bool:
@@ -113,7 +116,7 @@ def _recognises(source: Source) -> bool:
 
 
 def _read_config(source: Source) -> ALiBiConfig:
-    return _KEYS.read(source.config or {})
+    return _KEYS.read(source.config or {}, source.ignored)
 
 
 def _write_config(config: ALiBiConfig) -> dict[str, Any]:
@@ -134,6 +137,7 @@ FAMILY = Family(
     _recognises,
     _read_config,
     _ROWS,
+    aliases=_ALIASES,
     derived=_derived,
     write_config=_write_config,
     neutral_keys=_KEYS.neutral_keys,

@@ -29,10 +29,12 @@ class Source:
     Attributes:
         config: its config.json (or what its file says about the model); None when there is none.
         tensors: by foreign name, unread.
+        ignored: keys of the configuration that change nothing, by the caller's word.
     """
 
     config: Mapping[str, Any] | None
     tensors: Tensors
+    ignored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Family:
         read_config: the configuration of a source; raises CheckpointError naming what it cannot
             honour.
         rows: the table of tensors, both ways.
-        aliases: (regular expression, replacement) for names that older files use; the first one
-            that matches a whole name renames it.
+        aliases: (regular expression, replacement) for names that other files use; each in turn
+            renames what it matches as a whole.
         derived: foreign tensors that are not carried over.
         folds: canonical tensors that are computed.
         write_config: the foreign config.json of a configuration; raises CheckpointError naming the
@@ -129,8 +131,7 @@ class Family:
     def _current_name(self, name: str) -> str:
         for pattern, replacement in self.aliases:
             found = re.fullmatch(pattern, name)
-            if found:
-                return found.expand(replacement)
+            name = found.expand(replacement) if found else name
         return name
 
 
@@ -158,25 +159,27 @@ def import_tensors(family: Family, config: ALiBiConfig, source: Source) -> Impor
         CheckpointError: tensors missing, unexpected, of the wrong shape, or not what they must be.
     """
     rules, folds = family.rules(config), family.folds(config, source)
-    dropped = dict(_dropped(family.derived(config), source.tensors))
+    settled = settle_ties(family.derived(config), source.tensors)
+    tensors = settled.tensors
     expected = {rule.foreign: rule.foreign_shape for rule in rules}
     for fold in folds:
         expected |= fold.foreign
-        _require_floats(fold, source.tensors)
-    found = {name: shape for name, shape in source.tensors.shapes.items() if name not in dropped}
-    check_shapes(expected, found)
+        _require_floats(fold, tensors)
+    check_shapes(expected, tensors.shapes)
     headers: dict[str, LazyTensor] = {}
     origins: dict[str, tuple[str, ...]] = {}
     for rule in rules:
         for index, parameter in enumerate(rule.parameters):
-            headers[parameter.name] = _extracted(rule, index, source.tensors)
-            origins[parameter.name] = (rule.foreign,)
+            headers[parameter.name] = _extracted(rule, index, tensors)
+            origins[parameter.name] = (settled.other_names.get(rule.foreign, rule.foreign),)
     shapes = {row.name: row.shape for row in parameter_table(config)}
     for fold in folds:
-        headers[fold.canonical] = _folded(fold, shapes[fold.canonical], source.tensors)
+        headers[fold.canonical] = _folded(fold, shapes[fold.canonical], tensors)
         origins[fold.canonical] = tuple(fold.foreign)
     ordered = Tensors({name: headers[name] for name in shapes})
-    return Import(ordered, origins, dropped, {fold.canonical: fold.reason for fold in folds})
+    return Import(
+        ordered, origins, settled.dropped, {fold.canonical: fold.reason for fold in folds}
+    )
 
 
 def export_tensors(family: Family, config: ALiBiConfig, tensors: Tensors) -> Tensors:
@@ -184,6 +187,39 @@ def export_tensors(family: Family, config: ALiBiConfig, tensors: Tensors) -> Ten
     headers = {rule.foreign: _built(rule, tensors) for rule in family.rules(config)}
     generated = Tensors.of(family.generated(config))
     return Tensors(headers | generated.headers)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Tensors without those that are not carried over.
+
+    Attributes:
+        tensors: a tied one that was there under its second name alone has its first.
+        dropped: names that are not carried over, with the reason.
+        other_names: the second name that the file uses, by the first.
+    """
+
+    tensors: Tensors
+    dropped: dict[str, str]
+    other_names: dict[str, str]
+
+
+def settle_ties(derived: tuple[Derived, ...], tensors: Tensors) -> Settled:
+    """See which tensors need not be carried over, and which go by a second name.
+
+    Raises:
+        CheckpointError: two tensors must be the same and differ.
+    """
+    headers, other_names = dict(tensors.headers), {}
+    for each in derived:
+        if each.same_as is not None and each.same_as not in headers:
+            second = next((name for name in headers if re.fullmatch(each.pattern, name)), None)
+            if second is not None:
+                headers[each.same_as] = headers.pop(second)
+                other_names[each.same_as] = second
+    dropped = dict(_dropped(derived, Tensors(headers)))
+    kept = {name: header for name, header in headers.items() if name not in dropped}
+    return Settled(Tensors(kept), dropped, other_names)
 
 
 def _dropped(derived: tuple[Derived, ...], tensors: Tensors) -> Iterator[tuple[str, str]]:
@@ -196,10 +232,10 @@ def _dropped(derived: tuple[Derived, ...], tensors: Tensors) -> Iterator[tuple[s
 
 
 def _require_same(name: str, other: str, tensors: Tensors) -> None:
-    if other not in tensors or not _same(tensors.headers[name], tensors.headers[other]):
+    if not _same(tensors.headers[name], tensors.headers[other]):
         raise CheckpointError(
             f"{name} and {other} must be the same tensor, since the configuration ties them, and "
-            "differ; set tie_word_embeddings to false if they are meant to"
+            "differ; untie them in config.json if they are meant to"
         )
 
 

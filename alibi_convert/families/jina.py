@@ -123,7 +123,7 @@ def _has_plain_layers(source: Source) -> bool:
 def _config(source: Source) -> ALiBiConfig:
     foreign = source.config or {}
     is_gated = not _has(source, _PLAIN)
-    config = _TABLE.read(foreign)
+    config = _TABLE.read(foreign, source.ignored)
     if config.gated_ffn != is_gated:
         raise CheckpointError(
             f"feed_forward_type={foreign.get('feed_forward_type', 'original')!r} contradicts the "
@@ -134,7 +134,7 @@ def _config(source: Source) -> ALiBiConfig:
 
 def _twice_normalised_config(source: Source) -> ALiBiConfig:
     foreign = {"feed_forward_type": "geglu", **(source.config or {})}  # its own default
-    config = _config(Source(foreign, source.tensors))
+    config = _config(Source(foreign, source.tensors, source.ignored))
     return replace(config, qk_norm=True, attention_output_norm=True)
 
 

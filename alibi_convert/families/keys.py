@@ -17,11 +17,17 @@ from alibi_spec import ALiBiConfig
 
 REQUIRED = object()  # a key without a default
 
-# Keys of any config.json that say nothing about what the model computes.
+# Keys of any config.json that say nothing about what the model computes: transformers' own, of
+# every version, and those that trainers add.
 COMMON_NEUTRAL = (
+    "_attn_implementation",
     "_attn_implementation_autoset",
+    "_attn_implementation_internal",
     "_commit_hash",
+    "_flash_attn_2_enabled",
     "_name_or_path",
+    "_pre_quantization_dtype",
+    "activation_dropout",
     "architectures",
     "attn_implementation",
     "auto_map",
@@ -29,14 +35,18 @@ COMMON_NEUTRAL = (
     "begin_suppress_tokens",
     "bos_token_id",
     "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
     "custom_pipelines",
     "decoder_start_token_id",
     "diversity_penalty",
     "do_sample",
+    "dropout",
     "dtype",
     "early_stopping",
     "encoder_no_repeat_ngram_size",
+    "end_token_id",
     "eos_token_id",
+    "eos_token_ids",
     "exponential_decay_length_penalty",
     "finetuning_task",
     "forced_bos_token_id",
@@ -44,6 +54,7 @@ COMMON_NEUTRAL = (
     "gradient_checkpointing",
     "id2label",
     "ignore_index",
+    "is_decoder",
     "keys_to_ignore_at_inference",
     "label2id",
     "length_penalty",
@@ -58,11 +69,11 @@ COMMON_NEUTRAL = (
     "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
+    "output_past",
     "output_scores",
     "pad_token_id",
     "prefix",
     "problem_type",
-    "pruned_heads",
     "remove_invalid_values",
     "repetition_penalty",
     "return_dict",
@@ -71,17 +82,23 @@ COMMON_NEUTRAL = (
     "suppress_tokens",
     "task_specific_params",
     "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
     "tokenizer_class",
     "tokenizer_name",
     "top_k",
     "top_p",
     "torch_dtype",
     "torchscript",
+    "transformers.js_config",
     "transformers_version",
     "typical_p",
     "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_bfloat16",
     "use_cache",
+    "xla_device",
 )
 
 
@@ -176,7 +193,23 @@ class Neutral:
     reason: str
 
 
-_COMMON_ONLY = (Only("is_encoder_decoder", (False,), "there are no two halves", written=False),)
+_QUANTISED = "quantization_config"  # may be ignored: the tensors tell whether it still holds
+_COMMON_ONLY = (
+    Only("is_encoder_decoder", (False,), "there are no two halves", written=False),
+    Only("add_cross_attention", (False,), "there is no encoder to attend to", written=False),
+    Only("pruned_heads", ({}, None), "layers would have different heads", written=False),
+    Only(
+        _QUANTISED,
+        (None,),
+        "the weights are quantised; save them dequantised (transformers: model.dequantize()), and "
+        f"if this key is left, pass ignore_keys=({_QUANTISED!r},) (--ignore-key {_QUANTISED})",
+        written=False,
+    ),
+)
+# What transformers keeps in every object of a configuration, nested ones included.
+GENERAL_KEYS = frozenset(
+    ("model_type", "tie_word_embeddings", *COMMON_NEUTRAL, *(each.foreign for each in _COMMON_ONLY))
+)
 
 
 @dataclass(frozen=True)
@@ -208,18 +241,25 @@ class KeyTable:
         own = (name for line in self.lines if isinstance(line, Neutral) for name in line.names)
         return frozenset(COMMON_NEUTRAL).union(name for name in own if "." not in name)
 
-    def read(self, foreign: Mapping[str, Any]) -> ALiBiConfig:
+    def read(
+        self, foreign: Mapping[str, Any], ignored: frozenset[str] = frozenset()
+    ) -> ALiBiConfig:
         """The configuration that a foreign one describes.
 
+        Args:
+            foreign: the contents of config.json.
+            ignored: keys that no line names, and that change nothing by the caller's word.
+
         Raises:
-            CheckpointError: a key is missing, unknown, or has a value that cannot be honoured.
+            CheckpointError: a key is missing, unknown, or has a value that cannot be honoured; or
+                an ignored one is known.
         """
-        self._refuse_unknown(foreign)
+        self._refuse_unknown(foreign, ignored)
         fields = dict(self.implied)
         for line in (*self.lines, *_COMMON_ONLY):
             if isinstance(line, Key):
                 fields[line.field] = self._field(line, foreign)
-            elif isinstance(line, Only):
+            elif isinstance(line, Only) and line.foreign not in ignored:
                 value = _look_up(foreign, line.foreign, line.default)
                 if not any(_is_same(value, allowed) for allowed in line.values):
                     raise CheckpointError(
@@ -301,21 +341,28 @@ class KeyTable:
                 f"{error}"
             ) from None
 
-    def _refuse_unknown(self, foreign: Mapping[str, Any]) -> None:
-        known = {"model_type", *COMMON_NEUTRAL}
+    def _refuse_unknown(self, foreign: Mapping[str, Any], ignored: frozenset[str]) -> None:
+        meant, neutral = {"model_type"}, set(COMMON_NEUTRAL)
         for line in (*self.lines, *_COMMON_ONLY):
             if isinstance(line, Neutral):
-                known.update(line.names)
+                neutral.update(line.names)
             else:
-                known.add(line.foreign)
-                known.update(line.aliases if isinstance(line, Key) else ())
-        nested = {name.split(".")[0] for name in known if "." in name}
+                meant.add(line.foreign)
+                meant.update(line.aliases if isinstance(line, Key) else ())
+        for name in sorted(ignored & meant - {_QUANTISED}):
+            if is_there(foreign, name):
+                raise CheckpointError(
+                    f"{name} in the {self.family} configuration cannot be ignored: what the model "
+                    "computes depends on it"
+                )
+        known = meant | neutral | ignored
+        nested = {name[:dot] for name in meant for dot in _dots(name)}
         unknown = [name for name in _flat_names(foreign, nested) if name not in known]
         if unknown:
             raise CheckpointError(
                 f"the {self.family} configuration has keys that are not known: "
                 f"{', '.join(sorted(unknown))}; if they change nothing about what the model "
-                "computes, remove them from config.json"
+                "computes, pass ignore_keys=(…) (--ignore-key NAME)"
             )
 
 
@@ -364,6 +411,12 @@ def _look_up(foreign: Mapping[str, Any], name: str, default: Any) -> Any:
     return _look_up(inner, rest, default)
 
 
+def is_there(foreign: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration has a key, dotted or not."""
+    missing = object()
+    return name in foreign or _look_up(foreign, name, missing) is not missing
+
+
 def _store(foreign: dict[str, Any], name: str, value: Any) -> None:
     head, _, rest = name.partition(".")
     if rest:
@@ -372,9 +425,15 @@ def _store(foreign: dict[str, Any], name: str, value: Any) -> None:
         foreign[head] = value
 
 
-def _flat_names(foreign: Mapping[str, Any], nested: set[str]) -> Iterator[str]:
+def _flat_names(foreign: Mapping[str, Any], nested: set[str], prefix: str = "") -> Iterator[str]:
+    """Every key by its dotted name; objects that a line leads into are not keys themselves."""
     for name, value in foreign.items():
-        if name in nested and isinstance(value, Mapping):
-            yield from (f"{name}.{inner}" for inner in value)
-        elif name not in nested:
-            yield name
+        full = f"{prefix}{name}"
+        if full not in nested:
+            yield full
+        elif isinstance(value, Mapping):
+            yield from _flat_names(value, nested, f"{full}.")
+
+
+def _dots(name: str) -> Iterator[int]:
+    return (index for index, letter in enumerate(name) if letter == ".")

@@ -59,7 +59,7 @@ def _config(source: Source) -> ALiBiConfig:
             f"a BERT without {_WQKV}.weight in its layers has position embeddings instead of "
             "ALiBi; of BERT's descendants MosaicBERT, DNABERT-2 and Jina v2 can be read"
         )
-    config = bert.with_head(_TABLE.read(source.config or {}), source, "gelu")
+    config = bert.with_head(_TABLE.read(source.config or {}, source.ignored), source, "gelu")
     if config.head == "masked_lm" and config.norm_eps != _HEAD_EPS:
         raise CheckpointError(
             f"layer_norm_eps={config.norm_eps} cannot be honoured: the head has {_HEAD_EPS} "

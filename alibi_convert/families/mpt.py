@@ -13,7 +13,7 @@ from typing import Any
 
 from alibi_convert.families.family import Derived, Family, Source
 from alibi_convert.families.keys import (
-    COMMON_NEUTRAL,
+    GENERAL_KEYS,
     Key,
     KeyTable,
     Neutral,
@@ -25,7 +25,7 @@ from alibi_convert.families.keys import (
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
 
-_MODEL_TYPES = ("mpt", "mosaic_gpt")
+_MODEL_TYPES = ("mpt", "mosaic_gpt", "replit_lm")
 _NORMS = one_of(
     ("low_precision_layernorm", "layer"),
     ("layernorm", "layer"),
@@ -112,7 +112,13 @@ def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any
         width = int(ratio * d_model)
     if width is not None:
         fields |= feed_forward_fields(width, d_model)
-    fields["num_kv_heads"] = _kv_heads(foreign.get("attn_config") or {}, fields["num_heads"])
+    if foreign.get("attention_bias", False) and foreign.get("no_bias", True):
+        raise ValueError("attention_bias=True beside no_bias=True cannot be honoured")
+    attention = foreign.get("attn_config") or {}
+    for given in (foreign.get("head_dim"), attention.get("head_dim")):
+        if given is not None and given * fields["num_heads"] != d_model:
+            raise ValueError(f"head_dim={given!r} cannot be honoured: it is d_model / n_heads here")
+    fields["num_kv_heads"] = _kv_heads(attention, fields["num_heads"])
     if fields["norm"] == "rms":
         fields["norm_bias"] = False  # whatever no_bias says
     if fields["logit_scale"] == "inv_sqrt_d_model":
@@ -127,6 +133,13 @@ _KEYS = KeyTable(
     lines=(
         Only("attn_config.alibi", (True,), "the model has no ALiBi", default=False),
         Only("attn_config.rope", (False,), "queries and keys are rotated", written=False),
+        Only("attn_config.nope", (False,), "layers differ", written=False),
+        Only(
+            "attn_config.attn_temperature_tuning.attn_scale",
+            (0.0, 0, None),
+            "queries are scaled by their position",
+            written=False,
+        ),
         Only("attn_config.prefix_lm", (False,), "a prefix sees ahead", written=False),
         Only("attn_config.qk_gn", (False,), "a norm for every head", written=False),
         Only("attn_config.fused_qkv", (True,), "Wqkv is in three tensors", written=False),
@@ -137,6 +150,7 @@ _KEYS = KeyTable(
         Only("attn_config.kv_dim", (None,), "keys come from elsewhere", written=False),
         Only("attn_config.reuse_kv_layer_idx", (None,), "layers share keys", written=False),
         Only("attn_config.reuse_kv_x_layer_idx", (None,), "layers share inputs", written=False),
+        Only("residual_modification", (None,), "branches are scaled", written=False),
         Only("block_overrides", (None,), "layers differ", written=False),
         Only("attn_config.attn_impl", ("torch", "flash", "triton", "flex"), "not a known kernel"),
         Key("vocab_size", "vocab_size"),
@@ -187,6 +201,9 @@ _KEYS = KeyTable(
             ),
             "nothing is rotated",
         ),
+        Neutral(("attention_bias", "head_dim", "attn_config.head_dim"), "checked when refined"),
+        Neutral(("attn_config.attn_temperature_tuning.floor_scale",), "the tuning is off"),
+        Neutral(("residual_coeff",), "branches are not scaled"),
         Neutral(("attn_config.attn_uses_sequence_id",), "only for inputs with sequence ids"),
         Neutral(("attn_config.seq_parallel_world_size",), "how work is divided"),
         Neutral(("use_pad_tok_in_ffn",), "changes padded positions alone"),
@@ -224,7 +241,8 @@ _ROWS = (
     Row("lm_head.weight", "lm_head.weight"),
 )
 _BLOCK = r"(transformer\.blocks\.\d+)"
-_ALIASES = (  # names of Replit-code-v1 and of MPT before llm-foundry
+_ALIASES = (  # of the model without its head; of Replit-code-v1 and MPT before llm-foundry
+    (r"((?:wte|blocks\.\d+|norm_f|ln_f)\..+)", r"transformer.\1"),
     (_BLOCK + r"\.ln_([12])\.(.+)", r"\1.norm_\2.\3"),
     (_BLOCK + r"\.mlp\.(?:mlp_up|up_proj)\.(.+)", r"\1.ffn.up_proj.\2"),
     (_BLOCK + r"\.mlp\.(?:mlp_down|down_proj)\.(.+)", r"\1.ffn.down_proj.\2"),
@@ -237,24 +255,26 @@ def _recognises(source: Source) -> bool:
 
 
 def _read_config(source: Source) -> ALiBiConfig:
-    return _KEYS.read(_nested(source.config or {}))
+    return _KEYS.read(_nested(source.config or {}), source.ignored)
 
 
 def _nested(foreign: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with an attn_config that says what is about attention, and no more."""
-    if "attn_config" not in foreign:
+    attention = foreign.get("attn_config")
+    if not isinstance(attention, Mapping | None):
+        return dict(foreign)
+    is_flat = "attn_config" not in foreign and any(name in _FLAT for name in foreign)
+    if is_flat:
         attention = {_FLAT[name]: value for name, value in foreign.items() if name in _FLAT}
         if foreign.get("multiquery_attention", False):
             attention["attn_type"] = "multiquery_attention"
-        rest = {name: value for name, value in foreign.items() if name not in _FLAT}
-        rest.pop("multiquery_attention", None)
-        return rest | {"attn_config": attention}
-    attention = foreign["attn_config"]
-    if not isinstance(attention, Mapping):
-        return dict(foreign)
+        foreign = {name: value for name, value in foreign.items() if name not in _FLAT}
+        foreign.pop("multiquery_attention", None)
     # transformers keeps its general keys in it a second time.
-    general = {"is_encoder_decoder", "model_type", *COMMON_NEUTRAL}
-    own = {name: value for name, value in attention.items() if name not in general}
+    own = {name: value for name, value in (attention or {}).items() if name not in GENERAL_KEYS}
+    # Its MPT has ALiBi where nothing is said; that of llm-foundry, without these keys, has not.
+    if not is_flat and {"initializer_range", "layer_norm_epsilon"} <= foreign.keys():
+        own = {"alibi": True, **own}
     return dict(foreign) | {"attn_config": own}
 
 

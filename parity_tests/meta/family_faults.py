@@ -55,6 +55,20 @@ FAMILY_FAULTS = (
         "test_family_bloom.py -k older",
     ),
     Mutant(
+        "a tied tensor that is there under its second name alone counts as missing",
+        "alibi_convert/families/family.py",
+        "if second is not None:",
+        "if second is None:",
+        "test_family_conversion.py -k second_name",
+    ),
+    Mutant(
+        "a tied head in a file of ours counts as unexpected",
+        "alibi_convert/checkpoint.py",
+        "(_TIED_HEAD,) if config.tie_embeddings else ()",
+        "()",
+        "test_family_conversion.py -k second_name",
+    ),
+    Mutant(
         "Falcon's slopes in float32",
         "alibi_convert/families/falcon.py",
         '"distance": "bfloat16"',
