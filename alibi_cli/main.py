@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
+from alibi_convert.checkpoint import GivenConfig
 from alibi_convert.formats import FORMATS
 from alibi_convert.store import FORMAT, parse_config, parse_json
 from alibi_convert.tensors import DTYPES
@@ -154,24 +155,39 @@ def _target_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--config", type=Path, help="JSON of an ALiBiConfig, for files that carry none"
+        "--config",
+        type=Path,
+        help="for files that carry none: JSON of an ALiBiConfig, or another config.json",
     )
     command.add_argument(
         "--allow-pt", action="store_true", help="read pickles, by torch's weights_only unpickler"
+    )
+    command.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a config.json: one that is not known and changes nothing; may be repeated",
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _source_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {"config": _read_config(options.config), "allow_pt": options.allow_pt}
+    return {
+        "config": _read_config(options.config),
+        "allow_pt": options.allow_pt,
+        "ignore_keys": options.ignore_key,
+    }
 
 
-def _read_config(path: Path | None) -> ALiBiConfig | None:
+def _read_config(path: Path | None) -> GivenConfig | None:
     if path is None:
         return None
     values = parse_json(path.read_bytes(), str(path))
     if values.get("format") == FORMAT:
         return parse_config(path.read_bytes(), str(path))
+    if "model_type" in values:  # of a family
+        return values
     return ALiBiConfig.from_dict(values)
 
 
@@ -190,6 +206,7 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}")
     for name, reason in contents["derived"].items():
         print(f"  {name:{width}}  not carried over: {reason}")
+    _print_ignored(contents["ignored"])
     return OK
 
 
@@ -220,6 +237,7 @@ def _print_plan(planned: Plan) -> None:
         origin = "" if row.sources == (name,) else f"  from {', '.join(row.sources)}"
         print(f"  {name:{width}}  {dtype} {list(row.shape)} {row.nbytes:,} bytes{origin}")
     _print_differences(planned.dropped, planned.folded)
+    _print_ignored(planned.ignored)
     for file, names in planned.files.items():
         print(f"{file}: {len(names)} tensors")
     free = planned.free_disk_bytes
@@ -237,6 +255,11 @@ def _print_differences(dropped: Mapping[str, str], folded: Mapping[str, str]) ->
         print(f"  not carried over: {name} ({reason})")
     for name, reason in folded.items():
         print(f"  computed: {name} ({reason})")
+
+
+def _print_ignored(ignored: Mapping[str, Any]) -> None:
+    for name, value in ignored.items():
+        print(f"  ignored: {name}={value!r}")
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -264,6 +287,7 @@ def _print_report(report: Report) -> None:
     )
     print(f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s")
     _print_differences(report.dropped, report.folded)
+    _print_ignored(report.ignored)
     for cast in report.casts:
         where = f" in {cast.where}" if cast.where else ""
         print(

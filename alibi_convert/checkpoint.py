@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from alibi_convert.families import (
     import_tensors,
     settle_ties,
 )
+from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.hub import resolve
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
 
+# A configuration from elsewhere: ours, or the contents of a family's config.json.
+GivenConfig = ALiBiConfig | Mapping[str, Any]
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 _FLOATS = frozenset(DTYPES.values())
 _TIED_HEAD = Derived(
@@ -45,6 +48,7 @@ class Checkpoint:
         origins: names in the file of what each tensor comes from, where they differ from ours.
         folded: tensors that are computed from those of the file, with the reason.
         foreign_config: the config.json of another family's folder.
+        ignored: keys of it that were left out of account by the caller's word, with their values.
     """
 
     path: Path
@@ -56,6 +60,7 @@ class Checkpoint:
     origins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     folded: Mapping[str, str] = field(default_factory=dict)
     foreign_config: Mapping[str, Any] | None = None
+    ignored: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,23 @@ class _Opened:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, config: ALiBiConfig | None = None, allow_pt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    config: GivenConfig | None = None,
+    allow_pt: bool = False,
+    ignore_keys: Collection[str] = (),
 ) -> Checkpoint:
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
     Args:
         path: a folder of ours, of a known family or of orbax, a .safetensors, .pt or .msgpack
             file, or the id of a folder on the Hugging Face hub.
-        config: for files that carry no configuration; otherwise it must agree with theirs.
+        config: for files that carry no configuration; otherwise it must agree with theirs. An
+            ALiBiConfig, or the contents of a family's config.json, whose names of tensors the file
+            may have.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+        ignore_keys: keys of a foreign config.json that are not known and change nothing; a dot
+            leads into an object.
 
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
@@ -85,27 +98,28 @@ def open_checkpoint(
     path = resolve(path, allow_pt)
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
+    ignored = frozenset(ignore_keys)
     if path.is_dir():
-        opened = _open_folder(path, config, allow_pt)
+        opened = _open_folder(path, config, ignored, allow_pt)
     else:
-        opened = _open_file(path, config, allow_pt)
+        opened = _open_file(path, config, ignored, allow_pt)
     tensors = opened.tensors
     odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
-    source = Source(opened.foreign, tensors)
+    source = Source(opened.foreign, tensors, ignored)
+    has_our_names = any(name.startswith("transformer.layers.") for name in tensors)
+    if isinstance(config, Mapping) and source.config is None and not has_our_names:
+        source = Source(config, tensors, ignored)
     if opened.carried is None:
         for family in FAMILIES:
             if family.recognises(source):
-                return _from_family(family, path, opened.format, config, source)
-    if opened.foreign is not None:
-        kind = opened.foreign.get("model_type")
-        raise CheckpointError(
-            f"{path} is of no known family (model_type {kind!r}); known: alibi-duo, "
-            f"{', '.join(family.name for family in FAMILIES)}"
-        )
+                given = _as_config(config, family.renamed(tensors), ignored)
+                return _from_family(family, path, opened.format, given, source)
+    if source.config is not None:
+        raise _unknown_family(str(path), source.config)
     if odd:
         name, dtype = next(iter(odd.items()))
         raise CheckpointError(f"{path}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
-    config = _settle(path, opened.carried, config)
+    config = _settle(path, opened.carried, _as_config(config, tensors, ignored))
     _require_layers(path, config, tensors)
     ordered, dropped = _own_tensors(tensors, config)
     return Checkpoint(path, opened.format, store.FORMAT, config, ordered, dropped)
@@ -119,12 +133,35 @@ def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[s
     return Tensors({name: settled.tensors.headers[name] for name in shapes}), settled.dropped
 
 
-def _open_folder(folder: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened:
+def _unknown_family(origin: str, foreign: Mapping[str, Any]) -> CheckpointError:
+    return CheckpointError(
+        f"{origin} is of no known family (model_type {foreign.get('model_type')!r}); known: "
+        f"alibi-duo, {', '.join(family.name for family in FAMILIES)}"
+    )
+
+
+def _as_config(
+    given: GivenConfig | None, tensors: Tensors, ignored: frozenset[str]
+) -> ALiBiConfig | None:
+    """The configuration that somebody gave, in our terms."""
+    if not isinstance(given, Mapping):
+        return given
+    source = Source(given, tensors, ignored)
+    for family in FAMILIES:
+        if family.recognises(source):
+            return family.read_config(source)
+    raise _unknown_family("the configuration given", given)
+
+
+def _open_folder(
+    folder: Path, given: GivenConfig | None, ignored: frozenset[str], allow_pt: bool
+) -> _Opened:
     if (folder / store.ORBAX_MARK).exists():  # orbax params alone
-        config = _settle(folder, None, given)
+        config = _settle(folder, None, _as_config(given, Tensors({}), ignored))
         return _Opened("orbax", formats.read_orbax(folder, config), config)
     if (folder / store.ORBAX_FOLDER).is_dir():
-        config = _settle(folder, store.read_config(folder / store.CONFIG_FILE), given)
+        carried = store.read_config(folder / store.CONFIG_FILE)
+        config = _settle(folder, carried, _as_config(given, Tensors({}), ignored))
         tensors = formats.read_orbax(folder / store.ORBAX_FOLDER, config)
         return _Opened("orbax", tensors, config)
     if not (folder / store.CONFIG_FILE).exists():
@@ -137,7 +174,9 @@ def _open_folder(folder: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Op
     return _Opened("alibi", store.read_tensors(folder, allow_pt), carried)
 
 
-def _open_file(path: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened:
+def _open_file(
+    path: Path, given: GivenConfig | None, ignored: frozenset[str], allow_pt: bool
+) -> _Opened:
     carried = None
     if path.suffix == ".safetensors":
         tensors, metadata = store.read_safetensors(path)
@@ -157,7 +196,7 @@ def _open_file(path: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened
             return _Opened("pt", source.tensors, foreign=source.config)
         return _Opened("pt", formats.read_pt(path), carried)
     if path.suffix == ".msgpack":
-        config = _settle(path, carried, given)
+        config = _settle(path, carried, _as_config(given, Tensors({}), ignored))
         return _Opened("msgpack", formats.read_msgpack(path, config), config)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
@@ -200,7 +239,7 @@ def _require_layers(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
 def _from_family(
     family: Family, path: Path, kind: str, given: ALiBiConfig | None, source: Source
 ) -> Checkpoint:
-    source = Source(source.config, family.renamed(source.tensors))
+    source = replace(source, tensors=family.renamed(source.tensors))
     config = _settle(path, family.read_config(source), given)
     _require_layers(path, config, source.tensors)
     found = import_tensors(family, config, source)
@@ -215,7 +254,13 @@ def _from_family(
         origins=found.origins,
         folded=found.folded,
         foreign_config=source.config,
+        ignored=_found(source),
     )
+
+
+def _found(source: Source) -> dict[str, Any]:
+    values = {name: look_up(source.config or {}, name) for name in sorted(source.ignored)}
+    return {name: value for name, value in values.items() if value is not MISSING}
 
 
 def torch_to_flax(state_dict: Mapping[str, Any], config: ALiBiConfig) -> dict[str, Any]:

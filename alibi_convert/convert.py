@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, GivenConfig, open_checkpoint
 from alibi_convert.comparison import first_difference as first_difference  # exported
 from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
@@ -41,8 +41,9 @@ def convert(
     dtype: str | None = None,
     verify: bool = True,
     *,
-    config: ALiBiConfig | None = None,
+    config: GivenConfig | None = None,
     allow_pt: bool = False,
+    ignore_keys: Collection[str] = (),
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     strict_values: bool = False,
@@ -58,7 +59,7 @@ def convert(
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
         verify: read the destination back and compare every tensor bit by bit; and between
             families, where memory allows, run both sides and compare what they compute.
-        config, allow_pt: as for `open_checkpoint`.
+        config, allow_pt, ignore_keys: as for `open_checkpoint`.
         overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
@@ -74,7 +75,7 @@ def convert(
     destination = Path(destination)
     to = check_target(destination, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
     target = None if dtype is None else DTYPES[dtype]
     meant = replace(checkpoint, tensors=cast(checkpoint.tensors, target))
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
@@ -113,6 +114,7 @@ def convert(
             nbytes=nbytes,
             dropped=dict(checkpoint.derived),
             folded=dict(checkpoint.folded),
+            ignored=dict(checkpoint.ignored),
             rounding=watched.rounding,
             casts=watched.casts,
             nonfinite=watched.nonfinite,
@@ -157,14 +159,18 @@ def check_target(destination: Path, to: str | None, dtype: str | None) -> str:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, config: ALiBiConfig | None = None, allow_pt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    config: GivenConfig | None = None,
+    allow_pt: bool = False,
+    ignore_keys: Collection[str] = (),
 ) -> dict[str, Any]:
     """What a checkpoint holds, as plain JSON values.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
     headers = checkpoint.tensors.headers
     return {
         "path": str(path),
@@ -179,6 +185,7 @@ def inspect(
             for name, header in headers.items()
         },
         "derived": dict(checkpoint.derived),
+        "ignored": dict(checkpoint.ignored),
     }
 
 

@@ -83,7 +83,9 @@ def _misunderstood(checkpoint: Checkpoint) -> str | None:
         theirs = transformers.AutoConfig.from_pretrained(
             checkpoint.path, local_files_only=True, trust_remote_code=False
         )
-        config = family.read_config(Source(theirs.to_dict(), Tensors({})))
+        config = family.read_config(
+            Source(theirs.to_dict(), Tensors({}), frozenset(checkpoint.ignored))
+        )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(theirs)
     except (*errors, StrictDataclassError) as error:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alibi_convert.checkpoint import Checkpoint, open_checkpoint
+from alibi_convert.checkpoint import Checkpoint, GivenConfig, open_checkpoint
 from alibi_convert.convert import check_target
 from alibi_convert.destination import check_destination, existing_parent, free_bytes
 from alibi_convert.errors import CheckpointError
@@ -16,7 +17,6 @@ from alibi_convert.formats import FORMATS, Format
 from alibi_convert.store import MAX_SHARD_BYTES, parse_size, shard_names
 from alibi_convert.tensors import CHUNK_BYTES, DTYPES, LazyTensor, Tensors
 from alibi_convert.values import cast
-from alibi_spec import ALiBiConfig
 
 _INTERPRETER_BYTES = 100 * 10**6  # Python, NumPy and a few chunks
 _LIBRARIES = {"pt": "torch", "msgpack": "flax", "orbax": "orbax.checkpoint"}
@@ -66,7 +66,7 @@ class Plan:
         tensors: by canonical name.
         stored: shape of every tensor as the destination names it and lays it out.
         files: names of the tensors, as the destination names them, in each file.
-        dropped, folded: as in `Report`.
+        dropped, folded, ignored: as in `Report`.
         nbytes: of all tensors in the destination.
         peak_memory_bytes: estimated need of a run.
         free_disk_bytes: where the destination would be, if the file system says.
@@ -83,6 +83,7 @@ class Plan:
     files: dict[str, list[str]]
     dropped: dict[str, str]
     folded: dict[str, str]
+    ignored: dict[str, Any]
     nbytes: int
     peak_memory_bytes: int
     free_disk_bytes: int | None
@@ -104,8 +105,9 @@ def plan(
     to: str | None = None,
     dtype: str | None = None,
     *,
-    config: ALiBiConfig | None = None,
+    config: GivenConfig | None = None,
     allow_pt: bool = False,
+    ignore_keys: Collection[str] = (),
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
 ) -> Plan:
@@ -120,7 +122,7 @@ def plan(
         place = place.with_suffix(FORMATS[to].suffix)
     to = check_target(place, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
     wanted = cast(checkpoint.tensors, None if dtype is None else DTYPES[dtype])
     nbytes = sum(header.nbytes for header in wanted.headers.values())
     problems = []
@@ -148,6 +150,7 @@ def plan(
         files=shard_names(stored.headers, max_shard_bytes) if sharded else single,
         dropped=dict(checkpoint.derived),
         folded=dict(checkpoint.folded),
+        ignored=dict(checkpoint.ignored),
         nbytes=nbytes,
         peak_memory_bytes=peak,
         free_disk_bytes=free_bytes(place),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from alibi_convert.backends import FlaxBackend, TorchBackend
-from alibi_convert.checkpoint import Checkpoint, open_checkpoint
+from alibi_convert.checkpoint import Checkpoint, GivenConfig, open_checkpoint
 from alibi_convert.convert import first_difference
 from alibi_convert.extras import require
 from alibi_convert.logits import output_errors
@@ -63,8 +63,9 @@ def verify(
     inputs: np.ndarray | None = None,
     new_tokens: int = 256,
     seed: int = 0,
-    config: ALiBiConfig | None = None,
+    config: GivenConfig | None = None,
     allow_pt: bool = False,
+    ignore_keys: Collection[str] = (),
 ) -> Verification:
     """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
 
@@ -77,14 +78,14 @@ def verify(
             comparison of activations; None draws three random sequences past `max_len`.
         new_tokens: length of the greedy continuation that must agree.
         seed: of everything random.
-        config, allow_pt: as for `open_checkpoint`.
+        config, allow_pt, ignore_keys: as for `open_checkpoint`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
         ValueError: a backend is not installed.
     """
     return Verification(
-        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt))
+        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt, ignore_keys))
     )
 
 
@@ -94,14 +95,17 @@ def verify_steps(
     inputs: np.ndarray | None = None,
     new_tokens: int = 256,
     seed: int = 0,
-    config: ALiBiConfig | None = None,
+    config: GivenConfig | None = None,
     allow_pt: bool = False,
+    ignore_keys: Collection[str] = (),
 ) -> Iterator[Check]:
     """The checks of `verify` one by one, each as soon as it is known."""
     require("torch", "torch", "verify")
     require("flax", "flax", "verify")
-    ours = open_checkpoint(source, config=config, allow_pt=allow_pt)
-    theirs = ours if other is None else open_checkpoint(other, config=config, allow_pt=allow_pt)
+    ours = open_checkpoint(source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+    theirs = ours
+    if other is not None:
+        theirs = open_checkpoint(other, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
     if other is not None:
         difference = first_difference(ours, theirs)
         measured = difference or f"{len(ours.tensors)} tensors, bitwise"

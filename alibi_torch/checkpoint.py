@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from alibi_convert.checkpoint import open_checkpoint
+from alibi_convert.checkpoint import GivenConfig, open_checkpoint
 from alibi_convert.store import replacing, write_folder
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_spec import ALiBiConfig
@@ -37,8 +38,9 @@ class PretrainedModule(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        config: ALiBiConfig | None = None,
+        config: GivenConfig | None = None,
         allow_pt: bool = False,
+        ignore_keys: Collection[str] = (),
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
 
@@ -49,14 +51,17 @@ class PretrainedModule(nn.Module):
                 file, or the id of a folder on the Hugging Face hub.
             dtype: of the parameters; None keeps the checkpoint's.
             device: where the parameters go.
-            config: for files that do not carry a configuration.
+            config: for files that carry none: an ALiBiConfig, or the contents of a config.json.
             allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+            ignore_keys: keys of a foreign config.json that are not known and change nothing.
 
         Raises:
             CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
             ValueError: the checkpoint is of the other model class.
         """
-        checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+        checkpoint = open_checkpoint(
+            path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys
+        )
         with torch.device("meta"):
             model = cls(checkpoint.config)
         state = {

@@ -16,10 +16,11 @@ from alibi_convert.errors import CheckpointError
 from alibi_spec import ALiBiConfig
 
 REQUIRED = object()  # a key without a default
+MISSING = object()  # what a key that is not there has for its value
 
 # Keys of any config.json that say nothing about what the model computes: transformers' own, of
 # every version, and those that trainers add.
-COMMON_NEUTRAL = (
+COMMON_NEUTRAL: tuple[str, ...] = (
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_attn_implementation_internal",
@@ -260,7 +261,7 @@ class KeyTable:
             if isinstance(line, Key):
                 fields[line.field] = self._field(line, foreign)
             elif isinstance(line, Only) and line.foreign not in ignored:
-                value = _look_up(foreign, line.foreign, line.default)
+                value = look_up(foreign, line.foreign, line.default)
                 if not any(_is_same(value, allowed) for allowed in line.values):
                     raise CheckpointError(
                         f"{line.foreign}={value!r} in the {self.family} configuration cannot be "
@@ -319,9 +320,9 @@ class KeyTable:
 
     def _field(self, line: Key, foreign: Mapping[str, Any]) -> Any:
         names = (line.foreign, *line.aliases)
-        found = {name: _look_up(foreign, name, None) for name in names}
+        found = {name: look_up(foreign, name, None) for name in names}
         said = {name: value for name, value in found.items() if value is not None}
-        first, *others = list(said.values()) or [_look_up(foreign, line.foreign, line.default)]
+        first, *others = list(said.values()) or [look_up(foreign, line.foreign, line.default)]
         if any(other != first for other in others):
             listed = ", ".join(f"{name}={value!r}" for name, value in said.items())
             raise CheckpointError(
@@ -397,24 +398,26 @@ def _listed(values: tuple[Any, ...]) -> str:
     return " or ".join(repr(value) for value in values)
 
 
-def _look_up(foreign: Mapping[str, Any], name: str, default: Any) -> Any:
+def look_up(foreign: Mapping[str, Any], name: str, default: Any = MISSING) -> Any:
+    """The value of a key, dotted or not.
+
+    Raises:
+        CheckpointError: the name leads into something that is no object.
+    """
+    if name in foreign:
+        return foreign[name]
     head, _, rest = name.partition(".")
-    if head not in foreign:
-        return default
-    if not rest:
-        return foreign[head]
-    inner = foreign[head]
+    inner = foreign.get(head) if rest else None
     if inner is None:
         return default
     if not isinstance(inner, Mapping):
         raise CheckpointError(f"{head} in config.json is a {type(inner).__name__}, not an object")
-    return _look_up(inner, rest, default)
+    return look_up(inner, rest, default)
 
 
 def is_there(foreign: Mapping[str, Any], name: str) -> bool:
     """Whether a configuration has a key, dotted or not."""
-    missing = object()
-    return name in foreign or _look_up(foreign, name, missing) is not missing
+    return look_up(foreign, name, MISSING) is not MISSING
 
 
 def _store(foreign: dict[str, Any], name: str, value: Any) -> None:

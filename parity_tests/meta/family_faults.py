@@ -55,6 +55,20 @@ FAMILY_FAULTS = (
         "test_family_bloom.py -k older",
     ),
     Mutant(
+        "llm-foundry's MPT has ALiBi where nothing is said",
+        "alibi_convert/families/mpt.py",
+        'if not is_flat and {"initializer_range", "layer_norm_epsilon"} <= foreign.keys():',
+        "if not is_flat:",
+        "test_foreign_keys.py -k refused",
+    ),
+    Mutant(
+        "keys that say what is computed may be ignored",
+        "alibi_convert/families/keys.py",
+        "sorted(ignored & meant - {_QUANTISED})",
+        "()",
+        "test_foreign_keys.py -k nobody",
+    ),
+    Mutant(
         "a tied tensor that is there under its second name alone counts as missing",
         "alibi_convert/families/family.py",
         "if second is not None:",
