@@ -12,9 +12,12 @@ import torch
 import transformers
 
 import alibi_convert.logits
+import alibi_flax
+import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint, plan
 from alibi_convert.families import FAMILIES, settle_ties
+from alibi_convert.formats import FORMATS
 from alibi_convert.store import read_tensors, write_safetensors
 from alibi_convert.tensors import Tensors
 from alibi_convert.verify import verify_steps
@@ -238,6 +241,39 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "outputs against transformers' falcon: alibi_torch " in capsys.readouterr().out
     assert main(["verify", str(source), str(tmp_path / "ours"), "--new-tokens=4"]) == 0
     assert "ok   outputs are those of transformers' falcon within 1e-05" in capsys.readouterr().out
+
+
+def test_a_config_json_of_a_family_for_files_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--config FILE`: for tensors under the family's names, or ours, or of Flax."""
+    source = published(tmp_path / "source", "bloom")
+    values = json.loads((source / "config.json").read_text())
+    expected = open_checkpoint(source)
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    write_safetensors(ours, expected.tensors)
+    write_safetensors(theirs, read_tensors(source))
+    FORMATS["msgpack"].write(tmp_path / "flax.msgpack", expected.config, expected.tensors)
+    (tmp_path / "flax.msgpack.json").unlink()
+    for path in (ours, theirs, tmp_path / "flax.msgpack"):
+        found = open_checkpoint(path, config=values)
+        assert found.config == expected.config
+        for name, array in expected.tensors.items():
+            assert_bitwise(found.tensors[name], array, name)
+        config = str(source / "config.json")
+        arguments = [str(path), str(path.with_suffix("")), "--config", config, "--no-verify"]
+        assert main(["convert", *arguments]) == 0
+        model = alibi_torch.ALiBiLM.from_pretrained(path, config=values)
+        assert model.config == alibi_flax.from_pretrained(path, config=values)[0].config
+    assert open_checkpoint(source, config=values).config == expected.config
+    with pytest.raises(CheckpointError, match=r"not that of .*: they differ in norm_eps"):
+        open_checkpoint(source, config=values | {"layer_norm_epsilon": 0.1})
+    with pytest.raises(CheckpointError, match=r"given is of no known family \(model_type 'gpt2'"):
+        open_checkpoint(ours, config={"model_type": "gpt2"})
+    convert(tmp_path / "theirs", tmp_path / "back", to="bloom", verify=False)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["eos_token_id"] == IDS["eos_token_id"]
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
