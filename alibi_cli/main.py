@@ -300,6 +300,8 @@ def _print_report(report: Report) -> None:
         print(f"kept from the killed run: {', '.join(report.kept)}")
     if report.copied:
         print(f"copied: {', '.join(report.copied)}")
+    if report.left_behind:
+        print(f"left behind: {', '.join(report.left_behind)}")
     for name, xxh3 in report.destination_xxh3.items():
         print(f"  xxh3 {xxh3}  {name}")
     if report.verified:

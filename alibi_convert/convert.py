@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
 from alibi_convert.formats import FORMATS
 from alibi_convert.hashing import file_xxh3, hashing
-from alibi_convert.layout import copy_companions
+from alibi_convert.layout import companions, copy_companion, left_behind
 from alibi_convert.logits import compare_logits
 from alibi_convert.progress import progress_bar
 from alibi_convert.provenance import restore_neutral_keys, source_files, write_provenance
@@ -119,6 +119,7 @@ def convert(
             casts=watched.casts,
             nonfinite=watched.nonfinite,
             copied=copied,
+            left_behind=_left_behind(checkpoint.path, files, copied),
             kept=sorted(journal.kept),
             source_sha256=source_sha256,
             destination_xxh3=_all_hashes(path, xxh3),
@@ -217,7 +218,14 @@ def _task(
 
 
 def _copy_companions(source: Path, written: Path) -> list[str]:
-    return copy_companions(source, written) if source.is_dir() and written.is_dir() else []
+    names = companions(source) if source.is_dir() and written.is_dir() else []
+    for name in names:
+        copy_companion(source, written, name)
+    return names
+
+
+def _left_behind(source: Path, files: Mapping[str, Path], copied: Iterable[str]) -> list[str]:
+    return left_behind(source, (*files, *copied)) if source.is_dir() else []
 
 
 def _all_hashes(written: Path, known: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
-def replacing(destination: Path, overwrite: bool = False, nbytes: int = 0) -> Iterator[Path]:
+def replacing(
+    destination: Path, overwrite: bool = False, nbytes: int = 0, kept: Collection[str] = ()
+) -> Iterator[Path]:
     """A path to write to that becomes `destination` if the block succeeds, and vanishes if not.
 
     Files written next to it move along. What was there before comes back if anything fails.
@@ -35,13 +37,14 @@ def replacing(destination: Path, overwrite: bool = False, nbytes: int = 0) -> It
         destination: a path that does not exist yet, or see `overwrite`.
         overwrite: replace a checkpoint that is there.
         nbytes: what will be written at least; checked against the free space first.
+        kept: names of other files in the folder that is there, which the block brings along.
 
     Raises:
         CheckpointError: the destination exists and `overwrite` is False; it is a folder with
             files that are not a checkpoint's; the disk is full or may not be written; or another
             run is writing the same destination.
     """
-    with building(destination, overwrite, nbytes) as (path, _):
+    with building(destination, overwrite, nbytes, kept=kept) as (path, _):
         yield path
 
 
@@ -52,11 +55,12 @@ def building(
     nbytes: int = 0,
     task: Mapping[str, Any] | None = None,
     resume: bool = False,
+    kept: Collection[str] = (),
 ) -> Iterator[tuple[Path, Journal]]:
     """`replacing` for work that can be resumed: the path to write to, and the journal.
 
     Args:
-        destination, overwrite, nbytes: as for `replacing`.
+        destination, overwrite, nbytes, kept: as for `replacing`.
         task: what is being done, for the journal; a run resumes only the same task.
         resume: keep what a killed run finished, instead of starting anew.
 
@@ -68,7 +72,7 @@ def building(
     new_parents = [parent for parent in destination.parents if not parent.exists()]
     with _explained(destination, nbytes):
         _undo_killed_swap(partial, destination)
-        check_destination(destination, overwrite)
+        check_destination(destination, overwrite, kept)
         _require_space(destination, partial, nbytes)
         try:
             with _locked(partial):
@@ -77,7 +81,7 @@ def building(
                     path = partial / _NEW / destination.name
                     yield path, journal
                     _flush(partial / _NEW, *(partial / _NEW).rglob("*"))
-                    _move_into_place(path, destination, overwrite)
+                    _move_into_place(path, destination, overwrite, kept)
                 finally:
                     shutil.rmtree(partial)
         except BaseException:
@@ -87,11 +91,12 @@ def building(
             raise
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
+def check_destination(destination: Path, overwrite: bool, kept: Collection[str] = ()) -> None:
     """Raise CheckpointError unless a checkpoint may be written here: see `replacing`."""
     if destination.is_dir():
         contents = sorted(destination.iterdir())
-        foreign = [path.name for path in contents if not is_checkpoint_file(path)]
+        others = (path for path in contents if path.name not in kept)
+        foreign = [path.name for path in others if not is_checkpoint_file(path)]
         if foreign:
             raise CheckpointError(
                 f"{destination} holds other files ({', '.join(foreign[:4])}); choose another folder"
@@ -216,7 +221,7 @@ def _flush(*paths: Path) -> None:
             os.close(handle)
 
 
-def _move_into_place(path: Path, destination: Path, overwrite: bool) -> None:
+def _move_into_place(path: Path, destination: Path, overwrite: bool, kept: Collection[str]) -> None:
     companions = [each for each in path.parent.iterdir() if each != path]
     targets = {each: destination.with_name(each.name) for each in (*companions, path)}
     # The configuration beside what was there before says nothing true about what comes.
@@ -225,7 +230,7 @@ def _move_into_place(path: Path, destination: Path, overwrite: bool) -> None:
         [beside] if path.is_file() and beside.exists() and beside not in targets.values() else []
     )
     for target in (*targets.values(), *stale):
-        check_destination(target, overwrite)
+        check_destination(target, overwrite, kept)
     replaced = path.parent.with_name(_REPLACED)
     replaced.mkdir()
     try:

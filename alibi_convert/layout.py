@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG_FILE = "config.json"
@@ -15,10 +16,13 @@ ORBAX_FOLDER = "params"
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file that orbax puts into every checkpoint
 
 # What belongs to a model without being weights; it goes along from folder to folder.
-COMPANION_FILES = (
+_CHAT_TEMPLATES = "additional_chat_templates"
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -27,15 +31,28 @@ COMPANION_FILES = (
     "dict.txt",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    f"{_CHAT_TEMPLATES}/*.jinja",
 )
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
-    """Copy what belongs to the model of one folder into another; the names of the files."""
-    names = [name for name in COMPANION_FILES if (source / name).is_file()]
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    return names
+def companions(folder: Path) -> list[str]:
+    """Names, with slashes, of what belongs to the model of a folder without being weights."""
+    found = (path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)))
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+
+
+def copy_companion(source: Path, folder: Path, name: str) -> None:
+    """Copy one of `companions` into another folder."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(source / name, folder / name)
+
+
+def left_behind(folder: Path, taken: Iterable[str]) -> list[str]:
+    """What a folder holds besides what was read or copied, and its conversion.json."""
+    known = {CONVERSION_FILE, *(name.split("/")[0] for name in taken)}
+    others = sorted(path for path in folder.iterdir() if path.name not in known)
+    return [f"{path.name}/" if path.is_dir() else path.name for path in others]
 
 
 def sidecar(path: Path) -> Path:
@@ -43,15 +60,16 @@ def sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def is_checkpoint_file(path: Path) -> bool:
-    """Whether this entry of a folder may be replaced along with the checkpoint in it."""
+def is_model_file(path: Path) -> bool:
+    """Whether this entry of a folder is weights of ours, or says what they are."""
     if path.name == ORBAX_FOLDER:
         return (path / ORBAX_MARK).exists()
     is_shard = path.name.startswith("model-") and path.name.endswith(".safetensors")
-    return is_shard or path.name in (
-        CONFIG_FILE,
-        CONVERSION_FILE,
-        WEIGHTS_FILE,
-        INDEX_FILE,
-        *COMPANION_FILES,
-    )
+    return is_shard or path.name in (CONFIG_FILE, CONVERSION_FILE, WEIGHTS_FILE, INDEX_FILE)
+
+
+def is_checkpoint_file(path: Path) -> bool:
+    """Whether this entry of a folder may be replaced along with the checkpoint in it."""
+    if path.name == _CHAT_TEMPLATES and path.is_dir():
+        return all(each.suffix == ".jinja" and each.is_file() for each in path.iterdir())
+    return is_model_file(path) or path.name in COMPANIONS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,11 @@ def write_provenance(folder: Path, report: Report, source: Checkpoint) -> None:
     values = report.to_dict()
     for name in ("destination", "kept", "seconds"):
         del values[name]
-    if source.foreign_config is not None:
-        values["source_config"] = dict(source.foreign_config)
-        values["source_family"] = source.family
-    else:
-        before = _record(source.path)
-        kept = ("source_config", "source_family")
-        values |= {name: before[name] for name in kept if name in before}
+    write_record(folder, values | family_record(source))
+
+
+def write_record(folder: Path, values: Mapping[str, Any]) -> None:
+    """`conversion.json`: these values, and by what they were written."""
     contents = {
         "spec_version": SPEC_VERSION,
         "table_version": TABLE_VERSION,
@@ -45,8 +44,22 @@ def write_provenance(folder: Path, report: Report, source: Checkpoint) -> None:
         "versions": library_versions(),
         **values,
     }
-    text = json.dumps(contents, indent=2) + "\n"
+    text = json.dumps(contents, indent=2, default=str) + "\n"  # options of fairseq may be anything
     (folder / CONVERSION_FILE).write_text(text, encoding="utf-8")
+
+
+def family_record(source: Checkpoint) -> dict[str, Any]:
+    """The foreign configuration that a model has or once had, and its family."""
+    if source.foreign_config is not None:
+        return {"source_config": dict(source.foreign_config), "source_family": source.family}
+    return recorded_family(source.path)
+
+
+def recorded_family(folder: Path) -> dict[str, Any]:
+    """What the conversion.json of a folder says about the family that its model comes from."""
+    record = _record(folder)
+    kept = ("source_config", "source_family")
+    return {name: record[name] for name in kept if name in record}
 
 
 def restore_neutral_keys(folder: Path, source: Path, family: str) -> None:

@@ -25,6 +25,7 @@ class Report:
         casts: the dtypes that were cast, each with its largest rounding error.
         nonfinite: number of NaN and infinite elements, of the tensors that have such.
         copied: files that came along unchanged: tokenizer and generation settings.
+        left_behind: what else the folder of the source holds.
         kept: files that a killed run had finished and that were not written again.
         source_sha256, destination_xxh3: hashes by file name.
         verified: the destination was read back and is bitwise what was meant.
@@ -46,6 +47,7 @@ class Report:
     casts: list[Cast] = field(default_factory=list)
     nonfinite: dict[str, int] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
+    left_behind: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     source_sha256: dict[str, str] = field(default_factory=dict)
     destination_xxh3: dict[str, str] = field(default_factory=dict)

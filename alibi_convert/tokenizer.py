@@ -15,6 +15,8 @@ TOKENIZER_FILE = "tokenizer.json"
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The `tokenizers.Tokenizer` of a checkpoint folder, or of `org/name` on the hub.
 
+    It encodes texts as they are: the file's settings of truncation and padding are turned off.
+
     Raises:
         CheckpointError: no tokenizer.json there, or a broken one.
         ValueError: the tokenizers library is not installed.
@@ -28,6 +30,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             f"{file} does not exist; convert the tokenizer with transformers' save_pretrained first"
         )
     try:
-        return Tokenizer.from_buffer(file.read_bytes())
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{file} is not a tokenizer: {error}") from None
+    # Those of whoever saved it last: a long text would be cut, a short one filled, in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from alibi_convert.checkpoint import GivenConfig, open_checkpoint
+from alibi_convert.origin import origin_of, save_folder
 from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
-from alibi_convert.store import replacing, write_folder
 from alibi_convert.tensors import Tensors
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_spec import Parameter
@@ -72,7 +72,10 @@ def from_pretrained(
     params = flax_tree(checkpoint.tensors, checkpoint.config, placed)
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
     param_dtype = jax.tree.leaves(params)[0].dtype
-    return model_class(checkpoint.config, dtype=dtype, param_dtype=param_dtype), params
+    model = model_class(
+        checkpoint.config, dtype=dtype, param_dtype=param_dtype, origin=origin_of(checkpoint)
+    )
+    return model, params
 
 
 def save_pretrained(
@@ -84,16 +87,16 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and `model.safetensors`, for both backends.
 
+    The tokenizer and what else belonged to the model where it was loaded from come along.
+
     Args:
         folder: a path that does not exist yet.
         model: the module whose `config` describes the params.
         params: what `init` returns under "params".
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace the model in a checkpoint's folder; its other files stay.
 
     Raises:
         CheckpointError: a ValueError: the folder exists, or the params do not fit the model.
     """
     tensors = canonical_tensors(params, model.config)
-    with replacing(Path(folder), overwrite) as temporary:
-        temporary.mkdir()
-        write_folder(temporary, model.config, Tensors.of(tensors))
+    save_folder(Path(folder), model.config, Tensors.of(tensors), model.origin, overwrite)

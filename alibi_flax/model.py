@@ -242,6 +242,8 @@ class ALiBiTransformer(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: bool = False
+    # The checkpoint that it was loaded from; two models are the same wherever they come from.
+    origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         forbid_vocabulary(self.config.vocab_size)
@@ -296,6 +298,8 @@ class ALiBiLM(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: bool = False
+    # The checkpoint that it was loaded from; two models are the same wherever they come from.
+    origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         require_vocabulary(self.config.vocab_size)

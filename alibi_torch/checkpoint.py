@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from alibi_convert.checkpoint import GivenConfig, open_checkpoint
-from alibi_convert.store import replacing, write_folder
+from alibi_convert.origin import Origin, origin_of, save_folder
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_spec import ALiBiConfig
 
@@ -20,6 +20,7 @@ class PretrainedModule(nn.Module):
     """A module that comes from, and goes to, checkpoints that both backends read."""
 
     config: ALiBiConfig
+    origin: Origin | None = None  # the checkpoint that it was loaded from
 
     def __init__(self, config: ALiBiConfig) -> None:
         super().__init__()
@@ -69,19 +70,20 @@ class PretrainedModule(nn.Module):
         }
         model.load_state_dict(state, assign=True)
         model.reset_buffers(device)
+        model.origin = origin_of(checkpoint)
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, for both backends.
 
+        The tokenizer and what else belonged to the model where it was loaded from come along.
+
         Args:
             folder: a path that does not exist yet.
-            overwrite: replace a checkpoint that is there.
+            overwrite: replace the model in a checkpoint's folder; its other files stay.
 
         Raises:
             CheckpointError: a ValueError: the folder exists, or holds other files.
         """
         tensors: dict[str, Any] = self.state_dict()
-        with replacing(Path(folder), overwrite) as temporary:
-            temporary.mkdir()
-            write_folder(temporary, self.config, Tensors.of(tensors))
+        save_folder(Path(folder), self.config, Tensors.of(tensors), self.origin, overwrite)

@@ -154,8 +154,12 @@ def test_tokenizers(tmp_path: Path, snapshot: Path, monkeypatch: pytest.MonkeyPa
 
     with pytest.raises(CheckpointError, match=r"tokenizer\.json does not exist; convert the token"):
         load_tokenizer(tmp_path)
-    Tokenizer(models.WordLevel({"a": 7, "?": 0}, "?")).save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).encode("a").ids == [7]
+    tokenizer = Tokenizer(models.WordLevel({"a": 7, "?": 0}, "?"))
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a").ids == [7]  # neither cut nor filled
+    assert load_tokenizer(tmp_path).encode(["a"] * 5, is_pretokenized=True).ids == [7] * 5
     (snapshot / "tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
     install(monkeypatch, Hub(snapshot))
     assert load_tokenizer("org/name").encode("a").ids == [7]

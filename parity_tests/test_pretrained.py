@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,6 +16,7 @@ import torch
 
 import alibi_flax
 import alibi_torch
+from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.rules import canonical_tensors
 from alibi_convert.store import write_folder
 from alibi_convert.tensors import Tensors, as_numpy
@@ -21,6 +24,7 @@ from alibi_spec import ALiBiConfig, model_slopes, parameter_table
 from parity_tests.cases import CONFIGS, draw_parameters, each_config
 from parity_tests.checkpoints import make_folder, write
 from parity_tests.compare import assert_bitwise
+from parity_tests.test_family_conversion import IDS, published
 
 
 @each_config
@@ -98,7 +102,100 @@ def test_flax_sharding(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "flax"])
+def tune(backend: str, source: Path, folder: Path, overwrite: bool = False) -> None:
+    """Load a checkpoint, change it, save it elsewhere or where it was."""
+    if backend == "torch":
+        model = alibi_torch.ALiBiLM.from_pretrained(source)
+        with torch.no_grad():
+            model.token_embedding.weight += 1
+        model.save_pretrained(folder, overwrite=overwrite)
+    else:
+        flax_model, params = alibi_flax.from_pretrained(source)
+        params["token_embedding"]["embedding"] += 1
+        alibi_flax.save_pretrained(folder, flax_model, params, overwrite=overwrite)
+
+
+each_backend = pytest.mark.parametrize("backend", ["torch", "flax"])
+
+
+@each_backend
+def test_what_a_model_had_comes_along(tmp_path: Path, backend: str) -> None:
+    """Tokenizer and ids of a Falcon through a fine-tune, even two, and back to transformers."""
+    source = published(tmp_path / "source", "falcon")
+    (source / "tokenizer.json").write_text("{}")
+    (make_folder(source / "additional_chat_templates") / "tool.jinja").write_text("hello")
+    (source / "README.md").write_text("of the original")
+    tune(backend, source, tmp_path / "tuned")
+    tune(backend, tmp_path / "tuned", tmp_path / "twice")
+    for name in (
+        "tokenizer.json",
+        "generation_config.json",
+        "additional_chat_templates/tool.jinja",
+    ):
+        assert (tmp_path / "twice" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "twice" / "README.md").exists()
+    convert(tmp_path / "twice", tmp_path / "back", to="falcon", verify=False)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: back[name] for name in IDS} == IDS
+    before, after = (open_checkpoint(tmp_path / each).tensors for each in ("source", "back"))
+    embedding = "token_embedding.weight"
+    expected = before[embedding] + before[embedding].dtype.type(1)
+    assert_bitwise(after[embedding], expected + expected.dtype.type(1), embedding)
+
+
+@each_backend
+def test_saving_where_it_came_from(tmp_path: Path, backend: str) -> None:
+    """The model is replaced; whatever else is in the folder stays, the user's own files too."""
+    folder = published(tmp_path / "model", "falcon")
+    others = {"tokenizer.json": "{}", "README.md": "mine", "runs/1/log.txt": "loss"}
+    for name, text in others.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "vocab.txt").symlink_to("README.md")
+    for _ in range(2):  # the second time in our own format
+        tune(backend, folder, folder, overwrite=True)
+    for name, text in (others | {"vocab.txt": "mine"}).items():
+        assert (folder / name).read_text() == text
+    record = json.loads((folder / "conversion.json").read_text())
+    assert record["source_family"] == "falcon"
+    assert record["source_config"]["eos_token_id"] == IDS["eos_token_id"]
+    with pytest.raises(CheckpointError, match="model exists; choose another name or pass"):
+        tune(backend, folder, folder)
+    home = make_folder(tmp_path / "home")  # no checkpoint's
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds other files \(thesis\.txt\)"):
+        tune(backend, folder, home, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "home"}
+
+
+@each_backend
+def test_what_cannot_come_along_is_named(tmp_path: Path, backend: str) -> None:
+    source = write(tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "merges.txt").write_text("a b")
+    if backend == "torch":
+        model = alibi_torch.ALiBiLM.from_pretrained(source)
+        save = model.save_pretrained
+    else:
+        flax_model, params = alibi_flax.from_pretrained(source)
+        same = flax_model.clone(origin=None)  # a model is the same wherever it comes from
+        assert (flax_model, hash(flax_model)) == (same, hash(same))
+
+        def save(folder: Path, overwrite: bool = False) -> None:
+            alibi_flax.save_pretrained(folder, flax_model, params, overwrite=overwrite)
+
+    own = write(tmp_path / "own")
+    (own / "tokenizer.json").write_text('{"with": "tokens added"}')
+    with pytest.warns(UserWarning, match=r"own keeps its own tokenizer\.json, which differ"):
+        save(own, overwrite=True)
+    assert (own / "tokenizer.json").read_text() == '{"with": "tokens added"}'
+    assert (own / "merges.txt").read_text() == "a b"
+    shutil.rmtree(source)
+    with pytest.warns(UserWarning, match=r"late lacks tokenizer\.json, merges\.txt, which the"):
+        save(tmp_path / "late")
+
+
+@each_backend
 def test_no_second_copy_in_memory(tmp_path: Path, backend: str) -> None:
     """A model loads where there is room for it and for one more tensor, not for two of it."""
     config = ALiBiConfig(num_layers=24, d_model=512, num_heads=8, expansion_factor=4, vocab_size=99)

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.formats import FORMATS, folder_format
-from alibi_convert.layout import COMPANION_FILES
+from alibi_convert.layout import COMPANIONS
 from alibi_convert.store import parse_size, read_tensors, write_folder
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_convert.values import count_nonfinite
@@ -231,21 +231,27 @@ def test_casts_are_reported_exactly(tmp_path: Path, source: str, target: str) ->
 def test_what_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tokenizer files are copied and do not make a folder foreign; other files stay behind."""
     source = write_sharded(tmp_path / "model")
-    for name in (*COMPANION_FILES, "README.md"):
+    names = [name.replace("*", "tool_use") for name in COMPANIONS]
+    for name in (*names, "README.md", "onnx/model.onnx"):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(f"contents of {name}")
     report = convert(source, tmp_path / "out")
-    assert report.copied == list(COMPANION_FILES)
-    for name in COMPANION_FILES:
+    assert report.copied == names
+    assert {"spiece.model", "additional_chat_templates/tool_use.jinja"} <= set(names)
+    assert report.left_behind == ["README.md", "onnx/"]
+    for name in names:
         assert (tmp_path / "out" / name).read_text() == f"contents of {name}"
     assert not (tmp_path / "out" / "README.md").exists()
-    assert set(report.destination_xxh3) > set(COMPANION_FILES)
+    assert set(report.destination_xxh3) > set(names)
     assert main(["convert", str(source), str(tmp_path / "out"), "--overwrite"]) == 0
-    assert "copied: tokenizer.json, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "copied: tokenizer.json, " in printed
+    assert "left behind: README.md, onnx/" in printed
     convert(tmp_path / "out", tmp_path / "out", overwrite=True, dtype="bfloat16")  # over itself
     assert_holds(tmp_path / "out", CONFIG, ml_dtypes.bfloat16)
     assert (tmp_path / "out" / "merges.txt").read_text() == "contents of merges.txt"
     single = convert(source, tmp_path / "single.safetensors")
-    assert single.copied == []
+    assert (single.copied, single.left_behind[-1]) == ([], "vocab.txt")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "single.safetensors"}
 
 
