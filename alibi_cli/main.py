@@ -17,7 +17,8 @@ from typing import Any
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
 from alibi_convert.checkpoint import GivenConfig
 from alibi_convert.formats import FORMATS
-from alibi_convert.store import FORMAT, parse_config, parse_json
+from alibi_convert.store import FORMAT, read_config
+from alibi_convert.strict_json import read_json
 from alibi_convert.tensors import DTYPES
 from alibi_convert.verify import Verification, verify_steps
 from alibi_spec import ALiBiConfig
@@ -183,9 +184,9 @@ def _source_options(options: argparse.Namespace) -> dict[str, Any]:
 def _read_config(path: Path | None) -> GivenConfig | None:
     if path is None:
         return None
-    values = parse_json(path.read_bytes(), str(path))
+    values = read_json(path)
     if values.get("format") == FORMAT:
-        return parse_config(path.read_bytes(), str(path))
+        return read_config(path)
     if "model_type" in values:  # of a family
         return values
     return ALiBiConfig.from_dict(values)

@@ -21,13 +21,15 @@ from alibi_convert.families import (
 )
 from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.hub import resolve
+from alibi_convert.pickle_file import PICKLE_SUFFIXES as PICKLE_SUFFIXES  # exported
+from alibi_convert.pickle_file import load_pickle, state_dict
+from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
 
 # A configuration from elsewhere: ours, or the contents of a family's config.json.
 GivenConfig = ALiBiConfig | Mapping[str, Any]
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 _FLOATS = frozenset(DTYPES.values())
 _TIED_HEAD = Derived(
     r"lm_head\.weight", "tied: it is the token embedding", same_as="token_embedding.weight"
@@ -166,7 +168,7 @@ def _open_folder(
         return _Opened("orbax", tensors, config)
     if not (folder / store.CONFIG_FILE).exists():
         raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
-    text, origin = (folder / store.CONFIG_FILE).read_bytes(), str(folder / store.CONFIG_FILE)
+    text, origin = read_whole(folder / store.CONFIG_FILE), str(folder / store.CONFIG_FILE)
     values = store.parse_json(text, origin)
     if "model_type" in values and "format" not in values:
         return _Opened("folder", store.read_tensors(folder, allow_pt), foreign=values)
@@ -186,15 +188,11 @@ def _open_file(
     if formats.sidecar(path).exists():
         carried = store.read_config(formats.sidecar(path))
     if path.suffix in PICKLE_SUFFIXES:
-        if not allow_pt:
-            raise CheckpointError(
-                f"{path} is a pickle, which can be made to run code; if you trust it, pass "
-                "allow_pt=True (--allow-pt): it is then read by torch's weights_only unpickler"
-            )
-        source = fairseq.load(path)
+        saved = load_pickle(path, allow_pt)
+        source = fairseq.source(saved, path)
         if source is not None:
             return _Opened("pt", source.tensors, foreign=source.config)
-        return _Opened("pt", formats.read_pt(path), carried)
+        return _Opened("pt", state_dict(saved, path), carried)
     if path.suffix == ".msgpack":
         config = _settle(path, carried, _as_config(given, Tensors({}), ignored))
         return _Opened("msgpack", formats.read_msgpack(path, config), config)

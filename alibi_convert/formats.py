@@ -21,7 +21,6 @@ from alibi_convert.families import Family, bloom, export_tensors, falcon, jaketa
 from alibi_convert.journal import Journal
 from alibi_convert.layout import CONFIG_FILE, ORBAX_FOLDER
 from alibi_convert.layout import sidecar as sidecar  # exported
-from alibi_convert.pickle_file import read_pt as read_pt  # exported
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.store import (
     MAX_SHARD_BYTES,

@@ -1,53 +1,170 @@
-"""Pickled torch state dicts, read by torch's weights_only unpickler alone."""
+"""Pickles of torch, read with consent and by torch's weights_only unpickler alone.
+
+Archives are checked before torch maps them, and what it makes of them is checked after that.
+"""
 
 from __future__ import annotations
 
+import argparse
 import pickle
-import zipfile
+import struct
+import tarfile
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.extras import require
+from alibi_convert.regular_file import open_regular
 from alibi_convert.tensors import Tensors
+from alibi_convert.zip_file import MAGIC, check_zip
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 
 # What torch.load and the unpickler under it raise for broken files.
-UNPICKLING_ERRORS = (
+_UNPICKLING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
-    KeyError,
-    IndexError,
+    LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
+    tarfile.TarError,
 )
 
 
-def read_pt(path: Path) -> Tensors:
-    """A torch state dict, unpickled with weights_only=True and file-mapped.
+def require_consent(path: Path, allow_pt: bool) -> None:
+    """Raise CheckpointError, before a byte of a pickle is read, unless pickles are allowed."""
+    if not allow_pt:
+        raise CheckpointError(
+            f"{path} is a pickle, which can be made to run code; if you trust it, pass "
+            "allow_pt=True (--allow-pt): it is then read by torch's weights_only unpickler"
+        )
+
+
+def load_pickle(path: Path, allow_pt: bool) -> Any:
+    """What torch.save wrote: values and, mapped from the file, tensors.
+
+    `Namespace` is allowed beside what weights_only allows: it holds values and runs nothing.
 
     Raises:
-        CheckpointError: truncated, not a state dict, or holding more than tensors.
+        CheckpointError: not allowed, damaged, or holding objects of other classes.
     """
+    require_consent(path, allow_pt)
     require("torch", "torch", "reading .pt")
     import torch
 
+    with open_regular(path) as file:
+        is_zip = file.read(len(MAGIC)) == MAGIC  # files from before torch 1.6 are not
+    entries = check_zip(path) if is_zip else {}
+    if any(name.endswith("constants.pkl") for name in entries):
+        raise CheckpointError(f"{path} is a TorchScript program; save its state_dict() alone")
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        is_zip = zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UNPICKLING_ERRORS as error:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old protocols and of storages with types
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except _UNPICKLING_ERRORS as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's advice is to trust it
             cause = "it may hold more than tensors; save the model's state_dict() alone"
         raise CheckpointError(f"{path} is truncated or not a plain state dict: {cause}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if is_zip:
+        _check_mapped(path, entries, list(_tensors(saved)))
+    return saved
+
+
+def read_pt(path: Path, allow_pt: bool) -> Tensors:
+    """`state_dict` of what `load_pickle` loads."""
+    return state_dict(load_pickle(path, allow_pt), path)
+
+
+def state_dict(saved: Any, path: Path) -> Tensors:
+    """The tensors of a torch state dict, mapped from the file at `path`.
+
+    Raises:
+        CheckpointError: something else, or something beside dense tensors of known dtypes.
+    """
+    import torch
+
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path} holds a {type(saved).__name__}, expected a state dict")
+    others = [
+        name
+        for name, value in saved.items()
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str)
+    ]
     if others:
         raise CheckpointError(
             f"{path} holds more than tensors ({', '.join(map(str, others[:4]))}); save the "
             "model's state_dict() alone"
         )
-    return Tensors.of(state)
+    for name, tensor in saved.items():
+        if not _is_plain(tensor):
+            raise CheckpointError(
+                f"{path}: {name} is {_described(tensor)}; expected a dense tensor with data of its "
+                "own; save the model's state_dict() in a float dtype"
+            )
+    try:
+        return Tensors.of(saved)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _is_plain(tensor: Any) -> bool:
+    import torch
+
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()  # not expanded
+    )
+
+
+def _described(tensor: Any) -> str:
+    kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device.type}"
+    return f"{tensor.dtype} {list(tensor.shape)} ({kind})"
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    """Dense tensors with data, in nested dicts, lists and tuples."""
+    import torch
+
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            if each.layout is torch.strided and each.device.type == "cpu":
+                yield each
+        elif isinstance(each, Mapping):
+            waiting += each.values()
+        elif isinstance(each, list | tuple):
+            waiting += each
+
+
+def _check_mapped(path: Path, entries: Mapping[str, tuple[int, int]], tensors: list[Any]) -> None:
+    """Every storage is one entry of the archive, whole: torch does not ask when it maps.
+
+    It is not known where in memory the file begins, but all storages must agree on it.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    places = {(each.data_ptr(), each.nbytes()) for each in storages if each.nbytes()}
+    begins = [
+        {address - start for start, size in entries.values() if size == nbytes}
+        for address, nbytes in places
+    ]
+    if begins and not set.intersection(*begins):
+        raise CheckpointError(f"{path} is damaged: its tensors do not fit the data it holds")

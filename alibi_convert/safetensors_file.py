@@ -18,6 +18,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from alibi_convert.errors import CheckpointError
+from alibi_convert.regular_file import open_regular, require_regular
 from alibi_convert.strict_json import parse_json
 from alibi_convert.tensors import LazyTensor, Tensors
 
@@ -47,22 +48,15 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     Raises:
         CheckpointError: missing, truncated, not safetensors, or with a name that is there twice.
     """
-    try:
-        header, data_start = _read_header(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from None
-    metadata = header.pop(_METADATA, {})
+    header, data_start = _read_header(path)
+    metadata = header.pop(_METADATA, None) or {}
     headers = {name: _lazy(path, name, entry, data_start) for name, entry in header.items()}
     return Tensors(headers), metadata
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = require_regular(path).st_size
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
             raise CheckpointError(
@@ -70,12 +64,21 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
                 f"of {size:,} (the format allows {MAX_HEADER_BYTES:,})"
             )
         text = file.read(length)
-    with safe_open(path, framework="numpy"):  # checks dtypes, shapes and offsets
-        pass
+    try:
+        with safe_open(path, framework="numpy"):  # checks dtypes, shapes and offsets
+            pass
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from None
     return parse_json(text, f"the header of {path}"), _LENGTH_BYTES + length
 
 
-def _lazy(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> LazyTensor:
+def _lazy(path: Path, name: str, entry: Any, data_start: int) -> LazyTensor:
+    # The library takes a list for an object, and an object for a string.
+    if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
+        raise CheckpointError(
+            f"the header of {path} says {json.dumps(entry)} of {name}, expected an object with "
+            "dtype, shape and data_offsets"
+        )
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
             f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}"

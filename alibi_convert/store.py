@@ -26,7 +26,8 @@ from alibi_convert.layout import (
 )
 from alibi_convert.layout import ORBAX_FOLDER as ORBAX_FOLDER  # exported
 from alibi_convert.layout import ORBAX_MARK as ORBAX_MARK  # exported
-from alibi_convert.pickle_file import read_pt
+from alibi_convert.pickle_file import PICKLE_SUFFIXES, read_pt, require_consent
+from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import check_shapes
 from alibi_convert.safetensors_file import read_safetensors, write_safetensors
 from alibi_convert.strict_json import parse_json, read_json
@@ -68,7 +69,7 @@ def read_config(path: Path) -> ALiBiConfig:
     """`parse_config` of a file; a missing one is a CheckpointError too."""
     if not path.exists():
         raise CheckpointError(f"{path.parent} has no {path.name}; expected a checkpoint folder")
-    return parse_config(path.read_bytes(), str(path))
+    return parse_config(read_whole(path), str(path))
 
 
 def config_json(config: ALiBiConfig) -> str:
@@ -107,11 +108,11 @@ def read_tensors(folder: Path, allow_pt: bool = False) -> Tensors:
     """
     index, shards = _shards(folder, allow_pt)
     if index is None:
-        return _read_shard(folder / shards[0])
+        return _read_shard(folder / shards[0], allow_pt)
     weight_map = _weight_map(index)
     headers: dict[str, LazyTensor] = {}
     for shard in shards:
-        tensors = _read_shard(folder / shard)
+        tensors = _read_shard(folder / shard, allow_pt)
         listed = {name for name, file in weight_map.items() if file == shard}
         if listed != set(tensors):
             odd = sorted(listed ^ set(tensors))
@@ -162,10 +163,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shard(path: Path) -> Tensors:
+def _read_shard(path: Path, allow_pt: bool) -> Tensors:
+    is_pickle = path.suffix in PICKLE_SUFFIXES
+    if is_pickle:
+        require_consent(path, allow_pt)
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete")
-    return read_pt(path) if path.suffix == ".bin" else read_safetensors(path)[0]
+    return read_pt(path, allow_pt) if is_pickle else read_safetensors(path)[0]
 
 
 def write_folder(

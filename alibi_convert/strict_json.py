@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
+from alibi_convert.regular_file import read_whole
 
 
 def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
@@ -25,12 +26,8 @@ def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """`parse_json` of a file; one that cannot be read is a CheckpointError too."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return parse_json(text, str(path))
+    """`parse_json` of a file; one that cannot be read, or is huge, is a CheckpointError too."""
+    return parse_json(read_whole(path), str(path))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from alibi_convert.errors import CheckpointError
+
 # What parameters may be.
 DTYPES: Mapping[str, np.dtype] = {
     "float16": np.dtype(np.float16),
@@ -62,12 +64,20 @@ class Tensors(Mapping[str, np.ndarray]):
 
     @classmethod
     def of(cls, arrays: Mapping[str, Any]) -> Tensors:
-        """Tensors that are in memory already: NumPy, torch or JAX."""
+        """Tensors that are in memory already: NumPy, torch or JAX.
 
-        def header(array: np.ndarray) -> LazyTensor:
-            return LazyTensor(array.shape, array.dtype, lambda: array)
+        Raises:
+            CheckpointError: NumPy cannot hold one of them.
+        """
 
-        return cls({name: header(as_numpy(array)) for name, array in arrays.items()})
+        def header(name: str, array: Any) -> LazyTensor:
+            try:
+                found = as_numpy(array)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name} {error}") from None
+            return LazyTensor(found.shape, found.dtype, lambda: found)
+
+        return cls({name: header(name, array) for name, array in arrays.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.headers[name].read()
@@ -118,15 +128,25 @@ def as_bits(array: np.ndarray) -> np.ndarray:
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """A NumPy array of the same bits from a NumPy, torch or JAX array; bfloat16 stays bfloat16."""
+    """A NumPy array of the same bits from a NumPy, torch or JAX array; bfloat16 stays bfloat16.
+
+    Raises:
+        CheckpointError: torch has no array for it: float8, quantised, sparse or without data.
+    """
     if not hasattr(tensor, "detach"):
         return np.asarray(tensor)
     import torch  # the tensor is torch's, so this only looks the module up
 
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    try:
+        tensor = tensor.detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (RuntimeError, TypeError):
+        raise CheckpointError(
+            f"is {tensor.dtype}, {tensor.layout} on {tensor.device}; expected a dense tensor of "
+            f"{', '.join(DTYPES)}"
+        ) from None
 
 
 def as_torch(array: np.ndarray) -> Any:

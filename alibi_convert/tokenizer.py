@@ -8,8 +8,10 @@ from typing import Any
 from alibi_convert.errors import CheckpointError
 from alibi_convert.extras import require
 from alibi_convert.hub import resolve
+from alibi_convert.regular_file import read_whole
 
 TOKENIZER_FILE = "tokenizer.json"
+MAX_TOKENIZER_BYTES = 2**28
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -30,7 +32,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             f"{file} does not exist; convert the tokenizer with transformers' save_pretrained first"
         )
     try:
-        tokenizer = Tokenizer.from_buffer(file.read_bytes())
+        tokenizer = Tokenizer.from_buffer(read_whole(file, MAX_TOKENIZER_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{file} is not a tokenizer: {error}") from None
     # Those of whoever saved it last: a long text would be cut, a short one filled, in silence.

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +23,10 @@ from typing import Any
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import require
 from alibi_convert.families.family import Derived, Family, Fold, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
-from alibi_convert.pickle_file import UNPICKLING_ERRORS
+from alibi_convert.pickle_file import state_dict
 from alibi_convert.rules import Row
-from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
 
 _LAYER, _OURS = "decoder.layers.{i}", "transformer.layers.{i}"
@@ -158,27 +155,16 @@ _TABLE = KeyTable(
 )
 
 
-def load(path: Path) -> Source | None:
-    """The options and parameters of a fairseq checkpoint, file-mapped; None for other pickles.
+def source(saved: Any, path: Path) -> Source | None:
+    """The options and parameters of a fairseq checkpoint; None for other pickles.
 
-    It is read by torch's weights_only unpickler, to which `Namespace` is added, a class that holds
-    values and runs nothing. None for a broken or unsafe pickle too: `read_pt` says what is wrong.
+    Raises:
+        CheckpointError: its parameters are not all tensors.
     """
-    require("torch", "torch", "reading .pt")
-    import torch
-
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        is_zip = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UNPICKLING_ERRORS:
-        return None
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         return None
-    options, state = _options(saved), saved["model"]
-    are_tensors = all(isinstance(value, torch.Tensor) for value in state.values())
-    return Source(options, Tensors.of(state)) if options and are_tensors else None
+    options = _options(saved)
+    return Source(options, state_dict(saved["model"], path)) if options else None
 
 
 def _options(saved: Mapping[str, Any]) -> dict[str, Any] | None:

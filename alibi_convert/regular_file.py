@@ -1,0 +1,77 @@
+"""Files that can be read to their end: a pipe never ends, and a device may be anything."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from alibi_convert.errors import CheckpointError
+
+MAX_JSON_BYTES = 2**24  # an index of a hundred thousand tensors
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """What the file system says of a regular file, or of one that a link leads to.
+
+    Raises:
+        CheckpointError: there is none, or it is something else.
+    """
+    with _explained(path):
+        if not os.path.exists(path):  # unlike Path.stat, False for names that no file can have
+            raise FileNotFoundError
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is {_kind(found.st_mode)}, expected a regular file")
+    return found
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, opened for reading; whatever fails in the block names it.
+
+    Raises:
+        CheckpointError: as for `require_regular`, or it cannot be read.
+    """
+    require_regular(path)
+    with _explained(path), path.open("rb") as file:
+        yield file
+
+
+def read_whole(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The contents of a small regular file.
+
+    Raises:
+        CheckpointError: as for `open_regular`, or it is larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        contents = file.read(max_bytes + 1)
+    if len(contents) > max_bytes:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes; expected at most {max_bytes:,}"
+        )
+    return contents
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((name for holds, name in kinds.items() if holds(mode)), "no file")
