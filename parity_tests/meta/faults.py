@@ -194,6 +194,13 @@ FAULTS = (
         "test_damage.py -k nothing_stays",
     ),
     Mutant(
+        "an interrupted run forgets its shards",
+        "alibi_convert/destination.py",
+        "is_kept = task is not None and bool(journal.files)",
+        "is_kept = False",
+        "test_interruption.py -k run_resumes",
+    ),
+    Mutant(
         "pickles without weights_only",
         "alibi_convert/pickle_file.py",
         "weights_only=True",
