@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from alibi_convert import convert, torch_to_flax
+from alibi_convert.destination import check_destination, replacing
 from alibi_convert.extras import require
-from alibi_convert.store import check_destination
 from alibi_convert.verify import Check, verify_steps
 from alibi_spec import ALiBiConfig
 
@@ -215,7 +215,8 @@ def _plot(curves: list[Curve], training_length: int, path: Path) -> None:
     axes.set_title("Train short, test long")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with replacing(path, overwrite=True) as new:
+        figure.savefig(new, dpi=150)
     plt.close(figure)
 
 
@@ -236,4 +237,5 @@ def _write_report(
         "checks": [asdict(check) for check in checks],
         "bits_per_byte": [asdict(curve) for curve in curves],
     }
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with replacing(path, overwrite=True) as new:
+        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

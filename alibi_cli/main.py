@@ -1,7 +1,8 @@
 """The `alibi` command: arguments in, report out, exit code.
 
-Exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input. A reader that goes away early (as
-`head` does) ends the command like any other, with 128 + SIGPIPE.
+Exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input, 130 interrupted, by SIGINT (Ctrl-C)
+or SIGTERM alike. A reader that goes away early (as `head` does) ends the command like any other,
+with 128 + SIGPIPE.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +28,54 @@ from alibi_convert.verify import Verification, verify_steps
 from alibi_spec import ALiBiConfig
 
 OK, MISMATCH, USAGE, BROKEN = 0, 1, 2, 3
-BROKEN_PIPE = 128 + 13
+INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        code = options.run(options)
-        sys.stdout.flush()
+        with _interruptible():
+            code = options.run(options)
+            sys.stdout.flush()
     except MismatchError as error:
-        return _fail(error, MISMATCH)
+        return _fail(f"error: {error}", MISMATCH)
     except BrokenPipeError:
         _abandon_output()
         return BROKEN_PIPE
     except (CheckpointError, OSError) as error:
-        return _fail(error, BROKEN)
+        return _fail(f"error: {error}", BROKEN)
     except ValueError as error:
-        return _fail(error, USAGE)
+        return _fail(f"error: {error}", USAGE)
+    except KeyboardInterrupt as interruption:
+        return _fail("; ".join(("interrupted", *interruption.args)), INTERRUPTED)
     return code
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt; a second one ends the process where it is."""
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # others are somebody's: left alone
+    ours = [number for number, handler in before.items() if handler in usual]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # signals reach the main thread alone
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # that was the error: what is left cannot be printed either
@@ -66,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="alibi",
         description="ALiBi checkpoints between PyTorch and Flax, with a proof of parity",
-        epilog="exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input",
+        epilog="exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input, 130 interrupted",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from alibi_convert import load_tokenizer, open_checkpoint
 from alibi_convert.checkpoint import Checkpoint
+from alibi_convert.destination import replacing
 from alibi_convert.extras import require
 from alibi_convert.tokenizer import TOKENIZER_FILE
 from alibi_spec.windows import BLOCK_SIZE
@@ -151,5 +152,6 @@ def _draw(
     right.spines[["top", "right"]].set_visible(False)
     tolerance = options.tolerance
     figure.suptitle(f"{options.source.name}, {options.length:,} × {description}, {tolerance=!s}")
-    figure.savefig(options.output, dpi=150)
+    with replacing(options.output, overwrite=True) as path:
+        figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, GivenConfig, open_checkpoint
-from alibi_convert.comparison import first_difference as first_difference  # exported
 from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
 from alibi_convert.formats import FORMATS

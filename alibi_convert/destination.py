@@ -2,7 +2,8 @@
 
 For `model` all work happens in `.model.partial/`: `new/model` is what is written, `journal.json`
 says how far it got, and `replaced/model` is, between two renames, what was there before. A run
-that fails removes the folder; one that is killed leaves it for the next run to resume or remove.
+that fails removes the folder; one that is killed leaves it for the next run to resume or remove;
+one that is interrupted leaves what it finished.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def building(
 
     Raises:
         CheckpointError: as for `replacing`; or the killed run was doing something else.
+        KeyboardInterrupt: with the advice to resume, where the journal knows of finished files.
     """
     destination = destination.resolve()
     partial = destination.with_name(f".{destination.name}.partial")
@@ -77,13 +79,21 @@ def building(
         try:
             with _locked(partial):
                 journal = _start(partial, destination.name, task or {}, resume)
+                is_kept = False
                 try:
                     path = partial / _NEW / destination.name
                     yield path, journal
                     _flush(partial / _NEW, *(partial / _NEW).rglob("*"))
                     _move_into_place(path, destination, overwrite, kept)
+                except KeyboardInterrupt:
+                    is_kept = task is not None and bool(journal.files)
+                    if not is_kept:
+                        raise
+                    _remove_unfinished(partial, destination.name, journal)
+                    raise KeyboardInterrupt("`--resume` goes on") from None
                 finally:
-                    shutil.rmtree(partial)
+                    if not is_kept:
+                        shutil.rmtree(partial)
         except BaseException:
             for parent in new_parents:
                 with suppress(OSError):  # never made, or in use by somebody else
@@ -197,18 +207,24 @@ def _start(partial: Path, name: str, task: Mapping[str, Any], resume: bool) -> J
         journal = Journal.resumed(partial / _JOURNAL, task)
     else:
         journal = Journal(partial / _JOURNAL, task)
-    finished = {partial / _NEW / name / file for file in journal.files}
     (partial / _NEW).mkdir(exist_ok=True)
+    _remove_unfinished(partial, name, journal)
+    journal.save()
+    return journal
+
+
+def _remove_unfinished(partial: Path, name: str, journal: Journal) -> None:
+    """Leave the journal and the files that it knows to be finished."""
+    kept = {partial / _NEW / name / file for file in journal.files}
+    kept |= {partial / _NEW, partial / _JOURNAL}
     for path in sorted(partial.rglob("*"), reverse=True):  # what a folder holds, then the folder
-        if path == partial / _NEW or path in finished:
+        if path in kept:
             continue
         if path.is_dir() and not path.is_symlink():
             with suppress(OSError):  # it holds what is kept
                 path.rmdir()
         else:
             path.unlink()
-    journal.save()
-    return journal
 
 
 def _flush(*paths: Path) -> None:

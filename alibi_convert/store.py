@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+
+import numpy as np
 
 from alibi_convert.destination import check_destination as check_destination  # exported
 from alibi_convert.destination import replacing as replacing  # exported
@@ -203,19 +207,35 @@ def write_tensors(
         the XXH3 of every file with weights, by name.
     """
     files = shard_names(tensors.headers, max_shard_bytes)
+    is_over = threading.Event()
 
     def write(file: str) -> str:
-        part = Tensors({name: tensors.headers[name] for name in files[file]})
-        return _write_shard(folder / file, part, journal)
+        part = {name: _until(is_over, tensors.headers[name]) for name in files[file]}
+        return _write_shard(folder / file, Tensors(part), journal)
 
     with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
-        hashes = dict(zip(files, pool.map(write, files), strict=True))
+        try:
+            hashes = dict(zip(files, pool.map(write, files), strict=True))
+        finally:  # after an error or an interruption nobody waits for gigabytes to be written
+            is_over.set()
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         total = sum(header.nbytes for header in tensors.headers.values())
         contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return hashes
+
+
+def _until(is_over: threading.Event, tensor: LazyTensor) -> LazyTensor:
+    """The tensor, as long as it is of use."""
+
+    def stream() -> Iterator[np.ndarray]:
+        for chunk in tensor.chunks():
+            if is_over.is_set():
+                raise CancelledError
+            yield chunk
+
+    return replace(tensor, stream=stream)
 
 
 def _write_shard(path: Path, tensors: Tensors, journal: Journal | None) -> str:

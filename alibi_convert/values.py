@@ -129,17 +129,19 @@ def cast(tensors: Tensors, dtype: np.dtype | None) -> Tensors:
     """The tensors in another dtype, cast when they are read; None leaves them."""
     if dtype is None:
         return tensors
+    return Tensors({name: cast_tensor(each, dtype) for name, each in tensors.headers.items()})
 
-    def header(source: LazyTensor) -> LazyTensor:
-        def stream() -> Iterator[np.ndarray]:
-            return (_cast(chunk, dtype) for chunk in source.chunks())
 
-        def read() -> np.ndarray:
-            return _gather(stream(), source.shape, dtype)
+def cast_tensor(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
+    """One tensor in another dtype, cast when it is read."""
 
-        return LazyTensor(source.shape, dtype, read, stream)
+    def stream() -> Iterator[np.ndarray]:
+        return (_cast(chunk, dtype) for chunk in source.chunks())
 
-    return Tensors({name: header(each) for name, each in tensors.headers.items()})
+    def read() -> np.ndarray:
+        return _gather(stream(), source.shape, dtype)
+
+    return LazyTensor(source.shape, dtype, read, stream)
 
 
 def _gather(chunks: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -71,11 +71,21 @@ _BFLOAT16 = Budget(
     "gradient in bfloat16: over 900 rows three times √900 u. Divergence is about half the squared "
     "logit error: (0.05)² / 2.",
 )
+_FLOAT16 = Budget(
+    forward=6e-3,
+    ratio=4.0,
+    gradient=2.5e-2,
+    gradient_ratio=32.0,
+    divergence=2e-5,
+    derivation="u = 2^-11, three bits finer than bfloat16: an eighth of its budget. Divergence is "
+    "about half the squared logit error: (6e-3)² / 2.",
+)
 
 BUDGETS: Mapping[tuple[str, str], Budget] = {
     ("float64", "cpu"): _FLOAT64,
     ("float32", "cpu"): _FLOAT32,
     ("bfloat16", "cpu"): _BFLOAT16,
+    ("float16", "cpu"): _FLOAT16,
     ("float64", "gpu"): _FLOAT64,
     ("float32", "gpu"): _FLOAT32,  # with IEEE matmuls, not TF32
     ("bfloat16", "gpu"): _BFLOAT16,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -21,6 +23,25 @@ def _forget_compiled_programs() -> Iterator[None]:
     """Thousands of small JAX programs would otherwise stay in memory for the whole run."""
     yield
     jax.clear_caches()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the processes of one run share what JAX compiles, in a folder that goes with the run.
+
+    Most of the time of the tests is compilation, and most programs are needed by several modules in
+    several processes: workers, and what tests start. These find the folder in their environment.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker
+        return
+    folder = tempfile.TemporaryDirectory(prefix="alibi-compiled-")
+    config.add_cleanup(folder.cleanup)
+    for option, value in (
+        ("jax_compilation_cache_dir", folder.name),
+        ("jax_persistent_cache_min_compile_time_secs", 0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        os.environ[option.upper()] = str(value)
+        jax.config.update(option, value)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -22,11 +23,13 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, MismatchError, convert, inspect, open_checkpoint, verify
-from alibi_convert.convert import require_same
+from alibi_convert.comparison import relation, require_same
 from alibi_convert.formats import FORMATS, sidecar
 from alibi_convert.store import read_folder, write_folder
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
+from alibi_convert.verify import verify_steps
 from alibi_spec import ALiBiConfig, parameter_table
+from alibi_spec.budgets import BUDGETS
 from parity_tests.cases import CONFIGS, draw_parameters, each_config
 from parity_tests.checkpoints import CONFIG, OURS, assert_holds, make_folder, write
 from parity_tests.compare import assert_bitwise
@@ -270,6 +273,41 @@ def test_verify_sees_a_model_that_differs(tmp_path: Path) -> None:
     assert [check.passed for check in result.checks] == [False]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_verify_knows_a_cast(tmp_path: Path, dtype: str) -> None:
+    """A copy rounded by `convert` is proven as such, in either order; a wrong element is not."""
+    small = ALiBiConfig(num_layers=1, d_model=24, num_heads=3, vocab_size=29, max_len=16)
+    wide, narrow, again = write(tmp_path / "wide", config=small), tmp_path / "cast", tmp_path / "up"
+    convert(wide, narrow, dtype=dtype)
+    convert(narrow, again, dtype="float32")
+    limit = BUDGETS[dtype, "cpu"].forward
+    for ours, theirs, statement, when in (
+        (wide, narrow, "the second checkpoint is the first, cast to", "after"),
+        (narrow, wide, "the first checkpoint is the second, cast to", "before"),
+    ):
+        checks = list(itertools.islice(verify_steps(ours, theirs), 5))
+        assert all(check.passed for check in checks), checks
+        names = [check.name for check in checks]
+        assert names[0] == f"{statement} {dtype}"
+        assert names[-1].startswith(f"flax cpu, {when} rounding to {dtype}: every layer within ")
+        assert f"within {limit:.0e} of" in names[-1]
+    for ours, theirs, target in ((narrow, again, "float32"), (again, narrow, dtype)):
+        found = relation(open_checkpoint(ours), open_checkpoint(theirs))
+        assert found.statement == f"the second checkpoint is the first, cast to {target}"
+        assert (found.difference, found.rounded) == (None, None)  # nothing is lost on the way up
+
+    arrays = {name: array.copy() for name, array in read_folder(narrow)[1].items()}
+    arrays["token_embedding.weight"][3, 5] *= 1.01
+    write_folder(make_folder(tmp_path / "odd"), small, Tensors.of(arrays))
+    for ours, theirs in ((wide, tmp_path / "odd"), (tmp_path / "odd", wide)):
+        checks = verify_steps(ours, theirs)
+        first = next(checks)
+        assert (first.passed, first.name) == (False, "both checkpoints hold the same model")
+        assert first.measured.startswith(f"even after a cast to {dtype}, token_embedding.w")
+        failed = [check.name for check in itertools.islice(checks, 4) if not check.passed]
+        assert failed == ["flax cpu: every layer within 1e-05 of float64"]
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The documented exit codes, one error line, and JSON that parses."""
     source = write(tmp_path / "model")
@@ -287,7 +325,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "largest relative rounding error" in capsys.readouterr().out
     assert main(["convert", str(source), str(tmp_path / "x.bin"), "--to=msgpack"]) == 2
 
-    assert main(["verify", str(source), str(destination), "--new-tokens=5"]) == 1
+    assert main(["verify", str(source), str(destination), "--new-tokens=5"]) == 0
+    assert "ok   the second checkpoint is the first, cast to float16" in capsys.readouterr().out
+    other = write(tmp_path / "other", config=CONFIGS["decoder"])
+    assert main(["verify", str(source), str(other)]) == 1
     assert "FAIL both checkpoints hold the same model" in capsys.readouterr().out
     assert main(["verify", str(source), "--new-tokens=5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from parity_tests.compare import assert_bitwise
 SHARDS = "--max-shard-size=40000"
 FIRST, SECOND, THIRD = (f"model-{index:05d}-of-00005.safetensors" for index in (1, 2, 3))
 
-# Finishes two shards and writes half of another, says so, and waits to be killed.
+# Finishes two shards and writes half of another, says so, and reads on until it is stopped.
 STOPPING = """
 import json, sys, threading, time
 from alibi_cli.main import main
@@ -37,12 +39,15 @@ write, turn = store.write_safetensors, threading.Lock()
 def stopping(path, tensors, metadata=None):
     if path.name < "model-00003":
         return write(path, tensors, metadata)
-    turn.acquire()
-    while len(json.loads((path.parents[2] / "journal.json").read_bytes())["files"]) < 2:
-        time.sleep(0.01)
-    path.write_bytes(b"half")
-    print("ready", flush=True)
-    time.sleep(600)
+    with turn:
+        while len(json.loads((path.parents[2] / "journal.json").read_bytes())["files"]) < 2:
+            time.sleep(0.01)
+        path.write_bytes(b"half")
+        print("ready", flush=True)
+        while True:
+            for header in tensors.headers.values():
+                for _ in header.chunks():
+                    time.sleep(0.01)
 
 store.write_safetensors = stopping
 sys.exit(main(sys.argv[1:]))
@@ -85,8 +90,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def killed(source: Path, tmp_path: Path) -> Iterator[Path]:
-    """The folder that a conversion left when it was killed in its third shard."""
+def killed(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The folder that a conversion left when it was killed, or interrupted, in its third shard."""
+    number = getattr(request, "param", signal.SIGKILL)
     before = contents(source)
     command = [
         sys.executable,
@@ -97,10 +103,17 @@ def killed(source: Path, tmp_path: Path) -> Iterator[Path]:
         str(tmp_path / "out"),
         SHARDS,
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert (process.returncode, errors) == (130, b"interrupted; `--resume` goes on\n")
+        left = {path.name for path in (tmp_path / ".out.partial").rglob("*") if path.is_file()}
+        assert left == {"journal.json", FIRST, SECOND}  # nothing half-written
     assert contents(source) == before
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.partial"}
     yield tmp_path / ".out.partial"
@@ -124,7 +137,16 @@ def assert_same_model(path: Path, source: Path) -> None:
         assert_bitwise(found[name], array, name)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("killed", "damaged"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGKILL, True),
+        (signal.SIGINT, False),
+        (signal.SIGTERM, False),
+    ],
+    indirect=["killed"],
+)
 def test_a_killed_run_resumes(killed: Path, source: Path, tmp_path: Path, damaged: bool) -> None:
     """Whole shards are kept, the same files on the disk; a damaged one is written again."""
     shards = {name: killed / "new" / "out" / name for name in (FIRST, SECOND)}
@@ -145,6 +167,46 @@ def test_a_killed_run_resumes(killed: Path, source: Path, tmp_path: Path, damage
     whole = convert(source, tmp_path / "whole", max_shard_size=40_000)
     assert report.destination_xxh3 == whole.destination_xxh3
     assert whole.kept == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "number"),
+    [
+        ("convert SOURCE OUT/x", "alibi_convert.store.write_safetensors", signal.SIGINT),
+        (
+            "convert SOURCE OUT/x.safetensors --strict-values",
+            "alibi_convert.values.Watched.require_finite",
+            signal.SIGTERM,
+        ),
+        ("inspect SOURCE", "alibi_cli.main.inspect", signal.SIGINT),
+        ("verify SOURCE", "alibi_convert.backends.TorchBackend.exact_logits", signal.SIGTERM),
+        ("plot-windows SOURCE --output=OUT.png", "matplotlib.figure.Figure.savefig", signal.SIGINT),
+    ],
+)
+def test_an_interruption_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    where: str,
+    number: signal.Signals,
+) -> None:
+    """One quiet line; and the signals mean to the caller what they meant before."""
+    places = {"SOURCE": str(write(tmp_path / "sound")), "OUT": str(tmp_path / "deep")}
+    for name, place in places.items():
+        arguments = arguments.replace(name, place)
+    before = signal.getsignal(number)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)  # a thread of its own goes on for a moment
+        raise CancelledError
+
+    monkeypatch.setattr(where, interrupted)
+    assert main(arguments.split()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(number) is before
+    assert {path.name for path in tmp_path.iterdir()} == {"sound"}
 
 
 def test_a_killed_run_is_forgotten(killed: Path, source: Path, tmp_path: Path) -> None:

@@ -194,6 +194,13 @@ FAULTS = (
         "test_damage.py -k nothing_stays",
     ),
     Mutant(
+        "an interrupted run forgets its shards",
+        "alibi_convert/destination.py",
+        "is_kept = task is not None and bool(journal.files)",
+        "is_kept = False",
+        "test_interruption.py -k run_resumes",
+    ),
+    Mutant(
         "pickles without weights_only",
         "alibi_convert/pickle_file.py",
         "weights_only=True",
@@ -210,9 +217,16 @@ FAULTS = (
     Mutant(
         "verify runs the same checkpoint twice",
         "alibi_convert/verify.py",
-        "((TorchBackend(), ours), (FlaxBackend(), theirs)):\n        found = backend.trace",
-        "((TorchBackend(), ours), (FlaxBackend(), ours)):\n        found = backend.trace",
+        "_activations(FlaxBackend(), theirs, ",
+        "_activations(FlaxBackend(), ours, ",
         "test_convert.py -k sees_a_model",
+    ),
+    Mutant(
+        "a cast proven by its dtypes alone",
+        "alibi_convert/comparison.py",
+        "onward = first_difference(_cast_like(first, second), second)",
+        "onward = None",
+        "test_convert.py -k knows_a_cast",
     ),
     Mutant(
         "dropout always on",
