@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from alibi_convert.tensors import Tensors
 
 # What torch.load and the unpickler under it raise for broken files.
 UNPICKLING_ERRORS = (
+    AssertionError,
     AttributeError,
     EOFError,
     KeyError,
@@ -21,6 +23,7 @@ UNPICKLING_ERRORS = (
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
 )
 
 
