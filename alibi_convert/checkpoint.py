@@ -23,6 +23,7 @@ from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.hub import resolve
 from alibi_convert.pickle_file import PICKLE_SUFFIXES as PICKLE_SUFFIXES  # exported
 from alibi_convert.pickle_file import load_pickle, state_dict
+from alibi_convert.refusals import require_model, require_plain_tensors
 from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
@@ -106,6 +107,7 @@ def open_checkpoint(
     else:
         opened = _open_file(path, config, ignored, allow_pt)
     tensors = opened.tensors
+    require_plain_tensors(path, tensors)
     odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
     source = Source(opened.foreign, tensors, ignored)
     has_our_names = any(name.startswith("transformer.layers.") for name in tensors)
@@ -166,6 +168,7 @@ def _open_folder(
         config = _settle(folder, carried, _as_config(given, Tensors({}), ignored))
         tensors = formats.read_orbax(folder / store.ORBAX_FOLDER, config)
         return _Opened("orbax", tensors, config)
+    require_model(folder)
     if not (folder / store.CONFIG_FILE).exists():
         raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
     text, origin = read_whole(folder / store.CONFIG_FILE), str(folder / store.CONFIG_FILE)
@@ -271,6 +274,7 @@ def torch_to_flax(state_dict: Mapping[str, Any], config: ALiBiConfig) -> dict[st
     Raises:
         CheckpointError: tensors missing, unexpected or of the wrong shape.
     """
+    require_plain_tensors(Path("the state dict"), state_dict)
     return flax_tree(_own_tensors(Tensors.of(state_dict), config)[0], config)
 
 
@@ -278,7 +282,8 @@ def flax_to_torch(params: Mapping[str, Any], config: ALiBiConfig) -> dict[str, A
     """A Flax params tree as a dict of torch tensors for `load_state_dict`, bit for bit.
 
     Args:
-        params: nested mapping of JAX or NumPy arrays, as `init` returns under "params".
+        params: mapping of JAX or NumPy arrays, nested as `init` returns it under "params", or
+            flattened by "/" or to tuples of names.
         config: as for `torch_to_flax`.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,6 +59,13 @@ def left_behind(folder: Path, taken: Iterable[str]) -> list[str]:
 def sidecar(path: Path) -> Path:
     """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` beside it."""
     return path.with_name(path.name + ".json")
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether this entry of a folder is weights, or says in which files they are."""
+    is_shard = re.fullmatch(r"(model|pytorch_model)-.*\.(safetensors|bin)", path.name)
+    names = (WEIGHTS_FILE, INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE)
+    return is_shard is not None or path.name in names
 
 
 def is_model_file(path: Path) -> bool:

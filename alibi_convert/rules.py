@@ -191,12 +191,16 @@ def flax_tree(
 
 
 def canonical_tensors(params: Mapping[str, Any], config: ALiBiConfig) -> dict[str, np.ndarray]:
-    """A nested Flax params tree as canonical tensors: the inverse of `flax_tree`.
+    """A Flax params tree, nested or flattened, as canonical tensors: the inverse of `flax_tree`.
 
     Raises:
         CheckpointError: leaves missing, unexpected or of the wrong shape.
     """
-    leaves = dict(_leaves(params, ()))
+    leaves: dict[tuple[str, ...], Any] = {}
+    for path, leaf in _leaves(params, ()):
+        if path in leaves:
+            raise CheckpointError(f"{'/'.join(path)} is there twice, flattened and not; remove one")
+        leaves[path] = leaf
     table = parameter_table(config)
     check_shapes(
         {"/".join(row.flax_path): row.flax_shape for row in table},
@@ -208,7 +212,9 @@ def canonical_tensors(params: Mapping[str, Any], config: ALiBiConfig) -> dict[st
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
     if isinstance(node, Mapping):
         for key, child in node.items():
-            yield from _leaves(child, (*path, str(key)))
+            # Flattened trees have the whole path in one key: "a/b/c", or a tuple of names.
+            steps = key if isinstance(key, tuple) else str(key).split("/")
+            yield from _leaves(child, (*path, *map(str, steps)))
     elif hasattr(node, "shape") and hasattr(node, "dtype"):
         yield path, node
     else:

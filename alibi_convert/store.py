@@ -111,14 +111,15 @@ def read_tensors(folder: Path, allow_pt: bool = False) -> Tensors:
         CheckpointError: a file is missing, broken, or the index and the shards disagree.
     """
     index, shards = _shards(folder, allow_pt)
-    if index is None:
-        return _read_shard(folder / shards[0], allow_pt)
-    weight_map = _weight_map(index)
+    weight_map = {} if index is None else _weight_map(index)
     headers: dict[str, LazyTensor] = {}
     for shard in shards:
         tensors = _read_shard(folder / shard, allow_pt)
+        twice = sorted(headers.keys() & set(tensors))
+        if twice:
+            raise CheckpointError(f"{folder / shard} holds {twice[0]} a second time; remove one")
         listed = {name for name, file in weight_map.items() if file == shard}
-        if listed != set(tensors):
+        if index is not None and listed != set(tensors):
             odd = sorted(listed ^ set(tensors))
             raise CheckpointError(f"{folder / shard} and the index disagree about {', '.join(odd)}")
         headers.update(tensors.headers)
@@ -141,7 +142,15 @@ def _shards(folder: Path, allow_pt: bool) -> tuple[Path | None, list[str]]:
         if file in (WEIGHTS_FILE, PICKLE_FILE):
             return None, [file]
         return path, sorted(set(_weight_map(path).values()))
+    for stem, suffix in (
+        ("model", "safetensors"),
+        *([("pytorch_model", "bin")] if allow_pt else []),
+    ):
+        shards = _numbered_shards(folder, stem, suffix)
+        if shards:
+            return None, shards
     found = [name for name in (PICKLE_INDEX_FILE, PICKLE_FILE) if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob("pytorch_model-*-of-*.bin"))
     if found:
         raise CheckpointError(
             f"{folder} holds pickles ({', '.join(found)}), which can be made to run code; if you "
@@ -152,6 +161,26 @@ def _shards(folder: Path, allow_pt: bool) -> tuple[Path | None, list[str]]:
         f"{folder} holds no weights: {WEIGHTS_FILE} does not exist, nor does {INDEX_FILE}, "
         f"{PICKLE_FILE} or {PICKLE_INDEX_FILE}"
     )
+
+
+def _numbered_shards(folder: Path, stem: str, suffix: str) -> list[str]:
+    """Shards without an index, which their own numbers tell to be complete; or none."""
+    pattern = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.{suffix}")
+    found = {path.name: pattern.fullmatch(path.name) for path in folder.iterdir()}
+    numbers = {name: (int(each[1]), int(each[2])) for name, each in found.items() if each}
+    for name, (_, count) in sorted(numbers.items()):
+        for number in range(1, count + 1):
+            other = f"{stem}-{number:05d}-of-{count:05d}.{suffix}"
+            if other not in numbers:
+                raise CheckpointError(
+                    f"{folder} has {name} and no {other}; the checkpoint is incomplete"
+                )
+        if len(numbers) != count:
+            raise CheckpointError(
+                f"{folder} has shards of several checkpoints ({', '.join(sorted(numbers)[:4])}); "
+                f"remove those that are not meant, or add {stem}.{suffix}.index.json"
+            )
+    return sorted(numbers)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,15 @@ from safetensors.numpy import save_file
 import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
-from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint
+from alibi_convert import (
+    CheckpointError,
+    MismatchError,
+    convert,
+    open_checkpoint,
+    torch_to_flax,
+)
 from alibi_convert.formats import FORMATS, sidecar
-from alibi_convert.store import config_json
+from alibi_convert.store import config_json, read_tensors
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
 from parity_tests.cases import CONFIGS, draw_parameters
@@ -159,6 +167,82 @@ def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], Any], message:
     with pytest.raises(CheckpointError, match=message):
         convert(folder, tmp_path / "result")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("transformer.h.0.mlp.dense_h_to_4h.qweight", "quantised by GPTQ or AWQ .*; save it deq"),
+        ("transformer.h.0.mlp.dense_h_to_4h.weight.absmax", "quantised by bitsandbytes"),
+        (
+            "transformer.h.0.mlp.dense_h_to_4h.weight.quant_state.bitsandbytes__nf4",
+            "quantised by bitsandbytes",
+        ),
+        ("transformer.h.0.mlp.dense_h_to_4h.SCB", "quantised by bitsandbytes"),
+        ("transformer.h.0.mlp.dense_h_to_4h.weight_scale", "is quantised"),
+        (
+            "base_model.model.h.0.query_key_value.lora_A.weight",
+            "holds an adapter .*; merge it into",
+        ),
+        ("base_model.model.wte.lora_embedding_B.default", "holds an adapter .*; merge it into"),
+    ],
+)
+def test_what_holds_no_model_as_it_is(tmp_path: Path, name: str, message: str) -> None:
+    """Quantised weights and adapters, each by its name and with the way out."""
+    folder = write(tmp_path / "model")
+    stored = {key: array.copy() for key, array in read_tensors(folder).items()}
+    save_file(stored | {name: np.zeros(4, np.uint8)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_adapters_alone(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/bloom"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    for config in (None, "{}"):
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        with pytest.raises(CheckpointError, match=r"an adapter alone, for 'org/bloom'; merge it"):
+            open_checkpoint(folder)
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    """Their numbers tell whether all are there."""
+    whole = write(tmp_path / "whole")
+    folder = tmp_path / "shards"
+    convert(whole, folder, max_shard_size=60_000, verify=False)
+    (folder / "model.safetensors.index.json").unlink()
+    assert_holds(folder, CONFIG)
+    count = len(list(folder.glob("model-*.safetensors")))
+    first, second = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in (1, 2))
+    (folder / second).rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"has {first} and no {second}; the checkpoint is in"):
+        open_checkpoint(folder)
+    shutil.copy(folder / first, folder / second)
+    with pytest.raises(CheckpointError, match=rf"{second} holds \S+ a second time; remove one"):
+        open_checkpoint(folder)
+    (folder / "elsewhere").rename(folder / second)
+    shutil.copy(folder / first, folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"has shards of several checkpoints .*; remove those"
+    ):
+        open_checkpoint(folder)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """In pickles of our layout and of a family's, and in a live state dict."""
+    state: dict[Any, Any] = {7: torch.zeros(2), "weight": torch.zeros(2)}
+    namespace = argparse.Namespace(decoder_layers=1)
+    path = tmp_path / "model.pt"
+    for saved in (state, {"args": namespace, "model": state | {"decoder.embed_tokens.weight": 1}}):
+        torch.save(saved, path)
+        with pytest.raises(
+            CheckpointError, match=r"under the key 7; expected names|more than tens"
+        ):
+            open_checkpoint(path, allow_pt=True, config=CONFIG)
+    with pytest.raises(CheckpointError, match="the state dict has a tensor under the key 7"):
+        torch_to_flax(state, CONFIG)
 
 
 @pytest.mark.parametrize(

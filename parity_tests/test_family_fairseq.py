@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,7 @@ def test_defaults() -> None:
         ({"adaptive_softmax_cutoff": "20,70"}, "adaptive_cutoffs=.20, 70. do not rise"),
         ({"adaptive_softmax_cutoff": "twenty"}, "adaptive_softmax_cutoff='twenty'"),
         ({"adaptive_input_factor": 0}, "adaptive_input_factor=0"),
+        ({"adaptive_input_factor": 10**400}, "adaptive_input_factor=10"),
         ({"decoder_rotary": True}, "not known: decoder_rotary"),
     ],
 )
@@ -426,3 +428,24 @@ def test_other_pickles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(CheckpointError, match="not a plain state dict"):
         open_checkpoint(path, allow_pt=True)
     assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\x80\x02K\x01Q.", b"\x80\x02G\x00", b"\x80\x02J\x00", b"\x80\x02."],
+    ids=["storage by a number", "float cut short", "integer cut short", "nothing"],
+)
+def test_damaged_pickles(tmp_path: Path, damage: bytes) -> None:
+    """Each makes torch's unpickler fail in its own way."""
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("model/data.pkl", damage)
+        archive.writestr("model/version", "3\n")
+    with pytest.raises(CheckpointError, match="is truncated or not a plain state dict"):
+        opened(tmp_path / "model.pt")
+
+
+def test_bands_too_narrow_to_exist(tmp_path: Path) -> None:
+    options = SMALL | {"adaptive_input_factor": 1e300}
+    arrays = published.draw(body_shapes() | input_shapes(), np.float32)
+    with pytest.raises(CheckpointError, match="of the wrong shape"):
+        opened(save(tmp_path / "model.pt", options, arrays))

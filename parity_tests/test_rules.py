@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
+from alibi_convert import CheckpointError, flax_to_torch, torch_to_flax
 from alibi_convert.rules import Row, Rule
+from alibi_convert.tensors import as_numpy
 from alibi_spec import ALiBiConfig, parameter_table
+from parity_tests.cases import draw_parameters
 from parity_tests.compare import assert_bitwise
 
 CONFIG = ALiBiConfig(num_layers=1, d_model=24, num_heads=3, vocab_size=11)
@@ -67,3 +71,17 @@ def test_interleaved_means_head_by_head() -> None:
     for part, array in enumerate(arrays.values()):
         for head in range(3):
             assert_bitwise(foreign[head, part], array.reshape(3, 8, 24)[head], f"{head}, {part}")
+
+
+@pytest.mark.parametrize("separator", ["/", None])
+def test_flattened_params(separator: str | None) -> None:
+    """Of `flax.traverse_util.flatten_dict`, by a separator or to tuples of names."""
+    stored = draw_parameters(CONFIG)
+    nested = torch_to_flax(stored, CONFIG)
+    flat = flatten_dict(nested, sep=separator)
+    for name, tensor in flax_to_torch(flat, CONFIG).items():
+        assert_bitwise(as_numpy(tensor), stored[name], name)
+    with pytest.raises(CheckpointError, match="1 tensors missing"):
+        flax_to_torch(dict(list(flat.items())[1:]), CONFIG)
+    with pytest.raises(CheckpointError, match="is there twice, flattened and not; remove one"):
+        flax_to_torch(nested | flat, CONFIG)

@@ -87,7 +87,7 @@ def _cutoffs(value: str | list[int] | None) -> tuple[int, ...] | None:
 def _factor(value: float) -> float:
     if not value >= 1:
         raise ValueError("expected a number of at least 1")
-    return value
+    return float(value)
 
 
 def _refine(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,8 +321,10 @@ def _bands(config: ALiBiConfig, ends: tuple[int, ...], factor: float) -> Iterato
     """Tokens and width of every band: each is `factor` times narrower than the one before."""
     vocab_size = config.vocab_size or 0
     bounds = (0, *(end for end in ends if end != vocab_size), vocab_size)
-    for band, (start, end) in enumerate(itertools.pairwise(bounds)):
-        yield end - start, int(config.d_model // factor**band)
+    narrowing = 1.0
+    for start, end in itertools.pairwise(bounds):
+        yield end - start, int(config.d_model // narrowing)
+        narrowing *= factor  # infinite rather than an error, where a power would be
 
 
 def _copied(tensor: np.ndarray) -> np.ndarray:

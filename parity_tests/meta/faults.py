@@ -320,6 +320,27 @@ FAULTS = (
         "test_pretrained.py -k 'slopes or second'",
     ),
     Mutant(
+        "shards without an index count as complete",
+        "alibi_convert/store.py",
+        "if other not in numbers:",
+        "if other == name:",
+        "test_damage.py -k without_an_index",
+    ),
+    Mutant(
+        "of flattened params that are there twice the last one counts",
+        "alibi_convert/rules.py",
+        "if path in leaves:",
+        "if path == ():",
+        "test_rules.py -k flattened",
+    ),
+    Mutant(
+        "an adapter beside a config.json counts as a model without weights",
+        "alibi_convert/checkpoint.py",
+        "    require_model(folder)\n    if not (folder / store.CONFIG_FILE).exists():\n",
+        "    if not (folder / store.CONFIG_FILE).exists():\n        require_model(folder)\n",
+        "test_damage.py -k adapters_alone",
+    ),
+    Mutant(
         "a torch model that forgets its tokenizer and ids",
         "alibi_torch/checkpoint.py",
         "model.origin = origin_of(checkpoint)",
