@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="show what a checkpoint holds")
     command.add_argument("path", type=Path, help=_SOURCE)
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", type=Path, nargs="?", help="where it would go")
     _add_target_options(command)
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("convert", help="convert a checkpoint")
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--no-verify", action="store_true", help="do not read the result back")
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
@@ -110,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_verify)
 
     from alibi_cli import demo, windows
@@ -163,6 +167,12 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_step_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--step", type=int, help="of a folder of orbax's CheckpointManager (default: the latest)"
+    )
+
+
 def _source_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"config": _read_config(options.config), "allow_pt": options.allow_pt}
 
@@ -177,7 +187,7 @@ def _read_config(path: Path | None) -> ALiBiConfig | None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    contents = inspect(options.path, **_source_options(options))
+    contents = inspect(options.path, step=options.step, **_source_options(options))
     if options.json:
         print(json.dumps(contents, indent=2))
         return OK
@@ -198,6 +208,7 @@ def _plan(options: argparse.Namespace) -> int:
     planned = plan(
         options.source,
         options.destination,
+        step=options.step,
         **_target_options(options),
         **_source_options(options),
     )
@@ -245,6 +256,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.source,
         options.destination,
         verify=not options.no_verify,
+        step=options.step,
         strict_values=options.strict_values,
         resume=options.resume,
         progress=not options.json and (options.progress or sys.stderr.isatty()),
@@ -302,6 +314,7 @@ def _verify(options: argparse.Namespace) -> int:
         options.other,
         new_tokens=options.new_tokens,
         seed=options.seed,
+        step=options.step,
         **_source_options(options),
     ):
         checks.append(check)

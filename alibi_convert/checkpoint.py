@@ -12,6 +12,7 @@ from alibi_convert import formats, store
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES, Family, Source, fairseq, import_tensors
 from alibi_convert.hub import resolve
+from alibi_convert.orbax_file import find_tree, read_orbax
 from alibi_convert.pickle_file import PICKLE_SUFFIXES as PICKLE_SUFFIXES  # exported
 from alibi_convert.pickle_file import load_pickle, state_dict
 from alibi_convert.regular_file import read_whole
@@ -57,10 +58,16 @@ class _Opened:
     tensors: Tensors
     carried: ALiBiConfig | None = None
     foreign: Mapping[str, Any] | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None  # where it was found, if not where it was looked for
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, config: ALiBiConfig | None = None, allow_pt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+    step: int | None = None,
 ) -> Checkpoint:
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
@@ -69,6 +76,7 @@ def open_checkpoint(
             file, or the id of a folder on the Hugging Face hub.
         config: for files that carry no configuration; otherwise it must agree with theirs.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+        step: of a folder of orbax's CheckpointManager; None is the latest.
 
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
@@ -76,10 +84,13 @@ def open_checkpoint(
     path = resolve(path, allow_pt)
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
+    if step is not None and not (path.is_dir() and find_tree(path, step)):
+        raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
     if path.is_dir():
-        opened = _open_folder(path, config, allow_pt)
+        opened = _open_folder(path, config, allow_pt, step)
     else:
         opened = _open_file(path, config, allow_pt)
+    path = opened.path or path
     tensors = opened.tensors
     odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
     source = Source(opened.foreign, tensors)
@@ -101,17 +112,19 @@ def open_checkpoint(
     shapes = {row.name: row.shape for row in parameter_table(config)}
     check_shapes(shapes, tensors.shapes)
     ordered = Tensors({name: tensors.headers[name] for name in shapes})
-    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, {})
+    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, opened.left)
 
 
-def _open_folder(folder: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened:
-    if (folder / store.ORBAX_MARK).exists():  # orbax params alone
-        config = _settle(folder, None, given)
-        return _Opened("orbax", formats.read_orbax(folder, config), config)
-    if (folder / store.ORBAX_FOLDER).is_dir():
-        config = _settle(folder, store.read_config(folder / store.CONFIG_FILE), given)
-        tensors = formats.read_orbax(folder / store.ORBAX_FOLDER, config)
-        return _Opened("orbax", tensors, config)
+def _open_folder(
+    folder: Path, given: ALiBiConfig | None, allow_pt: bool, step: int | None
+) -> _Opened:
+    tree = find_tree(folder, step)
+    if tree is not None:
+        is_ours = (folder / store.CONFIG_FILE).exists()
+        carried = store.read_config(folder / store.CONFIG_FILE) if is_ours else None
+        config = _settle(folder, carried, given)
+        tensors, left = read_orbax(tree, config)
+        return _Opened("orbax", tensors, config, left=left, path=folder if is_ours else tree)
     if not (folder / store.CONFIG_FILE).exists():
         raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
     text, origin = read_whole(folder / store.CONFIG_FILE), str(folder / store.CONFIG_FILE)
@@ -139,7 +152,8 @@ def _open_file(path: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened
         return _Opened("pt", state_dict(saved, path), carried)
     if path.suffix == ".msgpack":
         config = _settle(path, carried, given)
-        return _Opened("msgpack", formats.read_msgpack(path, config), config)
+        tensors, left = formats.read_msgpack(path, config)
+        return _Opened("msgpack", tensors, config, left=left)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
         f"{', '.join(PICKLE_SUFFIXES)} or .msgpack"

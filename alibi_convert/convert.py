@@ -43,6 +43,7 @@ def convert(
     *,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    step: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     strict_values: bool = False,
@@ -58,7 +59,7 @@ def convert(
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
         verify: read the destination back and compare every tensor bit by bit; and between
             families, where memory allows, run both sides and compare what they compute.
-        config, allow_pt: as for `open_checkpoint`.
+        config, allow_pt, step: as for `open_checkpoint`.
         overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
@@ -74,7 +75,7 @@ def convert(
     destination = Path(destination)
     to = check_target(destination, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, step=step)
     target = None if dtype is None else DTYPES[dtype]
     meant = replace(checkpoint, tensors=cast(checkpoint.tensors, target))
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
@@ -157,14 +158,18 @@ def check_target(destination: Path, to: str | None, dtype: str | None) -> str:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, config: ALiBiConfig | None = None, allow_pt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds, as plain JSON values.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, step=step)
     headers = checkpoint.tensors.headers
     return {
         "path": str(path),

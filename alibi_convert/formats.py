@@ -13,14 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from alibi_convert.errors import CheckpointError
 from alibi_convert.extras import require
 from alibi_convert.families import Family, bloom, export_tensors, falcon, jaketae, mpt
 from alibi_convert.journal import Journal
 from alibi_convert.layout import CONFIG_FILE, ORBAX_FOLDER
 from alibi_convert.layout import sidecar as sidecar  # exported
+from alibi_convert.msgpack_file import load_msgpack
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.store import (
     MAX_SHARD_BYTES,
@@ -30,6 +28,7 @@ from alibi_convert.store import (
     write_tensors,
 )
 from alibi_convert.tensors import Tensors, as_torch
+from alibi_convert.train_state import find_params
 from alibi_spec import ALiBiConfig
 
 
@@ -73,53 +72,14 @@ class Format:
     stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
 
 
-def read_msgpack(path: Path, config: ALiBiConfig) -> Tensors:
-    """Flax params written by `flax.serialization.to_bytes` or by us.
+def read_msgpack(path: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
+    """Flax params, or a training state with them, and what was left beside them.
 
     Raises:
         CheckpointError: truncated, not msgpack, or not the params of this configuration.
     """
-    require("flax", "flax", "reading .msgpack")
-    from flax import serialization
-    from msgpack.exceptions import UnpackException
-
-    try:
-        tree = serialization.msgpack_restore(path.read_bytes())
-    except (UnpackException, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is truncated or not Flax msgpack: {error}") from None
-    return Tensors.of(canonical_tensors(_params(tree, path), config))
-
-
-def read_orbax(folder: Path, config: ALiBiConfig) -> Tensors:
-    """Flax params in an orbax checkpoint.
-
-    Raises:
-        CheckpointError: broken, or not the params of this configuration.
-    """
-    require("orbax.checkpoint", "flax", "reading orbax")
-    import jax
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            # As NumPy arrays: the devices that wrote it need not be here.
-            saved: Any = checkpointer.metadata(folder.absolute())
-            saved = getattr(saved, "item_metadata", saved)  # newer orbax wraps it
-            if saved is None:
-                raise FileNotFoundError("it describes no arrays")
-            one = ocp.RestoreArgs(restore_type=np.ndarray)
-            as_arrays = jax.tree.map(lambda _: one, saved.tree)
-            tree = checkpointer.restore(folder.absolute(), restore_args=as_arrays)
-    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} is not a complete orbax checkpoint: {cause}") from None
-    return Tensors.of(canonical_tensors(_params(tree, folder), config))
-
-
-def _params(tree: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds a {type(tree).__name__}, expected a tree of params")
-    return tree["params"] if set(tree) == {"params"} else tree
+    found, left = find_params(load_msgpack(path), path)
+    return Tensors.of(canonical_tensors(found.params, config)), left
 
 
 def folder_format(

@@ -106,6 +106,7 @@ def plan(
     *,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    step: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
 ) -> Plan:
@@ -120,7 +121,7 @@ def plan(
         place = place.with_suffix(FORMATS[to].suffix)
     to = check_target(place, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, step=step)
     wanted = cast(checkpoint.tensors, None if dtype is None else DTYPES[dtype])
     nbytes = sum(header.nbytes for header in wanted.headers.values())
     problems = []

@@ -65,6 +65,7 @@ def verify(
     seed: int = 0,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    step: int | None = None,
 ) -> Verification:
     """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
 
@@ -78,13 +79,14 @@ def verify(
         new_tokens: length of the greedy continuation that must agree.
         seed: of everything random.
         config, allow_pt: as for `open_checkpoint`.
+        step: of the source, as for `open_checkpoint`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
         ValueError: a backend is not installed.
     """
     return Verification(
-        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt))
+        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt, step))
     )
 
 
@@ -96,11 +98,12 @@ def verify_steps(
     seed: int = 0,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    step: int | None = None,
 ) -> Iterator[Check]:
     """The checks of `verify` one by one, each as soon as it is known."""
     require("torch", "torch", "verify")
     require("flax", "flax", "verify")
-    ours = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    ours = open_checkpoint(source, config=config, allow_pt=allow_pt, step=step)
     theirs = ours if other is None else open_checkpoint(other, config=config, allow_pt=allow_pt)
     if other is not None:
         difference = first_difference(ours, theirs)
