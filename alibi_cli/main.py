@@ -199,6 +199,7 @@ def _inspect(options: argparse.Namespace) -> int:
     width = max(map(len, contents["tensors"]))
     for name, tensor in contents["tensors"].items():
         print(f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}")
+    _print_wrappers(contents["wrappers"])
     for name, reason in contents["derived"].items():
         print(f"  {name:{width}}  not carried over: {reason}")
     return OK
@@ -244,6 +245,11 @@ def _print_plan(planned: Plan) -> None:
         print(f"{'problem' if problem.stops else 'note'}: {problem.cause}; {problem.mend}")
 
 
+def _print_wrappers(wrappers: Sequence[str]) -> None:
+    if wrappers:
+        print(f"  left out of the names: {', '.join(wrappers)}")
+
+
 def _print_differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> None:
     for name, reason in dropped.items():
         print(f"  not carried over: {name} ({reason})")
@@ -276,6 +282,7 @@ def _print_report(report: Report) -> None:
         f"{report.destination} ({report.destination_format})"
     )
     print(f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s")
+    _print_wrappers(report.wrappers)
     _print_differences(report.dropped, report.folded)
     for cast in report.casts:
         where = f" in {cast.where}" if cast.where else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from alibi_convert.pickle_file import load_pickle, state_dict
 from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
+from alibi_convert.wrappers import find_state_dict, unwrapped
 from alibi_spec import ALiBiConfig, parameter_table
 
 _FLOATS = frozenset(DTYPES.values())
@@ -37,6 +38,7 @@ class Checkpoint:
         origins: names in the file of what each tensor comes from, where they differ from ours.
         folded: tensors that are computed from those of the file, with the reason.
         foreign_config: the config.json of another family's folder.
+        wrappers: keys and prefixes of training runs that stood before the names in the file.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Checkpoint:
     origins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     folded: Mapping[str, str] = field(default_factory=dict)
     foreign_config: Mapping[str, Any] | None = None
+    wrappers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class _Opened:
     foreign: Mapping[str, Any] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None  # where it was found, if not where it was looked for
+    keys: Sequence[str] = ()  # that led to the tensors
 
 
 def open_checkpoint(
@@ -91,13 +95,15 @@ def open_checkpoint(
     else:
         opened = _open_file(path, config, allow_pt)
     path = opened.path or path
-    tensors = opened.tensors
+    tensors, prefixes = unwrapped(opened.tensors)
+    wrappers = [*opened.keys, *prefixes]
     odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
     source = Source(opened.foreign, tensors)
     if opened.carried is None:
         for family in FAMILIES:
             if family.recognises(source):
-                return _from_family(family, path, opened.format, config, source)
+                found = _from_family(family, path, opened.format, config, source)
+                return replace(found, derived={**opened.left, **found.derived}, wrappers=wrappers)
     if opened.foreign is not None:
         kind = opened.foreign.get("model_type")
         raise CheckpointError(
@@ -112,7 +118,8 @@ def open_checkpoint(
     shapes = {row.name: row.shape for row in parameter_table(config)}
     check_shapes(shapes, tensors.shapes)
     ordered = Tensors({name: tensors.headers[name] for name in shapes})
-    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, opened.left)
+    kind = opened.format, store.FORMAT
+    return Checkpoint(path, *kind, config, ordered, opened.left, wrappers=wrappers)
 
 
 def _open_folder(
@@ -149,7 +156,8 @@ def _open_file(path: Path, given: ALiBiConfig | None, allow_pt: bool) -> _Opened
         source = fairseq.source(saved, path)
         if source is not None:
             return _Opened("pt", source.tensors, foreign=source.config)
-        return _Opened("pt", state_dict(saved, path), carried)
+        state, keys, left = find_state_dict(saved)
+        return _Opened("pt", state_dict(state, path), carried, left=left, keys=keys)
     if path.suffix == ".msgpack":
         config = _settle(path, carried, given)
         tensors, left = formats.read_msgpack(path, config)

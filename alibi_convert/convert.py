@@ -105,7 +105,7 @@ def convert(
                     logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
             hashed.result()
         report = Report(
-            source=str(source),
+            source=_place(source, checkpoint),
             destination=str(destination),
             source_format=checkpoint.format,
             destination_format=to,
@@ -114,6 +114,7 @@ def convert(
             nbytes=nbytes,
             dropped=dict(checkpoint.derived),
             folded=dict(checkpoint.folded),
+            wrappers=list(checkpoint.wrappers),
             rounding=watched.rounding,
             casts=watched.casts,
             nonfinite=watched.nonfinite,
@@ -172,7 +173,7 @@ def inspect(
     checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, step=step)
     headers = checkpoint.tensors.headers
     return {
-        "path": str(path),
+        "path": _place(path, checkpoint),
         "format": checkpoint.format,
         "family": checkpoint.family,
         "model": "ALiBiTransformer" if checkpoint.config.vocab_size is None else "ALiBiLM",
@@ -184,7 +185,13 @@ def inspect(
             for name, header in headers.items()
         },
         "derived": dict(checkpoint.derived),
+        "wrappers": list(checkpoint.wrappers),
     }
+
+
+def _place(given: str | os.PathLike[str], checkpoint: Checkpoint) -> str:
+    """A source as it was given, or what orbax wrote there, of several steps and trees."""
+    return str(checkpoint.path if checkpoint.format == "orbax" else given)
 
 
 def _format_of(destination: Path) -> str:

@@ -7,6 +7,8 @@ these three (.pt, .msgpack, orbax) hold the whole model in memory; folders and .
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -138,11 +140,22 @@ def _write_safetensors(
 
 def _write_pt(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
     require("torch", "torch", "writing .pt")
-    import torch
-
-    torch.save({name: as_torch(array) for name, array in tensors.items()}, path)
+    _save_pt(path, tensors)
     sidecar(path).write_text(config_json(config), encoding="utf-8")
     return {}
+
+
+def _save_pt(path: Path, tensors: Tensors) -> None:
+    import torch
+
+    state = {name: as_torch(array) for name, array in tensors.items()}
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # raised over what the disk said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _write_msgpack(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
@@ -159,8 +172,14 @@ def _write_orbax(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) ->
     import orbax.checkpoint as ocp
 
     path.mkdir()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute() / ORBAX_FOLDER, flax_tree(tensors, config))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute() / ORBAX_FOLDER, flax_tree(tensors, config))
+    except ValueError as error:  # tensorstore's, for a full disk, too
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     (path / CONFIG_FILE).write_text(config_json(config), encoding="utf-8")
     return {}
 
@@ -174,10 +193,7 @@ def _family_folder(family: Family, library: str) -> Format:
 
 def _write_jaketae(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
     require("torch", "torch", "writing jaketae")
-    import torch
-
-    stored = _stored_jaketae(config, tensors)
-    torch.save({name: as_torch(array) for name, array in stored.items()}, path)
+    _save_pt(path, _stored_jaketae(config, tensors))
     return {}
 
 

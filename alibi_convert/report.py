@@ -20,6 +20,7 @@ class Report:
         nbytes: bytes of tensor data written.
         dropped: tensors of the source that the configuration implies, with the reason.
         folded: tensors that were computed from those of the source, with the reason.
+        wrappers: keys and prefixes of training runs, left out of the names.
         rounding: largest relative rounding error of any element, None when nothing was cast.
         casts: the dtypes that were cast, each with its largest rounding error.
         nonfinite: number of NaN and infinite elements, of the tensors that have such.
@@ -40,6 +41,7 @@ class Report:
     nbytes: int
     dropped: dict[str, str] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
+    wrappers: list[str] = field(default_factory=list)
     rounding: float | None = None
     casts: list[Cast] = field(default_factory=list)
     nonfinite: dict[str, int] = field(default_factory=dict)

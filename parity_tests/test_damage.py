@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import resource
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -463,6 +464,23 @@ def test_nothing_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.Mo
             convert(source, destination, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
     assert_holds(old, CONFIGS["decoder"])
+
+
+# orbax's threads and callbacks say what they saw, too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["pt", "msgpack", "orbax"])
+def test_a_disk_that_fills_up_under_other_libraries(tmp_path: Path, kind: str) -> None:
+    source = write(tmp_path / "model")
+    destination = (tmp_path / "new").with_suffix(FORMATS[kind].suffix)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"new.* cannot be written: File too large"):
+            convert(source, destination, kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_failures_leave_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
