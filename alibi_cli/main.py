@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="show what a checkpoint holds")
     command.add_argument("path", type=Path, help=_SOURCE)
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", type=Path, nargs="?", help="where it would go")
     _add_target_options(command)
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("convert", help="convert a checkpoint")
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--no-verify", action="store_true", help="do not read the result back")
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
@@ -140,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     _add_source_options(command)
+    _add_step_option(command)
     command.set_defaults(run=_verify)
 
     from alibi_cli import demo, windows
@@ -202,6 +206,12 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_step_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--step", type=int, help="of a folder of orbax's CheckpointManager (default: the latest)"
+    )
+
+
 def _source_options(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "config": _read_config(options.config),
@@ -222,7 +232,7 @@ def _read_config(path: Path | None) -> GivenConfig | None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    contents = inspect(options.path, **_source_options(options))
+    contents = inspect(options.path, step=options.step, **_source_options(options))
     if options.json:
         print(json.dumps(contents, indent=2))
         return OK
@@ -234,6 +244,7 @@ def _inspect(options: argparse.Namespace) -> int:
     width = max(map(len, contents["tensors"]))
     for name, tensor in contents["tensors"].items():
         print(f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}")
+    _print_wrappers(contents["wrappers"])
     for name, reason in contents["derived"].items():
         print(f"  {name:{width}}  not carried over: {reason}")
     _print_ignored(contents["ignored"])
@@ -244,6 +255,7 @@ def _plan(options: argparse.Namespace) -> int:
     planned = plan(
         options.source,
         options.destination,
+        step=options.step,
         **_target_options(options),
         **_source_options(options),
     )
@@ -280,6 +292,11 @@ def _print_plan(planned: Plan) -> None:
         print(f"{'problem' if problem.stops else 'note'}: {problem.cause}; {problem.mend}")
 
 
+def _print_wrappers(wrappers: Sequence[str]) -> None:
+    if wrappers:
+        print(f"  left out of the names: {', '.join(wrappers)}")
+
+
 def _print_differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> None:
     for name, reason in dropped.items():
         print(f"  not carried over: {name} ({reason})")
@@ -297,6 +314,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.source,
         options.destination,
         verify=not options.no_verify,
+        step=options.step,
         strict_values=options.strict_values,
         resume=options.resume,
         progress=not options.json and (options.progress or sys.stderr.isatty()),
@@ -316,6 +334,7 @@ def _print_report(report: Report) -> None:
         f"{report.destination} ({report.destination_format})"
     )
     print(f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s")
+    _print_wrappers(report.wrappers)
     _print_differences(report.dropped, report.folded)
     _print_ignored(report.ignored)
     for cast in report.casts:
@@ -357,6 +376,7 @@ def _verify(options: argparse.Namespace) -> int:
         options.other,
         new_tokens=options.new_tokens,
         seed=options.seed,
+        step=options.step,
         **_source_options(options),
     ):
         checks.append(check)

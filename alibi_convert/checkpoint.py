@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from alibi_convert.families import (
 )
 from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.hub import resolve
+from alibi_convert.orbax_file import find_tree, read_orbax
 from alibi_convert.pickle_file import PICKLE_SUFFIXES as PICKLE_SUFFIXES  # exported
 from alibi_convert.pickle_file import load_pickle, state_dict
 from alibi_convert.refusals import require_model, require_plain_tensors
 from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
+from alibi_convert.wrappers import find_state_dict, unwrapped
 from alibi_spec import ALiBiConfig, parameter_table
 
 # A configuration from elsewhere: ours, or the contents of a family's config.json.
@@ -52,6 +54,7 @@ class Checkpoint:
         folded: tensors that are computed from those of the file, with the reason.
         foreign_config: the config.json of another family's folder.
         ignored: keys of it that were left out of account by the caller's word, with their values.
+        wrappers: keys and prefixes of training runs that stood before the names in the file.
     """
 
     path: Path
@@ -64,6 +67,7 @@ class Checkpoint:
     folded: Mapping[str, str] = field(default_factory=dict)
     foreign_config: Mapping[str, Any] | None = None
     ignored: Mapping[str, Any] = field(default_factory=dict)
+    wrappers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class _Opened:
     tensors: Tensors
     carried: ALiBiConfig | None = None
     foreign: Mapping[str, Any] | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None  # where it was found, if not where it was looked for
+    keys: Sequence[str] = ()  # that led to the tensors
 
 
 def open_checkpoint(
@@ -82,6 +89,7 @@ def open_checkpoint(
     config: GivenConfig | None = None,
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
+    step: int | None = None,
 ) -> Checkpoint:
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
@@ -94,6 +102,7 @@ def open_checkpoint(
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
         ignore_keys: keys of a foreign config.json that are not known and change nothing; a dot
             leads into an object.
+        step: of a folder of orbax's CheckpointManager; None is the latest.
 
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
@@ -102,11 +111,15 @@ def open_checkpoint(
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
     ignored = frozenset(ignore_keys)
+    if step is not None and not (path.is_dir() and find_tree(path, step)):
+        raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
     if path.is_dir():
-        opened = _open_folder(path, config, ignored, allow_pt)
+        opened = _open_folder(path, config, ignored, allow_pt, step)
     else:
         opened = _open_file(path, config, ignored, allow_pt)
-    tensors = opened.tensors
+    path = opened.path or path
+    tensors, prefixes = unwrapped(opened.tensors)
+    wrappers = [*opened.keys, *prefixes]
     require_plain_tensors(path, tensors)
     odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
     source = Source(opened.foreign, tensors, ignored)
@@ -117,7 +130,8 @@ def open_checkpoint(
         for family in FAMILIES:
             if family.recognises(source):
                 given = _as_config(config, family.renamed(tensors), ignored)
-                return _from_family(family, path, opened.format, given, source)
+                found = _from_family(family, path, opened.format, given, source)
+                return replace(found, derived={**opened.left, **found.derived}, wrappers=wrappers)
     if source.config is not None:
         raise _unknown_family(str(path), source.config)
     if odd:
@@ -126,7 +140,9 @@ def open_checkpoint(
     config = _settle(path, opened.carried, _as_config(config, tensors, ignored))
     _require_layers(path, config, tensors)
     ordered, dropped = _own_tensors(tensors, config)
-    return Checkpoint(path, opened.format, store.FORMAT, config, ordered, dropped)
+    derived = {**opened.left, **dropped}
+    kind = opened.format, store.FORMAT
+    return Checkpoint(path, *kind, config, ordered, derived, wrappers=wrappers)
 
 
 def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
@@ -158,16 +174,19 @@ def _as_config(
 
 
 def _open_folder(
-    folder: Path, given: GivenConfig | None, ignored: frozenset[str], allow_pt: bool
+    folder: Path,
+    given: GivenConfig | None,
+    ignored: frozenset[str],
+    allow_pt: bool,
+    step: int | None,
 ) -> _Opened:
-    if (folder / store.ORBAX_MARK).exists():  # orbax params alone
-        config = _settle(folder, None, _as_config(given, Tensors({}), ignored))
-        return _Opened("orbax", formats.read_orbax(folder, config), config)
-    if (folder / store.ORBAX_FOLDER).is_dir():
-        carried = store.read_config(folder / store.CONFIG_FILE)
+    tree = find_tree(folder, step)
+    if tree is not None:
+        is_ours = (folder / store.CONFIG_FILE).exists()
+        carried = store.read_config(folder / store.CONFIG_FILE) if is_ours else None
         config = _settle(folder, carried, _as_config(given, Tensors({}), ignored))
-        tensors = formats.read_orbax(folder / store.ORBAX_FOLDER, config)
-        return _Opened("orbax", tensors, config)
+        tensors, left = read_orbax(tree, config)
+        return _Opened("orbax", tensors, config, left=left, path=folder if is_ours else tree)
     require_model(folder)
     if not (folder / store.CONFIG_FILE).exists():
         raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
@@ -195,10 +214,12 @@ def _open_file(
         source = fairseq.source(saved, path)
         if source is not None:
             return _Opened("pt", source.tensors, foreign=source.config)
-        return _Opened("pt", state_dict(saved, path), carried)
+        state, keys, left = find_state_dict(saved)
+        return _Opened("pt", state_dict(state, path), carried, left=left, keys=keys)
     if path.suffix == ".msgpack":
         config = _settle(path, carried, _as_config(given, Tensors({}), ignored))
-        return _Opened("msgpack", formats.read_msgpack(path, config), config)
+        tensors, left = formats.read_msgpack(path, config)
+        return _Opened("msgpack", tensors, config, left=left)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
         f"{', '.join(PICKLE_SUFFIXES)} or .msgpack"

@@ -43,6 +43,7 @@ def convert(
     config: GivenConfig | None = None,
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
+    step: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     strict_values: bool = False,
@@ -58,7 +59,7 @@ def convert(
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
         verify: read the destination back and compare every tensor bit by bit; and between
             families, where memory allows, run both sides and compare what they compute.
-        config, allow_pt, ignore_keys: as for `open_checkpoint`.
+        config, allow_pt, ignore_keys, step: as for `open_checkpoint`.
         overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
@@ -74,7 +75,9 @@ def convert(
     destination = Path(destination)
     to = check_target(destination, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+    checkpoint = open_checkpoint(
+        source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
+    )
     target = None if dtype is None else DTYPES[dtype]
     meant = replace(checkpoint, tensors=cast(checkpoint.tensors, target))
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
@@ -104,7 +107,7 @@ def convert(
                     logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
             hashed.result()
         report = Report(
-            source=str(source),
+            source=_place(source, checkpoint),
             destination=str(destination),
             source_format=checkpoint.format,
             destination_format=to,
@@ -114,6 +117,7 @@ def convert(
             dropped=dict(checkpoint.derived),
             folded=dict(checkpoint.folded),
             ignored=dict(checkpoint.ignored),
+            wrappers=list(checkpoint.wrappers),
             rounding=watched.rounding,
             casts=watched.casts,
             nonfinite=watched.nonfinite,
@@ -164,16 +168,19 @@ def inspect(
     config: GivenConfig | None = None,
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
+    step: int | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds, as plain JSON values.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+    checkpoint = open_checkpoint(
+        path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
+    )
     headers = checkpoint.tensors.headers
     return {
-        "path": str(path),
+        "path": _place(path, checkpoint),
         "format": checkpoint.format,
         "family": checkpoint.family,
         "model": "ALiBiTransformer" if checkpoint.config.vocab_size is None else "ALiBiLM",
@@ -186,7 +193,13 @@ def inspect(
         },
         "derived": dict(checkpoint.derived),
         "ignored": dict(checkpoint.ignored),
+        "wrappers": list(checkpoint.wrappers),
     }
+
+
+def _place(given: str | os.PathLike[str], checkpoint: Checkpoint) -> str:
+    """A source as it was given, or what orbax wrote there, of several steps and trees."""
+    return str(checkpoint.path if checkpoint.format == "orbax" else given)
 
 
 def _format_of(destination: Path) -> str:

@@ -7,20 +7,20 @@ these three (.pt, .msgpack, orbax) hold the whole model in memory; folders and .
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from alibi_convert.errors import CheckpointError
 from alibi_convert.extras import require
 from alibi_convert.families import Family, bloom, export_tensors, falcon, jaketae, mpt
 from alibi_convert.journal import Journal
 from alibi_convert.layout import CONFIG_FILE, ORBAX_FOLDER
 from alibi_convert.layout import sidecar as sidecar  # exported
+from alibi_convert.msgpack_file import load_msgpack
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.store import (
     MAX_SHARD_BYTES,
@@ -30,6 +30,7 @@ from alibi_convert.store import (
     write_tensors,
 )
 from alibi_convert.tensors import Tensors, as_torch
+from alibi_convert.train_state import find_params
 from alibi_spec import ALiBiConfig
 
 
@@ -73,53 +74,14 @@ class Format:
     stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
 
 
-def read_msgpack(path: Path, config: ALiBiConfig) -> Tensors:
-    """Flax params written by `flax.serialization.to_bytes` or by us.
+def read_msgpack(path: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
+    """Flax params, or a training state with them, and what was left beside them.
 
     Raises:
         CheckpointError: truncated, not msgpack, or not the params of this configuration.
     """
-    require("flax", "flax", "reading .msgpack")
-    from flax import serialization
-    from msgpack.exceptions import UnpackException
-
-    try:
-        tree = serialization.msgpack_restore(path.read_bytes())
-    except (UnpackException, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is truncated or not Flax msgpack: {error}") from None
-    return Tensors.of(canonical_tensors(_params(tree, path), config))
-
-
-def read_orbax(folder: Path, config: ALiBiConfig) -> Tensors:
-    """Flax params in an orbax checkpoint.
-
-    Raises:
-        CheckpointError: broken, or not the params of this configuration.
-    """
-    require("orbax.checkpoint", "flax", "reading orbax")
-    import jax
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            # As NumPy arrays: the devices that wrote it need not be here.
-            saved: Any = checkpointer.metadata(folder.absolute())
-            saved = getattr(saved, "item_metadata", saved)  # newer orbax wraps it
-            if saved is None:
-                raise FileNotFoundError("it describes no arrays")
-            one = ocp.RestoreArgs(restore_type=np.ndarray)
-            as_arrays = jax.tree.map(lambda _: one, saved.tree)
-            tree = checkpointer.restore(folder.absolute(), restore_args=as_arrays)
-    except (ValueError, FileNotFoundError, KeyError, TypeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} is not a complete orbax checkpoint: {cause}") from None
-    return Tensors.of(canonical_tensors(_params(tree, folder), config))
-
-
-def _params(tree: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds a {type(tree).__name__}, expected a tree of params")
-    return tree["params"] if set(tree) == {"params"} else tree
+    found, left = find_params(load_msgpack(path), path)
+    return Tensors.of(canonical_tensors(found.params, config)), left
 
 
 def folder_format(
@@ -178,11 +140,22 @@ def _write_safetensors(
 
 def _write_pt(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
     require("torch", "torch", "writing .pt")
-    import torch
-
-    torch.save({name: as_torch(array) for name, array in tensors.items()}, path)
+    _save_pt(path, tensors)
     sidecar(path).write_text(config_json(config), encoding="utf-8")
     return {}
+
+
+def _save_pt(path: Path, tensors: Tensors) -> None:
+    import torch
+
+    state = {name: as_torch(array) for name, array in tensors.items()}
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # raised over what the disk said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _write_msgpack(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
@@ -199,8 +172,14 @@ def _write_orbax(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) ->
     import orbax.checkpoint as ocp
 
     path.mkdir()
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute() / ORBAX_FOLDER, flax_tree(tensors, config))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute() / ORBAX_FOLDER, flax_tree(tensors, config))
+    except ValueError as error:  # tensorstore's, for a full disk, too
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     (path / CONFIG_FILE).write_text(config_json(config), encoding="utf-8")
     return {}
 
@@ -214,10 +193,7 @@ def _family_folder(family: Family, library: str) -> Format:
 
 def _write_jaketae(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
     require("torch", "torch", "writing jaketae")
-    import torch
-
-    stored = _stored_jaketae(config, tensors)
-    torch.save({name: as_torch(array) for name, array in stored.items()}, path)
+    _save_pt(path, _stored_jaketae(config, tensors))
     return {}
 
 

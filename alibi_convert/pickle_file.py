@@ -20,7 +20,7 @@ from alibi_convert.regular_file import open_regular
 from alibi_convert.tensors import Tensors
 from alibi_convert.zip_file import MAGIC, check_zip
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 # What torch.load and the unpickler under it raise for broken files.
 _UNPICKLING_ERRORS = (

@@ -108,6 +108,7 @@ def plan(
     config: GivenConfig | None = None,
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
+    step: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
 ) -> Plan:
@@ -122,7 +123,9 @@ def plan(
         place = place.with_suffix(FORMATS[to].suffix)
     to = check_target(place, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+    checkpoint = open_checkpoint(
+        source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
+    )
     wanted = cast(checkpoint.tensors, None if dtype is None else DTYPES[dtype])
     nbytes = sum(header.nbytes for header in wanted.headers.values())
     problems = []

@@ -13,7 +13,8 @@ from typing import Any
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.families import FAMILIES
 from alibi_convert.formats import sidecar
-from alibi_convert.layout import CONFIG_FILE, CONVERSION_FILE, ORBAX_FOLDER, ORBAX_MARK
+from alibi_convert.layout import CONFIG_FILE, CONVERSION_FILE
+from alibi_convert.orbax_file import find_tree
 from alibi_convert.report import Report
 from alibi_convert.store import weight_files
 from alibi_convert.strict_json import read_json
@@ -93,6 +94,6 @@ def source_files(path: Path, allow_pt: bool = False) -> dict[str, Path]:
     """The files that make up a checkpoint, by their names in it: configuration and weights."""
     if not path.is_dir():
         return {each.name: each for each in (path, sidecar(path)) if each.exists()}
-    if (path / ORBAX_MARK).exists() or (path / ORBAX_FOLDER).is_dir():
+    if find_tree(path) is not None:
         return {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
     return {name: path / name for name in (CONFIG_FILE, *weight_files(path, allow_pt))}

@@ -21,6 +21,7 @@ class Report:
         dropped: tensors of the source that the configuration implies, with the reason.
         folded: tensors that were computed from those of the source, with the reason.
         ignored: keys of the foreign configuration that were ignored, with their values.
+        wrappers: keys and prefixes of training runs, left out of the names.
         rounding: largest relative rounding error of any element, None when nothing was cast.
         casts: the dtypes that were cast, each with its largest rounding error.
         nonfinite: number of NaN and infinite elements, of the tensors that have such.
@@ -43,6 +44,7 @@ class Report:
     dropped: dict[str, str] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, Any] = field(default_factory=dict)
+    wrappers: list[str] = field(default_factory=list)
     rounding: float | None = None
     casts: list[Cast] = field(default_factory=list)
     nonfinite: dict[str, int] = field(default_factory=dict)

@@ -196,17 +196,29 @@ def canonical_tensors(params: Mapping[str, Any], config: ALiBiConfig) -> dict[st
     Raises:
         CheckpointError: leaves missing, unexpected or of the wrong shape.
     """
+    leaves = check_tree(params, config)
+    return {
+        row.name: to_torch_layout(row, np.asarray(leaves[row.flax_path]))
+        for row in parameter_table(config)
+    }
+
+
+def check_tree(params: Mapping[str, Any], config: ALiBiConfig) -> dict[tuple[str, ...], Any]:
+    """The leaves of a params tree by path, or of what describes one by shapes and dtypes.
+
+    Raises:
+        CheckpointError: as for `canonical_tensors`.
+    """
     leaves: dict[tuple[str, ...], Any] = {}
     for path, leaf in _leaves(params, ()):
         if path in leaves:
             raise CheckpointError(f"{'/'.join(path)} is there twice, flattened and not; remove one")
         leaves[path] = leaf
-    table = parameter_table(config)
     check_shapes(
-        {"/".join(row.flax_path): row.flax_shape for row in table},
+        {"/".join(row.flax_path): row.flax_shape for row in parameter_table(config)},
         {"/".join(path): tuple(leaf.shape) for path, leaf in leaves.items()},
     )
-    return {row.name: to_torch_layout(row, np.asarray(leaves[row.flax_path])) for row in table}
+    return leaves
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:

@@ -17,7 +17,7 @@ def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
         CheckpointError: not a JSON object, or one that says two things under one key.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_without_duplicates)
+        values = json.loads(text, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
         raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -30,7 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_whole(path), str(path))
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs; ValueError where two have one key."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

@@ -66,6 +66,7 @@ def verify(
     config: GivenConfig | None = None,
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
+    step: int | None = None,
 ) -> Verification:
     """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
 
@@ -81,13 +82,18 @@ def verify(
         new_tokens: length of the greedy continuation that must agree.
         seed: of everything random.
         config, allow_pt, ignore_keys: as for `open_checkpoint`.
+        step: of the source, as for `open_checkpoint`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
         ValueError: a backend is not installed.
     """
     return Verification(
-        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt, ignore_keys))
+        tuple(
+            verify_steps(
+                source, other, inputs, new_tokens, seed, config, allow_pt, ignore_keys, step
+            )
+        )
     )
 
 
@@ -100,11 +106,14 @@ def verify_steps(
     config: GivenConfig | None = None,
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
+    step: int | None = None,
 ) -> Iterator[Check]:
     """The checks of `verify` one by one, each as soon as it is known."""
     require("torch", "torch", "verify")
     require("flax", "flax", "verify")
-    ours = open_checkpoint(source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+    ours = open_checkpoint(
+        source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
+    )
     theirs = ours
     if other is not None:
         theirs = open_checkpoint(other, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)

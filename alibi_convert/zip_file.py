@@ -50,7 +50,8 @@ def check_zip(path: Path) -> dict[str, tuple[int, int]]:
 def _entries(file: BinaryIO) -> list[zipfile.ZipInfo]:
     size = file.seek(0, 2)
     file.seek(max(0, size - _END_BYTES))
-    if not file.read(4) == _END:
+    end = file.read()
+    if not (end.startswith(_END) and end.endswith(b"\0\0")):  # and no comment
         raise zipfile.BadZipFile("it does not end as an archive does")
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()

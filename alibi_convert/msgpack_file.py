@@ -1,0 +1,92 @@
+"""Flax params in msgpack, read strictly: flax's own reader takes a key twice and trusts chunks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.extras import require
+from alibi_convert.regular_file import open_regular
+from alibi_convert.strict_json import without_duplicates
+
+# The types that flax adds to msgpack.
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+_CHUNKED = "__msgpack_chunked_array__"  # marks an array of more than a gigabyte, in pieces
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # beyond NumPy's names
+
+
+def load_msgpack(path: Path) -> Any:
+    """What `flax.serialization.msgpack_serialize` wrote: a tree whose arrays are NumPy's.
+
+    Raises:
+        CheckpointError: not that, truncated, or saying two things under one key.
+    """
+    require("msgpack", "flax", "reading .msgpack")
+    import msgpack
+    from msgpack.exceptions import UnpackException
+
+    with open_regular(path) as file:
+        try:
+            # From a file: of a huge one no more is read than it claims to need.
+            unpacker = msgpack.Unpacker(
+                file,
+                max_buffer_size=0,
+                ext_hook=_unpack,
+                object_pairs_hook=_joined,
+            )
+            tree = unpacker.unpack()
+            if unpacker.tell() != path.stat().st_size:
+                raise ValueError("something follows its end")
+        except (UnpackException, ValueError, TypeError, RecursionError) as error:
+            cause = str(error) or type(error).__name__
+            raise CheckpointError(f"{path} is truncated or not Flax msgpack: {cause}") from None
+    return tree
+
+
+def _unpack(code: int, data: bytes) -> Any:
+    import msgpack
+
+    if code in (_ARRAY, _SCALAR):
+        shape, name, buffer = msgpack.unpackb(data, raw=True)
+        _require_sizes(shape)
+        name = name.decode("ascii")
+        array = np.frombuffer(buffer, _DTYPES.get(name) or np.dtype(name))
+        return array.reshape(shape)
+    if code == _COMPLEX:
+        real, imaginary = msgpack.unpackb(data)
+        return complex(real, imaginary)
+    raise ValueError(f"it holds the unknown type {code}")
+
+
+def _joined(pairs: list[tuple[str, Any]]) -> Any:
+    """A mapping, or the array whose pieces it holds."""
+    tree = without_duplicates(pairs)
+    if _CHUNKED not in tree:
+        return tree
+    if set(tree) != {_CHUNKED, "shape", "chunks"}:
+        raise ValueError("an array in pieces lacks its shape or its chunks")
+    shape, chunks = (_in_order(tree[name]) for name in ("shape", "chunks"))
+    _require_sizes(shape)
+    if not all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks):
+        raise ValueError("the pieces of an array are not flat arrays")
+    if len({chunk.dtype for chunk in chunks}) != 1 or math.prod(shape) != sum(map(len, chunks)):
+        raise ValueError("the pieces of an array do not make up its shape")
+    return np.concatenate(chunks).reshape(shape)
+
+
+def _in_order(values: Any) -> list[Any]:
+    """The values of {"0": …, "1": …}, as flax writes tuples."""
+    numbers = [str(i) for i in range(len(values))] if isinstance(values, dict) else []
+    if not isinstance(values, dict) or set(numbers) != set(values):
+        raise ValueError("the shape or the pieces of an array are not numbered")
+    return [values[number] for number in numbers]
+
+
+def _require_sizes(shape: Any) -> None:
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"an array has the shape {shape!r}")

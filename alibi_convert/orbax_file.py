@@ -1,0 +1,167 @@
+"""Flax params in what orbax writes: one tree, a step of a CheckpointManager, or all its steps.
+
+A tree is a folder with `_METADATA`; the data is a small database. The library reads its manifest
+without asking how large it is, and has ended the process over a damaged one: it is checked before.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.extras import require
+from alibi_convert.layout import INDEX_FILE, ORBAX_MARK, WEIGHTS_FILE
+from alibi_convert.regular_file import read_whole, require_regular
+from alibi_convert.rules import canonical_tensors, check_tree
+from alibi_convert.strict_json import read_json
+from alibi_convert.tensors import Tensors
+from alibi_convert.train_state import find_params
+from alibi_spec import ALiBiConfig
+
+_TREE_FILE = "_METADATA"
+_JSON_FILES = (_TREE_FILE, "_sharding", "array_metadatas/process_*", ORBAX_MARK)
+_MANIFEST = "manifest.ocdbt"
+_MANIFEST_MAGIC = 0x0CDB3A2A
+_MAX_MANIFEST_BYTES = 2**20  # it names the root of each version
+_NAMES = ("params", "state", "train_state", "model", "default")  # of trees, the likeliest first
+
+# What orbax and tensorstore raise for broken files.
+_ERRORS = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def find_tree(folder: Path, step: int | None = None) -> Path | None:
+    """The folder of the one tree that holds params; None where orbax wrote no weights.
+
+    Args:
+        folder: a tree, a step, or the folder of a CheckpointManager.
+        step: of the manager's; None is its latest.
+
+    Raises:
+        CheckpointError: no such step, broken, or several trees that could be meant.
+    """
+    if any((folder / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return None
+    if step is None and _is_tree(folder):
+        return folder
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    names = [path.name for path in folders if _is_tree(path)]
+    if step is None and names:
+        likely = [name for name in _NAMES if name in names]
+        if len(names) > 1 and not likely:
+            raise CheckpointError(
+                f"{folder} holds the trees {', '.join(names)}; give the path of one of them"
+            )
+        return folder / (likely or names)[0]
+    steps = {int(found[0]): path for path in folders if (found := _step(path))}
+    if steps:
+        if step is not None and step not in steps:
+            known = ", ".join(map(str, sorted(steps)))
+            raise CheckpointError(f"{folder} has no step {step}; it has {known}")
+        return find_tree(steps[max(steps) if step is None else step])
+    if step is None and any((path / ORBAX_MARK).exists() for path in (folder, *folders)):
+        raise CheckpointError(
+            f"{folder} is not a complete orbax checkpoint: {_TREE_FILE} does not exist"
+        )
+    return None
+
+
+def _is_tree(folder: Path) -> bool:
+    return (folder / _TREE_FILE).exists()
+
+
+def _step(folder: Path) -> re.Match[str] | None:
+    """The number that ends the name of a finished step; it may follow a prefix and a _."""
+    has_tree = any(_is_tree(path) for path in folder.iterdir() if path.is_dir())
+    return re.search(r"(?:(?<=_)|^)\d+$", folder.name) if has_tree or _is_tree(folder) else None
+
+
+def read_orbax(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
+    """The params in the folder of one tree, and what was left beside them, with the reason.
+
+    Raises:
+        CheckpointError: broken, or not the params of this configuration.
+    """
+    _check_files(tree_folder)
+    require("orbax.checkpoint", "flax", "reading orbax")
+    import jax
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    folder = epath.Path(tree_folder.absolute())
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        tree: Any = handler.metadata(folder).tree
+        found, left = find_params(tree, tree_folder)
+        check_tree(found.params, config)  # a lie about a shape costs no memory
+        # As NumPy arrays: the devices that wrote it need not be here.
+        one = ocp.RestoreArgs(restore_type=np.ndarray)
+        wanted = found.in_place
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=jax.tree.map(lambda _: one, wanted), partial_restore=True
+        )
+        restored = find_params(handler.restore(folder, args=arguments), tree_folder)[0].params
+    except _ERRORS as error:
+        if isinstance(error, CheckpointError):
+            raise
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{tree_folder} is not a complete orbax checkpoint: {cause}"
+        ) from None
+    finally:
+        handler.close()
+    return Tensors.of(canonical_tensors(restored, config)), left
+
+
+def _check_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            require_regular(path)
+    for pattern in _JSON_FILES:
+        for path in folder.glob(pattern):
+            read_json(path)
+    for path in folder.rglob(_MANIFEST):
+        _check_manifest(path)
+
+
+def _check_manifest(path: Path) -> None:
+    """Magic number, length and CRC-32C of a manifest, as tensorstore's format has them."""
+    contents = read_whole(path, _MAX_MANIFEST_BYTES)
+    if len(contents) >= 16:
+        (magic,), (length,) = struct.unpack(">I", contents[:4]), struct.unpack("<Q", contents[4:12])
+        (crc,) = struct.unpack("<I", contents[-4:])
+        if (magic, length, crc) == (_MANIFEST_MAGIC, len(contents), _crc32c(contents[:-4])):
+            return
+    raise CheckpointError(f"{path} is damaged: the checkpoint is not a complete orbax checkpoint")
+
+
+def _crc32c(contents: bytes) -> int:
+    """The CRC of Castagnoli's polynomial, which Python's libraries lack."""
+    table, crc = _crc32c_table(), 2**32 - 1
+    for byte in contents:
+        crc = crc >> 8 ^ table[crc & 255 ^ byte]
+    return crc ^ 2**32 - 1
+
+
+@cache
+def _crc32c_table() -> tuple[int, ...]:
+    def entry(value: int) -> int:
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        return value
+
+    return tuple(map(entry, range(256)))

@@ -1,0 +1,65 @@
+"""Where the params are in what a Flax training run saves: alone, or beside optimizer and step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alibi_convert.errors import CheckpointError
+
+_PARAMS = "params"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The params in a tree.
+
+    Attributes:
+        params: the nested mapping that is meant.
+        keys: that lead to it.
+    """
+
+    params: Mapping[str, Any]
+    keys: tuple[str, ...]
+
+    @property
+    def in_place(self) -> dict[str, Any]:
+        """The tree with nothing beside the params."""
+        tree: Any = self.params
+        for key in reversed(self.keys):
+            tree = {key: tree}
+        return tree
+
+
+def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:
+    """The params in a tree, and what is beside them, with the reason why it is left.
+
+    Params are the tree itself, or under "params" in it or in one of its branches; variables, in
+    which they are under "params" once more, may take their place.
+
+    Raises:
+        CheckpointError: no tree, or several branches with params.
+    """
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}, expected a tree of params")
+    keys: tuple[str, ...] = ()
+    branches = [str(name) for name, branch in tree.items() if _has_params(branch)]
+    if len(branches) > 1 and not _has_params(tree):
+        raise CheckpointError(
+            f"{path} holds several params, in {', '.join(branches)}; save one of them alone"
+        )
+    left: dict[str, str] = {}
+    node: Mapping[str, Any] = tree
+    while _has_params(node) or (not keys and branches):
+        key = _PARAMS if _has_params(node) else branches[0]
+        for name in node:
+            if name != key:
+                left["/".join((*keys, str(name)))] = "beside the params, which are the model"
+        node, keys = node[key], (*keys, key)
+    return Found(node, keys), left
+
+
+def _has_params(node: Any) -> bool:
+    return isinstance(node, Mapping) and isinstance(node.get(_PARAMS), Mapping)
