@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
+from alibi_convert.convert import VERIFY
 from alibi_convert.formats import FORMATS
 from alibi_convert.store import FORMAT, parse_config, parse_json
 from alibi_convert.tensors import DTYPES
@@ -122,9 +123,15 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="keep the shards that a killed run had finished"
     )
     command.add_argument(
-        "--progress", action="store_true", help="show a progress bar even where no terminal is"
+        "--progress", action="store_true", help="show progress even where no terminal is"
     )
-    command.add_argument("--no-verify", action="store_true", help="do not read the result back")
+    command.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default="logits",
+        help="bits: read the result back; logits: run both sides too, between families (default); "
+        "none: neither",
+    )
     _add_source_options(command)
     command.set_defaults(run=_convert)
 
@@ -272,7 +279,7 @@ def _convert(options: argparse.Namespace) -> int:
     report = convert(
         options.source,
         options.destination,
-        verify=not options.no_verify,
+        verify=options.verify,
         strict_values=options.strict_values,
         resume=options.resume,
         progress=not options.json and (options.progress or sys.stderr.isatty()),
@@ -310,6 +317,8 @@ def _print_report(report: Report) -> None:
     if report.verified:
         print("read back: bitwise what was meant")
         _print_logits(report.verification["logits"])
+    else:
+        print("not read back")
 
 
 def _print_logits(logits: Mapping[str, Any]) -> None:

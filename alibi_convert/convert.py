@@ -32,13 +32,15 @@ from alibi_convert.tensors import DTYPES
 from alibi_convert.values import Watched, cast
 from alibi_spec import ALiBiConfig
 
+VERIFY = ("logits", "bits", "none")  # how much of a conversion is proven
+
 
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     to: str | None = None,
     dtype: str | None = None,
-    verify: bool = True,
+    verify: str = "logits",
     *,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
@@ -55,20 +57,25 @@ def convert(
         destination: a path that does not exist yet (or see `overwrite`).
         to: a key of `FORMATS`; None goes by the destination's suffix, a folder without one.
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
-        verify: read the destination back and compare every tensor bit by bit; and between
-            families, where memory allows, run both sides and compare what they compute.
+        verify: "bits" reads the destination back and compares every tensor bit by bit; "logits"
+            then runs both sides too, between families and where memory allows, and compares what
+            they compute; "none" does neither.
         config, allow_pt: as for `open_checkpoint`.
         overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
         resume: keep the shards that the same conversion had finished when it was killed.
-        progress: show a progress bar on the standard error stream.
+        progress: show each phase and how far it is on the standard error stream.
 
     Raises:
         CheckpointError: the source is broken, the destination exists, a cast overflows, the disk
             is full, or the destination does not read back.
-        ValueError: unknown `to`, `dtype` or `max_shard_size`.
+        MismatchError: both sides do not compute the same.
+        ValueError: unknown `to`, `dtype`, `verify` or `max_shard_size`.
+        KeyboardInterrupt: when interrupted; a folder's finished shards are kept for `resume`.
     """
+    if verify not in VERIFY:
+        raise ValueError(f"verify={verify!r} is not known; expected one of {', '.join(VERIFY)}")
     started = time.monotonic()
     destination = Path(destination)
     to = check_target(destination, to, dtype)
@@ -82,7 +89,9 @@ def convert(
     with building(destination, overwrite, nbytes, task, resume) as (path, journal):
         source_sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(files))
         with hashing(files, source_sha256) as hashed:
-            with progress_bar(progress, "convert", nbytes, journal.size(path)) as advance:
+            with progress_bar(
+                progress, "reading and writing", nbytes, journal.size(path)
+            ) as advance:
                 seen = journal.notes.setdefault("seen", {})
                 watched = Watched(checkpoint.tensors, target, seen, advance)
                 xxh3 = FORMATS[to].write(
@@ -95,12 +104,15 @@ def convert(
             restore_neutral_keys(path, checkpoint.path, to)
             copied = _copy_companions(checkpoint.path, path)
             logits: dict[str, Any] = {"not_run": "verification was switched off"}
-            if verify:
+            if verify != "none":
                 written = open_checkpoint(path, allow_pt=True)
                 _require_written(meant, written, destination, progress)
-                logits = {"not_run": "NaN or infinity in the weights"}
-                if not watched.nonfinite:
-                    logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
+                if verify == "bits":
+                    logits = {"not_run": "only bits were to be verified"}
+                elif watched.nonfinite:
+                    logits = {"not_run": "NaN or infinity in the weights"}
+                else:
+                    logits = compare_logits(checkpoint, written, bool(watched.casts), progress)
             hashed.result()
         report = Report(
             source=str(source),
@@ -119,8 +131,8 @@ def convert(
             kept=sorted(journal.kept),
             source_sha256=source_sha256,
             destination_xxh3=_all_hashes(path, xxh3),
-            verified=verify,
-            verification={"bitwise": verify, "logits": logits},
+            verified=verify != "none",
+            verification={"bitwise": verify != "none", "logits": logits},
             seconds=time.monotonic() - started,
         )
         if path.is_dir():
@@ -137,7 +149,7 @@ def _require_written(
         # says what the model computes was checked when it was written.
         written = replace(written, config=meant.config)
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
-    with progress_bar(progress, "verify", nbytes) as advance:
+    with progress_bar(progress, "checking bits", nbytes) as advance:
         require_same(meant, replace(written, path=destination), advance)
 
 

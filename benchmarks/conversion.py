@@ -101,7 +101,7 @@ def alternated(source: Path, folder: Path, rounds: int, options: list[str]) -> d
     ways: dict[str, Callable[[], dict[str, float]]] = {
         "cp": lambda: copied(source, converted),
         "convert": lambda: measured([*alibi, *options]),
-        "convert, not verified": lambda: measured([*alibi, *options, "--no-verify"]),
+        "convert, not verified": lambda: measured([*alibi, *options, "--verify=none"]),
     }
     figures: dict[str, Any] = {way: [] for way in ways}
     # The first round does not count: a virtual machine gets its memory when it first uses it.

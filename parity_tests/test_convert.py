@@ -347,18 +347,20 @@ def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     source, arguments = write(tmp_path / "model"), ["convert", str(tmp_path / "model")]
     assert main([*arguments, str(tmp_path / "a"), "--progress", "--max-shard-size=40KB"]) == 0
     output = capsys.readouterr()
-    assert "convert: 100%" in output.err
-    assert "verify: 100%" in output.err
+    assert "reading and writing: 100%" in output.err
+    assert "checking bits: 100%" in output.err
     lines = output.out.splitlines()
     assert lines[0] == f"{source} (alibi-duo, alibi) -> {tmp_path / 'a'} (alibi)"
     assert lines[1].startswith("36 tensors, 190,848 bytes, ")
     assert sum("  model-0000" in line for line in lines) == 5
     assert lines[-2] == "read back: bitwise what was meant"
     assert lines[-1].startswith("outputs not compared: nothing was renamed")
-    assert main([*arguments, str(tmp_path / "b"), "--progress", "--json", "--no-verify"]) == 0
+    assert main([*arguments, str(tmp_path / "b"), "--progress", "--json", "--verify=none"]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     assert json.loads(output.out)["verification"]["bitwise"] is False
+    with pytest.raises(ValueError, match="verify=True is not known; expected one of logits, bits"):
+        convert(source, tmp_path / "e", verify=True)  # pyright: ignore[reportArgumentType]
 
     parameters = dict(draw_parameters(CONFIG)) | {"lm_head.weight": np.full((101, 48), np.inf)}
     write_folder(make_folder(tmp_path / "inf"), CONFIG, Tensors.of(parameters))

@@ -312,4 +312,4 @@ def test_a_wrong_write_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MismatchError, match=r"copy.*\.(weight|bias)\[.*\] is .*, expected"):
         convert(source, tmp_path / "copy.safetensors")
     assert not (tmp_path / "copy.safetensors").exists()
-    convert(source, tmp_path / "copy.safetensors", verify=False)
+    convert(source, tmp_path / "copy.safetensors", verify="none")
