@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
+from alibi_convert.checkpoint import Checkpoint, open_checkpoint
 from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
-from alibi_convert.formats import FORMATS
+from alibi_convert.formats import FORMATS, ORBAX_SUFFIX, UNWRITTEN_SUFFIXES
 from alibi_convert.hashing import file_xxh3, hashing
 from alibi_convert.layout import copy_companions
 from alibi_convert.logits import compare_logits
@@ -55,7 +55,8 @@ def convert(
     Args:
         source: anything that `open_checkpoint` reads.
         destination: a path that does not exist yet (or see `overwrite`).
-        to: a key of `FORMATS`; None goes by the destination's suffix, a folder without one.
+        to: a key of `FORMATS`; None goes by the destination's suffix: .safetensors, .pt, .msgpack,
+            .orbax; a folder of ours if it is no suffix of weights.
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
         verify: "bits" reads the destination back and compares every tensor bit by bit; "logits"
             then runs both sides too, between families and where memory allows, and compares what
@@ -196,9 +197,14 @@ def inspect(
 def _format_of(destination: Path) -> str:
     # The first of a suffix: a .pt is a state dict of ours unless jaketae's is asked for.
     by_suffix = {kind.suffix: name for name, kind in reversed(FORMATS.items()) if kind.suffix}
-    if destination.suffix in PICKLE_SUFFIXES and destination.suffix not in by_suffix:
-        raise ValueError(f"{destination}: torch state dicts are written as .pt or .safetensors")
-    return by_suffix.get(destination.suffix, "alibi")
+    by_suffix[ORBAX_SUFFIX] = "orbax"
+    suffix = destination.suffix
+    if suffix not in by_suffix and suffix.lower() in {*UNWRITTEN_SUFFIXES, *by_suffix}:
+        raise ValueError(
+            f"{destination}: {suffix} is not written; expected {', '.join(sorted(by_suffix))} or a "
+            'folder\'s name; to="alibi" (--to alibi) makes a folder of this one'
+        )
+    return by_suffix.get(suffix, "alibi")
 
 
 def _task(

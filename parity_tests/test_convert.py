@@ -24,6 +24,7 @@ import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, MismatchError, convert, inspect, open_checkpoint, verify
 from alibi_convert.comparison import relation, require_same
+from alibi_convert.convert import check_target
 from alibi_convert.formats import FORMATS, sidecar
 from alibi_convert.store import read_folder, write_folder
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
@@ -371,6 +372,42 @@ def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "NaN or infinity in 1 tensors: lm_head.weight (4,848); " in capsys.readouterr().err
     assert main([*arguments, "/proc/1/out"]) == 3
     assert capsys.readouterr().err.startswith("error: /proc/1 cannot be written: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("model.orbax", "orbax"),
+        ("model.pt", "pt"),
+        ("bloom-7b1", "alibi"),
+        ("v1.5", "alibi"),
+        ("mpt-7b.bf16", "alibi"),
+        ("checkpoint.step-1000", "alibi"),
+        ("model.onnx", None),
+        ("weights.h5", None),
+        ("model.bin", None),
+        ("model.GGUF", None),
+        ("model.Safetensors", None),
+    ],
+)
+def test_suffixes_name_formats(tmp_path: Path, name: str, to: str | None) -> None:
+    """What a name says is done, or refused; a dot alone says nothing."""
+    if to is not None:
+        assert check_target(tmp_path / name, None, None) == to
+        return
+    message = (
+        r"is not written; expected \.msgpack, \.orbax, \.pt, \.safetensors or a folder's name; to="
+    )
+    with pytest.raises(ValueError, match=message):
+        check_target(tmp_path / name, None, None)
+    assert check_target(tmp_path / name, "alibi", None) == "alibi"
+
+
+def test_orbax_by_its_name(tmp_path: Path) -> None:
+    source = write(tmp_path / "model")
+    assert convert(source, tmp_path / "model.orbax").destination_format == "orbax"
+    assert main(["convert", str(source), str(tmp_path / "model.onnx")]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.orbax"}
 
 
 @pytest.mark.parametrize("buffered", [False, True])

@@ -208,6 +208,13 @@ FAULTS = (
         "test_damage.py -k pickles",
     ),
     Mutant(
+        "any suffix is a folder's",
+        "alibi_convert/convert.py",
+        "suffix.lower() in {*UNWRITTEN_SUFFIXES, *by_suffix}",
+        "suffix.lower() in {*by_suffix}",
+        "test_convert.py -k suffixes",
+    ),
+    Mutant(
         "verification that never reads back",
         "alibi_convert/convert.py",
         "require_same(meant, replace(written, path=destination), advance)",
