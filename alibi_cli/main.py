@@ -8,6 +8,7 @@ with 128 + SIGPIPE.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alibi_cli.arguments import path
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
 from alibi_convert.convert import VERIFY
 from alibi_convert.formats import FORMATS
@@ -96,25 +98,26 @@ def _parser() -> argparse.ArgumentParser:
         description="ALiBi checkpoints between PyTorch and Flax, with a proof of parity",
         epilog="exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input, 130 interrupted",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("inspect", help="show what a checkpoint holds")
-    command.add_argument("path", type=Path, help=_SOURCE)
+    command.add_argument("path", type=path, help=_SOURCE)
     _add_source_options(command)
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
         "plan", help="show what a conversion would do, without reading or writing tensors"
     )
-    command.add_argument("source", type=Path, help=_SOURCE)
-    command.add_argument("destination", type=Path, nargs="?", help="where it would go")
+    command.add_argument("source", type=path, help=_SOURCE)
+    command.add_argument("destination", type=path, nargs="?", help="where it would go")
     _add_target_options(command)
     _add_source_options(command)
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("convert", help="convert a checkpoint")
-    command.add_argument("source", type=Path, help=_SOURCE)
-    command.add_argument("destination", type=Path, help="a path that does not exist yet")
+    command.add_argument("source", type=path, help=_SOURCE)
+    command.add_argument("destination", type=path, help="a path that does not exist yet")
     _add_target_options(command)
     command.add_argument(
         "--strict-values", action="store_true", help="refuse NaN and infinity, do not report them"
@@ -138,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "verify", help="prove that PyTorch and Flax compute the same from a checkpoint (or two)"
     )
-    command.add_argument("source", type=Path, help="what PyTorch runs")
-    command.add_argument("other", type=Path, nargs="?", help="what Flax runs (default: source)")
+    command.add_argument("source", type=path, help="what PyTorch runs")
+    command.add_argument("other", type=path, nargs="?", help="what Flax runs (default: source)")
     command.add_argument(
         "--new-tokens", type=int, default=256, help="greedy tokens that must agree (default: 256)"
     )
@@ -152,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "plot-windows", help="draw what share of its attention a model has to compute"
     )
-    command.add_argument("source", type=Path, help=_SOURCE)
+    command.add_argument("source", type=path, help=_SOURCE)
     windows.add_arguments(command)
     _add_source_options(command)
     command.set_defaults(run=_plot_windows)
@@ -163,6 +166,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_arguments(command)
     command.set_defaults(run=_demo)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looked up when it is asked for: a checkout need not be installed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"alibi-duo {importlib.metadata.version('alibi-duo')}")
+        parser.exit()
 
 
 def _add_target_options(command: argparse.ArgumentParser) -> None:
@@ -190,24 +201,29 @@ def _target_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--config", type=Path, help="JSON of an ALiBiConfig, for files that carry none"
+        "--config", type=path, help="JSON of an ALiBiConfig, for files that carry none"
     )
     command.add_argument(
         "--allow-pt", action="store_true", help="read pickles, by torch's weights_only unpickler"
     )
+    command.add_argument("--revision", help="branch, tag or commit of a source on the hub")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _source_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {"config": _read_config(options.config), "allow_pt": options.allow_pt}
+    return {
+        "config": _read_config(options.config),
+        "allow_pt": options.allow_pt,
+        "revision": options.revision,
+    }
 
 
-def _read_config(path: Path | None) -> ALiBiConfig | None:
-    if path is None:
+def _read_config(file: Path | None) -> ALiBiConfig | None:
+    if file is None:
         return None
-    values = parse_json(path.read_bytes(), str(path))
+    values = parse_json(file.read_bytes(), str(file))
     if values.get("format") == FORMAT:
-        return parse_config(path.read_bytes(), str(path))
+        return parse_config(file.read_bytes(), str(file))
     return ALiBiConfig.from_dict(values)
 
 
@@ -362,7 +378,3 @@ def _demo(options: argparse.Namespace) -> int:
     from alibi_cli.demo import run
 
     return OK if run(options) else MISMATCH
-
-
-if __name__ == "__main__":
-    sys.exit(main())

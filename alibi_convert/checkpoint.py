@@ -12,6 +12,7 @@ from alibi_convert import formats, store
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES, Family, Source, fairseq, import_tensors
 from alibi_convert.hub import resolve
+from alibi_convert.layout import lfs_pointers
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
@@ -58,7 +59,11 @@ class _Opened:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, config: ALiBiConfig | None = None, allow_pt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
@@ -67,11 +72,25 @@ def open_checkpoint(
             file, or the id of a folder on the Hugging Face hub.
         config: for files that carry no configuration; otherwise it must agree with theirs.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
     """
-    path = resolve(path, allow_pt)
+    path = resolve(path, allow_pt, revision, needs_weights=True)
+    try:
+        return _open(path, config, allow_pt)
+    except CheckpointError as error:
+        pointers = [file for file in lfs_pointers(path) if file.name in str(error)]
+        if not pointers:
+            raise
+        raise CheckpointError(
+            f"{pointers[0]} is a pointer of git-LFS, not the file itself; run `git lfs pull` in "
+            f"{pointers[0].parent}"
+        ) from None
+
+
+def _open(path: Path, config: ALiBiConfig | None, allow_pt: bool) -> Checkpoint:
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
     if path.is_dir():

@@ -44,6 +44,7 @@ def convert(
     *,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    revision: str | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     strict_values: bool = False,
@@ -61,7 +62,7 @@ def convert(
         verify: "bits" reads the destination back and compares every tensor bit by bit; "logits"
             then runs both sides too, between families and where memory allows, and compares what
             they compute; "none" does neither.
-        config, allow_pt: as for `open_checkpoint`.
+        config, allow_pt, revision: as for `open_checkpoint`.
         overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
@@ -78,10 +79,10 @@ def convert(
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r} is not known; expected one of {', '.join(VERIFY)}")
     started = time.monotonic()
-    destination = Path(destination)
+    destination = Path(os.path.expanduser(destination))
     to = check_target(destination, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, revision=revision)
     target = None if dtype is None else DTYPES[dtype]
     meant = replace(checkpoint, tensors=cast(checkpoint.tensors, target))
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
@@ -116,7 +117,7 @@ def convert(
                     logits = compare_logits(checkpoint, written, bool(watched.casts), progress)
             hashed.result()
         report = Report(
-            source=str(source),
+            source=str(source) if revision is None else f"{source}@{revision}",
             destination=str(destination),
             source_format=checkpoint.format,
             destination_format=to,
@@ -169,14 +170,18 @@ def check_target(destination: Path, to: str | None, dtype: str | None) -> str:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, config: ALiBiConfig | None = None, allow_pt: bool = False
+    path: str | os.PathLike[str],
+    *,
+    config: ALiBiConfig | None = None,
+    allow_pt: bool = False,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds, as plain JSON values.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, revision=revision)
     headers = checkpoint.tensors.headers
     return {
         "path": str(path),

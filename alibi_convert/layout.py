@@ -29,6 +29,8 @@ COMPANION_FILES = (
     "chat_template.jinja",
 )
 
+_LFS_POINTER_BYTES = 1024  # no pointer is longer
+
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copy what belongs to the model of one folder into another; the names of the files."""
@@ -36,6 +38,18 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     for name in names:
         shutil.copyfile(source / name, folder / name)
     return names
+
+
+def lfs_pointers(path: Path) -> list[Path]:
+    """Files of a checkpoint that git-LFS has not fetched: a few lines stand where they should."""
+    files = path.iterdir() if path.is_dir() else (path, sidecar(path))
+    return [file for file in sorted(files) if _is_lfs_pointer(file)]
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if not file.is_file() or file.stat().st_size > _LFS_POINTER_BYTES:
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs.github.com/")
 
 
 def sidecar(path: Path) -> Path:

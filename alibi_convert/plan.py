@@ -106,6 +106,7 @@ def plan(
     *,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    revision: str | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
 ) -> Plan:
@@ -115,12 +116,12 @@ def plan(
         CheckpointError: the source cannot be read at all.
         ValueError: unknown `to`, `dtype` or `max_shard_size`.
     """
-    place = Path("converted" if destination is None else destination)
+    place = Path("converted" if destination is None else os.path.expanduser(destination))
     if destination is None and to in FORMATS:
         place = place.with_suffix(FORMATS[to].suffix)
     to = check_target(place, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(source, config=config, allow_pt=allow_pt, revision=revision)
     wanted = cast(checkpoint.tensors, None if dtype is None else DTYPES[dtype])
     nbytes = sum(header.nbytes for header in wanted.headers.values())
     problems = []
@@ -138,7 +139,7 @@ def plan(
     single = {place.name: list(stored)}
     sharded = not FORMATS[to].suffix and FORMATS[to].streams
     return Plan(
-        source=str(source),
+        source=str(source) if revision is None else f"{source}@{revision}",
         source_format=checkpoint.format,
         destination_format=to,
         family=checkpoint.family,

@@ -12,7 +12,7 @@ from alibi_convert.hub import resolve
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """The `tokenizers.Tokenizer` of a checkpoint folder, or of `org/name` on the hub.
 
     Raises:
@@ -22,7 +22,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     require("tokenizers", "hub", "reading a tokenizer")
     from tokenizers import Tokenizer
 
-    file = resolve(path) / TOKENIZER_FILE
+    file = resolve(path, revision=revision) / TOKENIZER_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; convert the tokenizer with transformers' save_pretrained first"

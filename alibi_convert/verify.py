@@ -65,6 +65,7 @@ def verify(
     seed: int = 0,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    revision: str | None = None,
 ) -> Verification:
     """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
 
@@ -80,13 +81,14 @@ def verify(
         new_tokens: length of the greedy continuation that must agree.
         seed: of everything random.
         config, allow_pt: as for `open_checkpoint`.
+        revision: of `source`, as for `open_checkpoint`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
         ValueError: a backend is not installed.
     """
     return Verification(
-        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt))
+        tuple(verify_steps(source, other, inputs, new_tokens, seed, config, allow_pt, revision))
     )
 
 
@@ -98,11 +100,12 @@ def verify_steps(
     seed: int = 0,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    revision: str | None = None,
 ) -> Iterator[Check]:
     """The checks of `verify` one by one, each as soon as it is known."""
     require("torch", "torch", "verify")
     require("flax", "flax", "verify")
-    ours = open_checkpoint(source, config=config, allow_pt=allow_pt)
+    ours = open_checkpoint(source, config=config, allow_pt=allow_pt, revision=revision)
     theirs = ours if other is None else open_checkpoint(other, config=config, allow_pt=allow_pt)
     budget, rounded, note = _BUDGET, None, ""
     if other is not None:

@@ -27,6 +27,7 @@ def from_pretrained(
     sharding: Sharding | Callable[[Parameter], Sharding] | None = None,
     config: ALiBiConfig | None = None,
     allow_pt: bool = False,
+    revision: str | None = None,
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
     """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
 
@@ -41,12 +42,13 @@ def from_pretrained(
             `parameter_table`, whose `logical_axes` name the axes; None is JAX's default device.
         config: for files that do not carry a configuration.
         allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+        revision: branch, tag or commit of a model on the hub.
 
     Raises:
         CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
         ValueError: float64 parameters while JAX has 64-bit numbers switched off.
     """
-    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, revision=revision)
     stored = {header.dtype for header in checkpoint.tensors.headers.values()}
     wanted = stored if dtype is None else {np.dtype(dtype)}
     has_float64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64

@@ -39,6 +39,7 @@ class PretrainedModule(nn.Module):
         device: torch.device | str = "cpu",
         config: ALiBiConfig | None = None,
         allow_pt: bool = False,
+        revision: str | None = None,
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
 
@@ -51,12 +52,13 @@ class PretrainedModule(nn.Module):
             device: where the parameters go.
             config: for files that do not carry a configuration.
             allow_pt: read pickled state dicts, with torch's weights_only unpickler.
+            revision: branch, tag or commit of a model on the hub.
 
         Raises:
             CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
             ValueError: the checkpoint is of the other model class.
         """
-        checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt)
+        checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, revision=revision)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         state = {

@@ -97,7 +97,7 @@ def copied(source: Path, destination: Path) -> dict[str, float]:
 def alternated(source: Path, folder: Path, rounds: int, options: list[str]) -> dict[str, Any]:
     """Raw figures of every way, in turns, so that all meet the same disk."""
     converted = folder / "converted"
-    alibi = [sys.executable, "-m", "alibi_cli.main", "convert", str(source), str(converted)]
+    alibi = [sys.executable, "-m", "alibi_cli", "convert", str(source), str(converted)]
     ways: dict[str, Callable[[], dict[str, float]]] = {
         "cp": lambda: copied(source, converted),
         "convert": lambda: measured([*alibi, *options]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
@@ -22,7 +23,15 @@ from safetensors.numpy import save_file
 import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
-from alibi_convert import CheckpointError, MismatchError, convert, inspect, open_checkpoint, verify
+from alibi_convert import (
+    CheckpointError,
+    MismatchError,
+    convert,
+    inspect,
+    open_checkpoint,
+    plan,
+    verify,
+)
 from alibi_convert.comparison import relation, require_same
 from alibi_convert.convert import check_target
 from alibi_convert.formats import FORMATS, sidecar
@@ -374,6 +383,34 @@ def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("error: /proc/1 cannot be written: ")
 
 
+def test_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `~` that no shell has replaced is not the name of a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(make_folder(tmp_path / "here"))
+    save_file(dict(draw_parameters(CONFIG)), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_text(CONFIG.to_json())
+    assert main(["convert", "~/mine.safetensors", "~/out", "--config=~/mine.json"]) == 0
+    convert("~/out", "~/again")
+    assert plan("~/out", "~/again").problems[0].cause == f"{tmp_path / 'again'} exists"
+    model = alibi_torch.ALiBiLM.from_pretrained("~/again")
+    model.save_pretrained("~/from_torch")
+    alibi_flax.save_pretrained("~/from_flax", *alibi_flax.from_pretrained("~/from_torch"))
+    made = {"out", "again", "from_torch", "from_flax"}
+    assert {path.name for path in tmp_path.iterdir()} == made | {
+        "here",
+        "mine.safetensors",
+        "mine.json",
+    }
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"alibi-duo {importlib.metadata.version('alibi-duo')}\n"
+
+
 @pytest.mark.parametrize(
     ("name", "to"),
     [
@@ -413,7 +450,7 @@ def test_orbax_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("buffered", [False, True])
 def test_output_that_nobody_takes(tmp_path: Path, buffered: bool) -> None:
     """A reader that has gone away is no error to report; a full disk is one line."""
-    command = [sys.executable, "-m", "alibi_cli.main", "inspect", str(write(tmp_path / "model"))]
+    command = [sys.executable, "-m", "alibi_cli", "inspect", str(write(tmp_path / "model"))]
     environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
 
     def run(output: int) -> tuple[int, bytes]:

@@ -208,6 +208,13 @@ FAULTS = (
         "test_damage.py -k pickles",
     ),
     Mutant(
+        "the hub's main branch instead of the revision",
+        "alibi_convert/hub.py",
+        "name, revision=revision, allow",
+        "name, revision=None, allow",
+        "test_hub.py -k 'fetched or revisions'",
+    ),
+    Mutant(
         "any suffix is a folder's",
         "alibi_convert/convert.py",
         "suffix.lower() in {*UNWRITTEN_SUFFIXES, *by_suffix}",
