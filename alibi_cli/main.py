@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alibi_cli.arguments import path
+from alibi_cli.arguments import count, path
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
 from alibi_convert.convert import VERIFY
 from alibi_convert.formats import FORMATS
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", type=path, help="what PyTorch runs")
     command.add_argument("other", type=path, nargs="?", help="what Flax runs (default: source)")
     command.add_argument(
-        "--new-tokens", type=int, default=256, help="greedy tokens that must agree (default: 256)"
+        "--new-tokens", type=count, default=256, help="greedy tokens that must agree (default: 256)"
     )
     command.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     _add_source_options(command)
@@ -234,6 +234,7 @@ def _inspect(options: argparse.Namespace) -> int:
         return OK
     print(f"{contents['path']}: {contents['model']}, {contents['family']} ({contents['format']})")
     print(f"{contents['parameters']:,} parameters, {contents['nbytes']:,} bytes")
+    print("configuration (*: not the default):")
     defaults = ALiBiConfig().to_dict()
     for name, value in contents["config"].items():
         print(f"  {name} = {value}" + ("" if value == defaults[name] else "  *"))
@@ -322,8 +323,8 @@ def _print_report(report: Report) -> None:
             f"{cast.tensors} tensors cast from {cast.source} to {cast.target}: largest relative "
             f"rounding error {cast.rounding:.1e}{where}"
         )
-    for name, count in report.nonfinite.items():
-        print(f"  NaN or infinite: {count:,} elements of {name}")
+    for name, elements in report.nonfinite.items():
+        print(f"  NaN or infinite: {elements:,} elements of {name}")
     if report.kept:
         print(f"kept from the killed run: {', '.join(report.kept)}")
     if report.copied:
