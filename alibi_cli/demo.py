@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from alibi_cli.arguments import count, path
 from alibi_convert import convert, torch_to_flax
 from alibi_convert.destination import check_destination, replacing
 from alibi_convert.extras import require
@@ -52,10 +53,10 @@ class Curve:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The knobs of `alibi demo`."""
     parser.add_argument(
-        "--text", type=Path, help="any file to learn from (default: Python's own library sources)"
+        "--text", type=path, help="any file to learn from (default: Python's own library sources)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("demo"), help="folder for results (default: demo)"
+        "--output", type=path, default=Path("demo"), help="folder for results (default: demo)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
     parser.add_argument("--steps", type=count, default=500, help="training steps (default: 500)")
@@ -65,14 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=count, default=128, help="d_model (default: 128)")
     parser.add_argument("--heads", type=count, default=8, help="(default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-
-
-def count(text: str) -> int:
-    """An argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def run(options: argparse.Namespace) -> bool:

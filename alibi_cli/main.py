@@ -8,6 +8,7 @@ with 128 + SIGPIPE.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import signal
@@ -18,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alibi_cli.arguments import count, path
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
 from alibi_convert.checkpoint import GivenConfig
+from alibi_convert.convert import VERIFY
 from alibi_convert.formats import FORMATS
 from alibi_convert.store import FORMAT, read_config
 from alibi_convert.strict_json import read_json
@@ -97,27 +100,26 @@ def _parser() -> argparse.ArgumentParser:
         description="ALiBi checkpoints between PyTorch and Flax, with a proof of parity",
         epilog="exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input, 130 interrupted",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("inspect", help="show what a checkpoint holds")
-    command.add_argument("path", type=Path, help=_SOURCE)
+    command.add_argument("path", type=path, help=_SOURCE)
     _add_source_options(command)
-    _add_step_option(command)
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser(
         "plan", help="show what a conversion would do, without reading or writing tensors"
     )
-    command.add_argument("source", type=Path, help=_SOURCE)
-    command.add_argument("destination", type=Path, nargs="?", help="where it would go")
+    command.add_argument("source", type=path, help=_SOURCE)
+    command.add_argument("destination", type=path, nargs="?", help="where it would go")
     _add_target_options(command)
     _add_source_options(command)
-    _add_step_option(command)
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("convert", help="convert a checkpoint")
-    command.add_argument("source", type=Path, help=_SOURCE)
-    command.add_argument("destination", type=Path, help="a path that does not exist yet")
+    command.add_argument("source", type=path, help=_SOURCE)
+    command.add_argument("destination", type=path, help="a path that does not exist yet")
     _add_target_options(command)
     command.add_argument(
         "--strict-values", action="store_true", help="refuse NaN and infinity, do not report them"
@@ -126,24 +128,28 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="keep the shards that a killed run had finished"
     )
     command.add_argument(
-        "--progress", action="store_true", help="show a progress bar even where no terminal is"
+        "--progress", action="store_true", help="show progress even where no terminal is"
     )
-    command.add_argument("--no-verify", action="store_true", help="do not read the result back")
+    command.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default="logits",
+        help="bits: read the result back; logits: run both sides too, between families (default); "
+        "none: neither",
+    )
     _add_source_options(command)
-    _add_step_option(command)
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
         "verify", help="prove that PyTorch and Flax compute the same from a checkpoint (or two)"
     )
-    command.add_argument("source", type=Path, help="what PyTorch runs")
-    command.add_argument("other", type=Path, nargs="?", help="what Flax runs (default: source)")
+    command.add_argument("source", type=path, help="what PyTorch runs")
+    command.add_argument("other", type=path, nargs="?", help="what Flax runs (default: source)")
     command.add_argument(
-        "--new-tokens", type=int, default=256, help="greedy tokens that must agree (default: 256)"
+        "--new-tokens", type=count, default=256, help="greedy tokens that must agree (default: 256)"
     )
     command.add_argument("--seed", type=int, default=0, help="of random inputs (default: 0)")
     _add_source_options(command)
-    _add_step_option(command)
     command.set_defaults(run=_verify)
 
     from alibi_cli import demo, windows
@@ -151,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "plot-windows", help="draw what share of its attention a model has to compute"
     )
-    command.add_argument("source", type=Path, help=_SOURCE)
+    command.add_argument("source", type=path, help=_SOURCE)
     windows.add_arguments(command)
     _add_source_options(command)
     command.set_defaults(run=_plot_windows)
@@ -162,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_arguments(command)
     command.set_defaults(run=_demo)
     return parser
+
+
+class _Version(argparse.Action):
+    """Looked up when it is asked for: a checkout need not be installed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"alibi-duo {importlib.metadata.version('alibi-duo')}")
+        parser.exit()
 
 
 def _add_target_options(command: argparse.ArgumentParser) -> None:
@@ -190,7 +204,7 @@ def _target_options(options: argparse.Namespace) -> dict[str, Any]:
 def _add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
-        type=Path,
+        type=path,
         help="for files that carry none: JSON of an ALiBiConfig, or another config.json",
     )
     command.add_argument(
@@ -203,13 +217,11 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of a config.json: one that is not known and changes nothing; may be repeated",
     )
-    command.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_step_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", help="branch, tag or commit of a source on the hub")
     command.add_argument(
         "--step", type=int, help="of a folder of orbax's CheckpointManager (default: the latest)"
     )
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _source_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -217,27 +229,30 @@ def _source_options(options: argparse.Namespace) -> dict[str, Any]:
         "config": _read_config(options.config),
         "allow_pt": options.allow_pt,
         "ignore_keys": options.ignore_key,
+        "revision": options.revision,
+        "step": options.step,
     }
 
 
-def _read_config(path: Path | None) -> GivenConfig | None:
-    if path is None:
+def _read_config(file: Path | None) -> GivenConfig | None:
+    if file is None:
         return None
-    values = read_json(path)
+    values = read_json(file)
     if values.get("format") == FORMAT:
-        return read_config(path)
+        return read_config(file)
     if "model_type" in values:  # of a family
         return values
     return ALiBiConfig.from_dict(values)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    contents = inspect(options.path, step=options.step, **_source_options(options))
+    contents = inspect(options.path, **_source_options(options))
     if options.json:
         print(json.dumps(contents, indent=2))
         return OK
     print(f"{contents['path']}: {contents['model']}, {contents['family']} ({contents['format']})")
     print(f"{contents['parameters']:,} parameters, {contents['nbytes']:,} bytes")
+    print("configuration (*: not the default):")
     defaults = ALiBiConfig().to_dict()
     for name, value in contents["config"].items():
         print(f"  {name} = {value}" + ("" if value == defaults[name] else "  *"))
@@ -255,7 +270,6 @@ def _plan(options: argparse.Namespace) -> int:
     planned = plan(
         options.source,
         options.destination,
-        step=options.step,
         **_target_options(options),
         **_source_options(options),
     )
@@ -313,8 +327,7 @@ def _convert(options: argparse.Namespace) -> int:
     report = convert(
         options.source,
         options.destination,
-        verify=not options.no_verify,
-        step=options.step,
+        verify=options.verify,
         strict_values=options.strict_values,
         resume=options.resume,
         progress=not options.json and (options.progress or sys.stderr.isatty()),
@@ -343,8 +356,8 @@ def _print_report(report: Report) -> None:
             f"{cast.tensors} tensors cast from {cast.source} to {cast.target}: largest relative "
             f"rounding error {cast.rounding:.1e}{where}"
         )
-    for name, count in report.nonfinite.items():
-        print(f"  NaN or infinite: {count:,} elements of {name}")
+    for name, elements in report.nonfinite.items():
+        print(f"  NaN or infinite: {elements:,} elements of {name}")
     if report.kept:
         print(f"kept from the killed run: {', '.join(report.kept)}")
     if report.copied:
@@ -356,6 +369,8 @@ def _print_report(report: Report) -> None:
     if report.verified:
         print("read back: bitwise what was meant")
         _print_logits(report.verification["logits"])
+    else:
+        print("not read back")
 
 
 def _print_logits(logits: Mapping[str, Any]) -> None:
@@ -376,7 +391,6 @@ def _verify(options: argparse.Namespace) -> int:
         options.other,
         new_tokens=options.new_tokens,
         seed=options.seed,
-        step=options.step,
         **_source_options(options),
     ):
         checks.append(check)
@@ -400,7 +414,3 @@ def _demo(options: argparse.Namespace) -> int:
     from alibi_cli.demo import run
 
     return OK if run(options) else MISMATCH
-
-
-if __name__ == "__main__":
-    sys.exit(main())

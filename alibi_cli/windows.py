@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alibi_cli.arguments import path
 from alibi_convert import load_tokenizer, open_checkpoint
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.destination import replacing
@@ -23,7 +24,7 @@ _COLOURS = "viridis"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The knobs of `alibi plot-windows`, besides those of its source."""
     parser.add_argument(
-        "--text", type=Path, help="what the model reads (default: random tokens of its vocabulary)"
+        "--text", type=path, help="what the model reads (default: random tokens of its vocabulary)"
     )
     parser.add_argument("--length", type=int, default=2048, help="in tokens (default: 2048)")
     parser.add_argument(
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of random tokens (default: 0)")
     parser.add_argument(
-        "--output", type=Path, default=Path("windows.png"), help="picture (default: windows.png)"
+        "--output", type=path, default=Path("windows.png"), help="picture (default: windows.png)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
 
@@ -152,6 +153,6 @@ def _draw(
     right.spines[["top", "right"]].set_visible(False)
     tolerance = options.tolerance
     figure.suptitle(f"{options.source.name}, {options.length:,} × {description}, {tolerance=!s}")
-    with replacing(options.output, overwrite=True) as path:
-        figure.savefig(path, dpi=150)
+    with replacing(options.output, overwrite=True) as new:
+        figure.savefig(new, dpi=150)
     plt.close(figure)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from alibi_convert import formats, store
 from alibi_convert.errors import CheckpointError
@@ -21,6 +21,7 @@ from alibi_convert.families import (
 )
 from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.hub import resolve
+from alibi_convert.layout import lfs_pointers
 from alibi_convert.orbax_file import find_tree, read_orbax
 from alibi_convert.pickle_file import PICKLE_SUFFIXES as PICKLE_SUFFIXES  # exported
 from alibi_convert.pickle_file import load_pickle, state_dict
@@ -83,6 +84,16 @@ class _Opened:
     keys: Sequence[str] = ()  # that led to the tensors
 
 
+class Reading(TypedDict, total=False):
+    """How a source is read: the options of `open_checkpoint`, which documents them."""
+
+    config: GivenConfig | None
+    allow_pt: bool
+    ignore_keys: Collection[str]
+    step: int | None
+    revision: str | None
+
+
 def open_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -90,6 +101,7 @@ def open_checkpoint(
     allow_pt: bool = False,
     ignore_keys: Collection[str] = (),
     step: int | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
@@ -103,14 +115,33 @@ def open_checkpoint(
         ignore_keys: keys of a foreign config.json that are not known and change nothing; a dot
             leads into an object.
         step: of a folder of orbax's CheckpointManager; None is the latest.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
     """
-    path = resolve(path, allow_pt)
+    path = resolve(path, allow_pt, revision, needs_weights=True)
+    try:
+        return _open(path, config, allow_pt, frozenset(ignore_keys), step)
+    except CheckpointError as error:
+        pointers = [file for file in lfs_pointers(path) if file.name in str(error)]
+        if not pointers:
+            raise
+        raise CheckpointError(
+            f"{pointers[0]} is a pointer of git-LFS, not the file itself; run `git lfs pull` in "
+            f"{pointers[0].parent}"
+        ) from None
+
+
+def _open(
+    path: Path,
+    config: GivenConfig | None,
+    allow_pt: bool,
+    ignored: frozenset[str],
+    step: int | None,
+) -> Checkpoint:
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
-    ignored = frozenset(ignore_keys)
     if step is not None and not (path.is_dir() and find_tree(path, step)):
         raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
     if path.is_dir():

@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from alibi_convert.checkpoint import PICKLE_SUFFIXES, Checkpoint, GivenConfig, open_checkpoint
+from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
-from alibi_convert.formats import FORMATS
+from alibi_convert.formats import FORMATS, ORBAX_SUFFIX, UNWRITTEN_SUFFIXES
 from alibi_convert.hashing import file_xxh3, hashing
 from alibi_convert.layout import companions, copy_companion, left_behind
 from alibi_convert.logits import compare_logits
@@ -32,61 +32,66 @@ from alibi_convert.tensors import DTYPES
 from alibi_convert.values import Watched, cast
 from alibi_spec import ALiBiConfig
 
+VERIFY = ("logits", "bits", "none")  # how much of a conversion is proven
+
 
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     to: str | None = None,
     dtype: str | None = None,
-    verify: bool = True,
+    verify: str = "logits",
     *,
-    config: GivenConfig | None = None,
-    allow_pt: bool = False,
-    ignore_keys: Collection[str] = (),
-    step: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     strict_values: bool = False,
     resume: bool = False,
     progress: bool = False,
+    **reading: Unpack[Reading],
 ) -> Report:
     """Convert one checkpoint; nothing is left behind when it fails.
 
     Args:
         source: anything that `open_checkpoint` reads.
         destination: a path that does not exist yet (or see `overwrite`).
-        to: a key of `FORMATS`; None goes by the destination's suffix, a folder without one.
+        to: a key of `FORMATS`; None goes by the destination's suffix: .safetensors, .pt, .msgpack,
+            .orbax; a folder of ours if it is no suffix of weights.
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
-        verify: read the destination back and compare every tensor bit by bit; and between
-            families, where memory allows, run both sides and compare what they compute.
-        config, allow_pt, ignore_keys, step: as for `open_checkpoint`.
+        verify: "bits" reads the destination back and compares every tensor bit by bit; "logits"
+            then runs both sides too, between families and where memory allows, and compares what
+            they compute; "none" does neither.
         overwrite: replace an existing checkpoint, with the tokenizer in its folder.
         max_shard_size: largest file of a folder, in bytes or as "5GB" (the default), "500MB".
         strict_values: refuse NaN and infinity, instead of reporting them.
         resume: keep the shards that the same conversion had finished when it was killed.
-        progress: show a progress bar on the standard error stream.
+        progress: show each phase and how far it is on the standard error stream.
+        reading: as for `open_checkpoint`: config, allow_pt, ignore_keys, step, revision.
 
     Raises:
         CheckpointError: the source is broken, the destination exists, a cast overflows, the disk
             is full, or the destination does not read back.
-        ValueError: unknown `to`, `dtype` or `max_shard_size`.
+        MismatchError: both sides do not compute the same.
+        ValueError: unknown `to`, `dtype`, `verify` or `max_shard_size`.
+        KeyboardInterrupt: when interrupted; a folder's finished shards are kept for `resume`.
     """
+    if verify not in VERIFY:
+        raise ValueError(f"verify={verify!r} is not known; expected one of {', '.join(VERIFY)}")
     started = time.monotonic()
-    destination = Path(destination)
+    destination = Path(os.path.expanduser(destination))
     to = check_target(destination, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(
-        source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
-    )
+    checkpoint = open_checkpoint(source, **reading)
     target = None if dtype is None else DTYPES[dtype]
     meant = replace(checkpoint, tensors=cast(checkpoint.tensors, target))
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
-    files = source_files(checkpoint.path, allow_pt)
+    files = source_files(checkpoint.path, reading.get("allow_pt", False))
     task = _task(files, checkpoint.config, to, dtype, max_shard_bytes)
     with building(destination, overwrite, nbytes, task, resume) as (path, journal):
         source_sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(files))
         with hashing(files, source_sha256) as hashed:
-            with progress_bar(progress, "convert", nbytes, journal.size(path)) as advance:
+            with progress_bar(
+                progress, "reading and writing", nbytes, journal.size(path)
+            ) as advance:
                 seen = journal.notes.setdefault("seen", {})
                 watched = Watched(checkpoint.tensors, target, seen, advance)
                 xxh3 = FORMATS[to].write(
@@ -99,15 +104,18 @@ def convert(
             restore_neutral_keys(path, checkpoint.path, to)
             copied = _copy_companions(checkpoint.path, path)
             logits: dict[str, Any] = {"not_run": "verification was switched off"}
-            if verify:
+            if verify != "none":
                 written = open_checkpoint(path, allow_pt=True)
                 _require_written(meant, written, destination, progress)
-                logits = {"not_run": "NaN or infinity in the weights"}
-                if not watched.nonfinite:
-                    logits = compare_logits(checkpoint, written, is_cast=bool(watched.casts))
+                if verify == "bits":
+                    logits = {"not_run": "only bits were to be verified"}
+                elif watched.nonfinite:
+                    logits = {"not_run": "NaN or infinity in the weights"}
+                else:
+                    logits = compare_logits(checkpoint, written, bool(watched.casts), progress)
             hashed.result()
         report = Report(
-            source=_place(source, checkpoint),
+            source=described(source, checkpoint, reading),
             destination=str(destination),
             source_format=checkpoint.format,
             destination_format=to,
@@ -126,8 +134,8 @@ def convert(
             kept=sorted(journal.kept),
             source_sha256=source_sha256,
             destination_xxh3=_all_hashes(path, xxh3),
-            verified=verify,
-            verification={"bitwise": verify, "logits": logits},
+            verified=verify != "none",
+            verification={"bitwise": verify != "none", "logits": logits},
             seconds=time.monotonic() - started,
         )
         if path.is_dir():
@@ -144,7 +152,7 @@ def _require_written(
         # says what the model computes was checked when it was written.
         written = replace(written, config=meant.config)
     nbytes = sum(header.nbytes for header in meant.tensors.headers.values())
-    with progress_bar(progress, "verify", nbytes) as advance:
+    with progress_bar(progress, "checking bits", nbytes) as advance:
         require_same(meant, replace(written, path=destination), advance)
 
 
@@ -164,23 +172,17 @@ def check_target(destination: Path, to: str | None, dtype: str | None) -> str:
 
 def inspect(
     path: str | os.PathLike[str],
-    *,
-    config: GivenConfig | None = None,
-    allow_pt: bool = False,
-    ignore_keys: Collection[str] = (),
-    step: int | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a checkpoint holds, as plain JSON values.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(
-        path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
-    )
+    checkpoint = open_checkpoint(path, **reading)
     headers = checkpoint.tensors.headers
     return {
-        "path": _place(path, checkpoint),
+        "path": described(path, checkpoint, reading),
         "format": checkpoint.format,
         "family": checkpoint.family,
         "model": "ALiBiTransformer" if checkpoint.config.vocab_size is None else "ALiBiLM",
@@ -197,17 +199,25 @@ def inspect(
     }
 
 
-def _place(given: str | os.PathLike[str], checkpoint: Checkpoint) -> str:
-    """A source as it was given, or what orbax wrote there, of several steps and trees."""
-    return str(checkpoint.path if checkpoint.format == "orbax" else given)
+def described(given: str | os.PathLike[str], checkpoint: Checkpoint, reading: Reading) -> str:
+    """A source as it was given, or which one it was of several revisions, or steps of orbax."""
+    if checkpoint.format == "orbax":
+        return str(checkpoint.path)
+    revision = reading.get("revision")
+    return str(given) if revision is None else f"{given}@{revision}"
 
 
 def _format_of(destination: Path) -> str:
     # The first of a suffix: a .pt is a state dict of ours unless jaketae's is asked for.
     by_suffix = {kind.suffix: name for name, kind in reversed(FORMATS.items()) if kind.suffix}
-    if destination.suffix in PICKLE_SUFFIXES and destination.suffix not in by_suffix:
-        raise ValueError(f"{destination}: torch state dicts are written as .pt or .safetensors")
-    return by_suffix.get(destination.suffix, "alibi")
+    by_suffix[ORBAX_SUFFIX] = "orbax"
+    suffix = destination.suffix
+    if suffix not in by_suffix and suffix.lower() in {*UNWRITTEN_SUFFIXES, *by_suffix}:
+        raise ValueError(
+            f"{destination}: {suffix} is not written; expected {', '.join(sorted(by_suffix))} or a "
+            'folder\'s name; to="alibi" (--to alibi) makes a folder of this one'
+        )
+    return by_suffix.get(suffix, "alibi")
 
 
 def _task(

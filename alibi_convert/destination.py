@@ -69,7 +69,7 @@ def building(
         CheckpointError: as for `replacing`; or the killed run was doing something else.
         KeyboardInterrupt: with the advice to resume, where the journal knows of finished files.
     """
-    destination = destination.resolve()
+    destination = Path(os.path.expanduser(destination)).resolve()
     partial = destination.with_name(f".{destination.name}.partial")
     new_parents = [parent for parent in destination.parents if not parent.exists()]
     with _explained(destination, nbytes):

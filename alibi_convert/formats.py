@@ -33,6 +33,17 @@ from alibi_convert.tensors import Tensors, as_torch
 from alibi_convert.train_state import find_params
 from alibi_spec import ALiBiConfig
 
+ORBAX_SUFFIX = ".orbax"  # a folder's name may say what is in it
+# These ask for a format that is not written. Any other dot is part of a folder's name, as in v1.5.
+UNWRITTEN_SUFFIXES = frozenset(
+    (
+        *(".bin", ".ckpt", ".flax", ".ggml", ".gguf", ".h5", ".hdf5", ".joblib", ".keras"),
+        *(".mlmodel", ".mlpackage", ".nemo", ".npy", ".npz", ".onnx", ".pb", ".pickle", ".pkl"),
+        *(".pt2", ".pte", ".pth", ".tflite", ".torchscript", ".zarr"),
+        *(".gz", ".json", ".tar", ".tgz", ".txt", ".zip", ".zst"),
+    )
+)
+
 
 class Write(Protocol):
     """How a format is written, into a path that does not exist yet unless a run is resumed."""

@@ -15,37 +15,61 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 _PICKLES = ("*.bin",)
 
 
-def resolve(path: str | os.PathLike[str], allow_pt: bool = False) -> Path:
+def resolve(
+    path: str | os.PathLike[str],
+    allow_pt: bool = False,
+    revision: str | None = None,
+    needs_weights: bool = False,
+) -> Path:
     """The path itself if it exists; the folder of `org/name`, fetched from the hub if need be.
 
     Args:
-        path: a path, or `org/name`.
+        path: a path, in which `~` is the user's home, or `org/name`.
         allow_pt: fetch pickles where there is no .safetensors file.
+        revision: branch, tag or commit on the hub; None is its main branch.
+        needs_weights: a repository without weights that may be read is an error.
 
     Raises:
-        CheckpointError: no such path, and the name cannot be had from the hub.
+        CheckpointError: no such path, and the name cannot be had from the hub; or a path with a
+            revision.
     """
-    name = os.fspath(path)
+    name = os.path.expanduser(path)
     if os.path.exists(name) or not _NAME.fullmatch(name) or name.endswith(_FILE_SUFFIXES):
-        return Path(path)
+        if revision is not None:
+            raise CheckpointError(
+                f"{name} is a path, and only models on the hub have revisions; leave revision "
+                "(--revision) away"
+            )
+        return Path(name)
     if not is_installed("huggingface_hub"):
         raise CheckpointError(
             f"there is no path {name}; to fetch a model of that name from the hub, "
             "pip install 'alibi-duo[hub]'"
         )
-    folder = _snapshot(name, _FILES)
-    if allow_pt and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(name, (*_FILES, *_PICKLES))
+    folder = _snapshot(name, revision, _FILES)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if allow_pt:
+        return _snapshot(name, revision, (*_FILES, *_PICKLES))
+    if needs_weights:
+        raise CheckpointError(
+            f"{name} on the hub has no .safetensors file; its pickles, if it has such "
+            "(pytorch_model.bin), can be made to run code: if you trust them, pass allow_pt=True "
+            "(--allow-pt)"
+        )
     return folder
 
 
-def _snapshot(name: str, files: tuple[str, ...]) -> Path:
+def _snapshot(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     missing = f"there is no path {name}, and the hub"
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(files)
+        )
+        return Path(found)
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{missing} gives {name} only to those who accepted its terms; accept them on its page "
@@ -55,6 +79,10 @@ def _snapshot(name: str, files: tuple[str, ...]) -> Path:
         raise CheckpointError(
             f"{missing} has none of that name; mind the spelling, and log in if it is private "
             "(hf auth login)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(
+            f"the hub has no revision {revision!r} of {name}; give a branch, a tag or a commit"
         ) from None
     except errors.HFValidationError as error:
         raise CheckpointError(f"{missing} takes no such name: {error}") from None

@@ -16,6 +16,7 @@ from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.errors import MismatchError
 from alibi_convert.extras import is_installed
 from alibi_convert.peers import peer_outputs, why_no_peer
+from alibi_convert.progress import Begin, ignore, progress_steps
 from alibi_convert.store import FORMAT
 from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS, relative_error
@@ -27,7 +28,9 @@ _BATCH, _SEQ = 2, 48
 _OVERHEAD = 2**30  # interpreter, frameworks and activations of so short a sequence
 
 
-def compare_logits(source: Checkpoint, result: Checkpoint, is_cast: bool) -> dict[str, Any]:
+def compare_logits(
+    source: Checkpoint, result: Checkpoint, is_cast: bool, progress: bool = False
+) -> dict[str, Any]:
     """Run both sides of a conversion on the same tokens, on the CPU.
 
     The foreign side is run by its own library where there is one that can be trusted, the other
@@ -37,6 +40,7 @@ def compare_logits(source: Checkpoint, result: Checkpoint, is_cast: bool) -> dic
     Args:
         source, result: one of them of a foreign family.
         is_cast: their dtypes differ.
+        progress: say on the standard error stream who is running.
 
     Returns:
         `OutputErrors` as plain JSON values, with "no_peer" where the library did not run; or
@@ -55,9 +59,11 @@ def compare_logits(source: Checkpoint, result: Checkpoint, is_cast: bool) -> dic
         }
     foreign, other = (result, source) if source.family == FORMAT else (source, result)
     other = foreign if is_cast else other
-    if len(list(_runs(foreign, other))) < 2:
-        return {"not_run": "two of transformers, torch and flax are needed; install alibi-duo[all]"}
-    found = output_errors(foreign, other)
+    with progress_steps(progress, "comparing outputs") as begin:
+        if len(list(_runs(foreign, other))) < 2:
+            needed = "two of transformers, torch and flax are needed; install alibi-duo[all]"
+            return {"not_run": needed}
+        found = output_errors(foreign, other, begin)
     for name, error in found.errors.items():
         if not error <= BUDGET:
             raise MismatchError(
@@ -85,7 +91,7 @@ class OutputErrors:
     dtype: str
 
 
-def output_errors(foreign: Checkpoint, other: Checkpoint) -> OutputErrors:
+def output_errors(foreign: Checkpoint, other: Checkpoint, begin: Begin = ignore) -> OutputErrors:
     """Run a foreign checkpoint by its own library, the other by every backend there is.
 
     Where `why_no_peer` objects to the library, the backends are left. A model that magnifies the
@@ -97,10 +103,10 @@ def output_errors(foreign: Checkpoint, other: Checkpoint) -> OutputErrors:
     for dtype, padding in (("float32", "left"), ("float64", "right")):
         inputs, attention_mask = _inputs(foreign.config, padding)
         real = attention_mask.astype(bool)
-        outputs = {
-            name: run(inputs, attention_mask, dtype)[real].astype(np.float64)
-            for name, run in _runs(foreign, other)
-        }
+        outputs = {}
+        for name, run in _runs(foreign, other):
+            begin(f"{name} in {dtype}")
+            outputs[name] = run(inputs, attention_mask, dtype)[real].astype(np.float64)
         against, *others = outputs
         errors = {name: relative_error(outputs[name], outputs[against]) for name in others}
         found = OutputErrors(against, errors, dtype)

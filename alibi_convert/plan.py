@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from alibi_convert.checkpoint import Checkpoint, GivenConfig, open_checkpoint
-from alibi_convert.convert import check_target
+from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
+from alibi_convert.convert import check_target, described
 from alibi_convert.destination import check_destination, existing_parent, free_bytes
 from alibi_convert.errors import CheckpointError
 from alibi_convert.extras import is_installed
@@ -105,12 +104,9 @@ def plan(
     to: str | None = None,
     dtype: str | None = None,
     *,
-    config: GivenConfig | None = None,
-    allow_pt: bool = False,
-    ignore_keys: Collection[str] = (),
-    step: int | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
+    **reading: Unpack[Reading],
 ) -> Plan:
     """What `convert` with the same arguments would do; the destination may be left open.
 
@@ -118,14 +114,12 @@ def plan(
         CheckpointError: the source cannot be read at all.
         ValueError: unknown `to`, `dtype` or `max_shard_size`.
     """
-    place = Path("converted" if destination is None else destination)
+    place = Path("converted" if destination is None else os.path.expanduser(destination))
     if destination is None and to in FORMATS:
         place = place.with_suffix(FORMATS[to].suffix)
     to = check_target(place, to, dtype)
     max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(
-        source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
-    )
+    checkpoint = open_checkpoint(source, **reading)
     wanted = cast(checkpoint.tensors, None if dtype is None else DTYPES[dtype])
     nbytes = sum(header.nbytes for header in wanted.headers.values())
     problems = []
@@ -143,7 +137,7 @@ def plan(
     single = {place.name: list(stored)}
     sharded = not FORMATS[to].suffix and FORMATS[to].streams
     return Plan(
-        source=str(source),
+        source=described(source, checkpoint, reading),
         source_format=checkpoint.format,
         destination_format=to,
         family=checkpoint.family,

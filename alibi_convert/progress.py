@@ -1,4 +1,4 @@
-"""How far a long run has got, in bytes."""
+"""How far a long run has got: in bytes, or by the name of the step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Advance = Callable[[int], object]  # is told the bytes that are done
+Begin = Callable[[str], object]  # is told the step that begins
 
 
-def ignore(_: int) -> None:
+def ignore(_: int | str) -> None:
     """Nobody is watching."""
 
 
@@ -37,3 +38,16 @@ def progress_bar(shown: bool, title: str, total: int, done: int = 0) -> Iterator
                 bar.update(nbytes)
 
         yield advance
+
+
+@contextmanager
+def progress_steps(shown: bool, title: str) -> Iterator[Begin]:
+    """The step that is being taken on the standard error stream, if it is to be shown."""
+    if not shown:
+        yield ignore
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, bar_format="{desc} [{elapsed}]", file=sys.stderr) as line:
+        yield lambda step: line.set_description_str(f"{title}: {step}")
+        line.set_description_str(title)

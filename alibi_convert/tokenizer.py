@@ -14,7 +14,7 @@ TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 2**28
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """The `tokenizers.Tokenizer` of a checkpoint folder, or of `org/name` on the hub.
 
     It encodes texts as they are: the file's settings of truncation and padding are turned off.
@@ -26,7 +26,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     require("tokenizers", "hub", "reading a tokenizer")
     from tokenizers import Tokenizer
 
-    file = resolve(path) / TOKENIZER_FILE
+    file = resolve(path, revision=revision) / TOKENIZER_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; convert the tokenizer with transformers' save_pretrained first"

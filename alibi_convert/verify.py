@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from alibi_convert.backends import Backend, FlaxBackend, TorchBackend
-from alibi_convert.checkpoint import Checkpoint, GivenConfig, open_checkpoint
+from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.comparison import first_difference, relation
 from alibi_convert.extras import require
 from alibi_convert.logits import output_errors
@@ -63,10 +63,7 @@ def verify(
     inputs: np.ndarray | None = None,
     new_tokens: int = 256,
     seed: int = 0,
-    config: GivenConfig | None = None,
-    allow_pt: bool = False,
-    ignore_keys: Collection[str] = (),
-    step: int | None = None,
+    **reading: Unpack[Reading],
 ) -> Verification:
     """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
 
@@ -81,20 +78,14 @@ def verify(
             comparison of activations; None draws three random sequences past `max_len`.
         new_tokens: length of the greedy continuation that must agree.
         seed: of everything random.
-        config, allow_pt, ignore_keys: as for `open_checkpoint`.
-        step: of the source, as for `open_checkpoint`.
+        reading: config, allow_pt, ignore_keys, step and revision, as for `open_checkpoint`; the
+            last two are those of `source` alone.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
         ValueError: a backend is not installed.
     """
-    return Verification(
-        tuple(
-            verify_steps(
-                source, other, inputs, new_tokens, seed, config, allow_pt, ignore_keys, step
-            )
-        )
-    )
+    return Verification(tuple(verify_steps(source, other, inputs, new_tokens, seed, **reading)))
 
 
 def verify_steps(
@@ -103,20 +94,15 @@ def verify_steps(
     inputs: np.ndarray | None = None,
     new_tokens: int = 256,
     seed: int = 0,
-    config: GivenConfig | None = None,
-    allow_pt: bool = False,
-    ignore_keys: Collection[str] = (),
-    step: int | None = None,
+    **reading: Unpack[Reading],
 ) -> Iterator[Check]:
     """The checks of `verify` one by one, each as soon as it is known."""
     require("torch", "torch", "verify")
     require("flax", "flax", "verify")
-    ours = open_checkpoint(
-        source, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys, step=step
-    )
+    ours = open_checkpoint(source, **reading)
     theirs = ours
     if other is not None:
-        theirs = open_checkpoint(other, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+        theirs = open_checkpoint(other, **{**reading, "step": None, "revision": None})
     budget, rounded, note = _BUDGET, None, ""
     if other is not None:
         found = relation(ours, theirs)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from alibi_convert.checkpoint import GivenConfig, open_checkpoint
+from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.origin import origin_of, save_folder
 from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
 from alibi_convert.tensors import Tensors
@@ -25,9 +25,7 @@ def from_pretrained(
     *,
     dtype: Any = None,
     sharding: Sharding | Callable[[Parameter], Sharding] | None = None,
-    config: GivenConfig | None = None,
-    allow_pt: bool = False,
-    ignore_keys: Collection[str] = (),
+    **reading: Unpack[Reading],
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
     """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
 
@@ -40,15 +38,13 @@ def from_pretrained(
         dtype: of the parameters and the computation; None keeps the checkpoint's.
         sharding: where parameters go: one sharding for all, or a function from a row of
             `parameter_table`, whose `logical_axes` name the axes; None is JAX's default device.
-        config: for files that carry none: an ALiBiConfig, or the contents of a config.json.
-        allow_pt: read pickled state dicts, with torch's weights_only unpickler.
-        ignore_keys: keys of a foreign config.json that are not known and change nothing.
+        reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
     Raises:
         CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
         ValueError: float64 parameters while JAX has 64-bit numbers switched off.
     """
-    checkpoint = open_checkpoint(path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys)
+    checkpoint = open_checkpoint(path, **reading)
     stored = {header.dtype for header in checkpoint.tensors.headers.values()}
     wanted = stored if dtype is None else {np.dtype(dtype)}
     has_float64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64

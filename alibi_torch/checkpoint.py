@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import nn
 
-from alibi_convert.checkpoint import GivenConfig, open_checkpoint
+from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.origin import Origin, origin_of, save_folder
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_spec import ALiBiConfig
@@ -39,9 +38,7 @@ class PretrainedModule(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        config: GivenConfig | None = None,
-        allow_pt: bool = False,
-        ignore_keys: Collection[str] = (),
+        **reading: Unpack[Reading],
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
 
@@ -52,17 +49,13 @@ class PretrainedModule(nn.Module):
                 file, or the id of a folder on the Hugging Face hub.
             dtype: of the parameters; None keeps the checkpoint's.
             device: where the parameters go.
-            config: for files that carry none: an ALiBiConfig, or the contents of a config.json.
-            allow_pt: read pickled state dicts, with torch's weights_only unpickler.
-            ignore_keys: keys of a foreign config.json that are not known and change nothing.
+            reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
         Raises:
             CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
             ValueError: the checkpoint is of the other model class.
         """
-        checkpoint = open_checkpoint(
-            path, config=config, allow_pt=allow_pt, ignore_keys=ignore_keys
-        )
+        checkpoint = open_checkpoint(path, **reading)
         with torch.device("meta"):
             model = cls(checkpoint.config)
         state = {

@@ -97,11 +97,11 @@ def copied(source: Path, destination: Path) -> dict[str, float]:
 def alternated(source: Path, folder: Path, rounds: int, options: list[str]) -> dict[str, Any]:
     """Raw figures of every way, in turns, so that all meet the same disk."""
     converted = folder / "converted"
-    alibi = [sys.executable, "-m", "alibi_cli.main", "convert", str(source), str(converted)]
+    alibi = [sys.executable, "-m", "alibi_cli", "convert", str(source), str(converted)]
     ways: dict[str, Callable[[], dict[str, float]]] = {
         "cp": lambda: copied(source, converted),
         "convert": lambda: measured([*alibi, *options]),
-        "convert, not verified": lambda: measured([*alibi, *options, "--no-verify"]),
+        "convert, not verified": lambda: measured([*alibi, *options, "--verify=none"]),
     }
     figures: dict[str, Any] = {way: [] for way in ways}
     # The first round does not count: a virtual machine gets its memory when it first uses it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import os
@@ -22,8 +23,17 @@ from safetensors.numpy import save_file
 import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
-from alibi_convert import CheckpointError, MismatchError, convert, inspect, open_checkpoint, verify
+from alibi_convert import (
+    CheckpointError,
+    MismatchError,
+    convert,
+    inspect,
+    open_checkpoint,
+    plan,
+    verify,
+)
 from alibi_convert.comparison import relation, require_same
+from alibi_convert.convert import check_target
 from alibi_convert.formats import FORMATS, sidecar
 from alibi_convert.store import read_folder, write_folder
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
@@ -347,18 +357,20 @@ def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     source, arguments = write(tmp_path / "model"), ["convert", str(tmp_path / "model")]
     assert main([*arguments, str(tmp_path / "a"), "--progress", "--max-shard-size=40KB"]) == 0
     output = capsys.readouterr()
-    assert "convert: 100%" in output.err
-    assert "verify: 100%" in output.err
+    assert "reading and writing: 100%" in output.err
+    assert "checking bits: 100%" in output.err
     lines = output.out.splitlines()
     assert lines[0] == f"{source} (alibi-duo, alibi) -> {tmp_path / 'a'} (alibi)"
     assert lines[1].startswith("36 tensors, 190,848 bytes, ")
     assert sum("  model-0000" in line for line in lines) == 5
     assert lines[-2] == "read back: bitwise what was meant"
     assert lines[-1].startswith("outputs not compared: nothing was renamed")
-    assert main([*arguments, str(tmp_path / "b"), "--progress", "--json", "--no-verify"]) == 0
+    assert main([*arguments, str(tmp_path / "b"), "--progress", "--json", "--verify=none"]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     assert json.loads(output.out)["verification"]["bitwise"] is False
+    with pytest.raises(ValueError, match="verify=True is not known; expected one of logits, bits"):
+        convert(source, tmp_path / "e", verify=True)  # pyright: ignore[reportArgumentType]
 
     parameters = dict(draw_parameters(CONFIG)) | {"lm_head.weight": np.full((101, 48), np.inf)}
     write_folder(make_folder(tmp_path / "inf"), CONFIG, Tensors.of(parameters))
@@ -371,10 +383,74 @@ def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("error: /proc/1 cannot be written: ")
 
 
+def test_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `~` that no shell has replaced is not the name of a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(make_folder(tmp_path / "here"))
+    save_file(dict(draw_parameters(CONFIG)), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_text(CONFIG.to_json())
+    assert main(["convert", "~/mine.safetensors", "~/out", "--config=~/mine.json"]) == 0
+    convert("~/out", "~/again")
+    assert plan("~/out", "~/again").problems[0].cause == f"{tmp_path / 'again'} exists"
+    model = alibi_torch.ALiBiLM.from_pretrained("~/again")
+    model.save_pretrained("~/from_torch")
+    alibi_flax.save_pretrained("~/from_flax", *alibi_flax.from_pretrained("~/from_torch"))
+    made = {"out", "again", "from_torch", "from_flax"}
+    assert {path.name for path in tmp_path.iterdir()} == made | {
+        "here",
+        "mine.safetensors",
+        "mine.json",
+    }
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"alibi-duo {importlib.metadata.version('alibi-duo')}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("model.orbax", "orbax"),
+        ("model.pt", "pt"),
+        ("bloom-7b1", "alibi"),
+        ("v1.5", "alibi"),
+        ("mpt-7b.bf16", "alibi"),
+        ("checkpoint.step-1000", "alibi"),
+        ("model.onnx", None),
+        ("weights.h5", None),
+        ("model.bin", None),
+        ("model.GGUF", None),
+        ("model.Safetensors", None),
+    ],
+)
+def test_suffixes_name_formats(tmp_path: Path, name: str, to: str | None) -> None:
+    """What a name says is done, or refused; a dot alone says nothing."""
+    if to is not None:
+        assert check_target(tmp_path / name, None, None) == to
+        return
+    message = (
+        r"is not written; expected \.msgpack, \.orbax, \.pt, \.safetensors or a folder's name; to="
+    )
+    with pytest.raises(ValueError, match=message):
+        check_target(tmp_path / name, None, None)
+    assert check_target(tmp_path / name, "alibi", None) == "alibi"
+
+
+def test_orbax_by_its_name(tmp_path: Path) -> None:
+    source = write(tmp_path / "model")
+    assert convert(source, tmp_path / "model.orbax").destination_format == "orbax"
+    assert main(["convert", str(source), str(tmp_path / "model.onnx")]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.orbax"}
+
+
 @pytest.mark.parametrize("buffered", [False, True])
 def test_output_that_nobody_takes(tmp_path: Path, buffered: bool) -> None:
     """A reader that has gone away is no error to report; a full disk is one line."""
-    command = [sys.executable, "-m", "alibi_cli.main", "inspect", str(write(tmp_path / "model"))]
+    command = [sys.executable, "-m", "alibi_cli", "inspect", str(write(tmp_path / "model"))]
     environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
 
     def run(output: int) -> tuple[int, bytes]:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import warnings
@@ -431,6 +432,39 @@ def test_a_changed_model_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("config.json", "alibi"),
+        ("model.safetensors", "alibi"),
+        ("pytorch_model.bin", "alibi"),
+        ("model.safetensors", "safetensors"),
+        ("model.pt", "pt"),
+        ("model.msgpack", "msgpack"),
+        ("model.msgpack.json", "msgpack"),
+    ],
+)
+@pytest.mark.parametrize("allow_pt", [False, True])
+def test_files_that_git_lfs_has_not_fetched(
+    tmp_path: Path, file: str, kind: str, allow_pt: bool
+) -> None:
+    """The usual end of a clone without git-LFS: the cure is named, not the symptom."""
+    path = write(tmp_path / "model", kind)
+    target = path / file if path.is_dir() else tmp_path / file
+    if file == "pytorch_model.bin":
+        (path / "model.safetensors").unlink()
+    target.write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    )
+    if kind == "pt" and not allow_pt:
+        with pytest.raises(CheckpointError, match=r"model\.pt is a pointer of git-LFS"):
+            open_checkpoint(path)
+        return
+    message = rf"{re.escape(str(target))} is a pointer of git-LFS, .*; run `git lfs pull` in "
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path, allow_pt=allow_pt)
+
+
+@pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [
         ("flax", ["convert", "SOURCE", "out.msgpack"], "flax"),
@@ -614,4 +648,4 @@ def test_a_wrong_write_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(MismatchError, match=r"copy.*\.(weight|bias)\[.*\] is .*, expected"):
         convert(source, tmp_path / "copy.safetensors")
     assert not (tmp_path / "copy.safetensors").exists()
-    convert(source, tmp_path / "copy.safetensors", verify=False)
+    convert(source, tmp_path / "copy.safetensors", verify="none")

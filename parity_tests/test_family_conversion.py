@@ -145,7 +145,7 @@ def test_a_conversion_that_computes_something_else(
 
     monkeypatch.setattr("alibi_convert.logits.peer_outputs", stray)
     plain = tmp_path / "plain"
-    convert(source, plain, verify=False)
+    convert(source, plain, verify="none")
     for origin, to, destination in ((source, "alibi", "ours"), (plain, "bloom", "copy")):
         with pytest.raises(
             MismatchError, match=r"alibi_torch strays from transformers' bloom by 1"
@@ -188,10 +188,16 @@ def test_what_is_not_run_is_named(
     monkeypatch.setattr("alibi_convert.logits.available_memory", lambda: 10**8)
     assert main(["convert", str(source), str(tmp_path / "large")]) == 0
     assert "outputs not compared: about 1,0" in capsys.readouterr().out
-    assert main(["convert", str(source), str(tmp_path / "quick"), "--no-verify"]) == 0
-    for folder, reason in (("large", "bytes of memory are needed"), ("quick", "switched off")):
+    assert main(["convert", str(source), str(tmp_path / "quick"), "--verify=none"]) == 0
+    assert main(["convert", str(source), str(tmp_path / "read"), "--verify=bits"]) == 0
+    for folder, reason, bitwise in (
+        ("large", "bytes of memory are needed", True),
+        ("quick", "switched off", False),
+        ("read", "only bits", True),
+    ):
         record = json.loads((tmp_path / folder / "conversion.json").read_text())
         assert reason in record["verification"]["logits"]["not_run"]
+        assert record["verification"]["bitwise"] is record["verified"] is bitwise
     report = convert(tmp_path / "quick", tmp_path / "copy")
     assert "nothing was renamed" in report.verification["logits"]["not_run"]
     stored = {name: array.copy() for name, array in read_tensors(source).items()}
@@ -237,8 +243,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "ALiBiLM, falcon (folder)" in capsys.readouterr().out
     assert main(["plan", str(source)]) == 0
     assert "from transformer.h.1.self_attention.query_key_value.weight" in capsys.readouterr().out
-    assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
-    assert "outputs against transformers' falcon: alibi_torch " in capsys.readouterr().out
+    assert main(["convert", str(source), str(tmp_path / "ours"), "--progress"]) == 0
+    output = capsys.readouterr()
+    assert "outputs against transformers' falcon: alibi_torch " in output.out
+    for phase in ("transformers' falcon", "alibi_torch", "alibi_flax"):
+        assert f"comparing outputs: {phase} in float32 [" in output.err
     assert main(["verify", str(source), str(tmp_path / "ours"), "--new-tokens=4"]) == 0
     assert "ok   outputs are those of transformers' falcon within 1e-05" in capsys.readouterr().out
 

@@ -13,7 +13,19 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from alibi_convert import CheckpointError, load_tokenizer, resolve
+import alibi_flax
+import alibi_torch
+from alibi_cli.main import main
+from alibi_convert import (
+    CheckpointError,
+    convert,
+    inspect,
+    load_tokenizer,
+    open_checkpoint,
+    plan,
+    resolve,
+)
+from alibi_convert.verify import verify_steps
 from parity_tests.checkpoints import make_folder, write
 
 
@@ -22,10 +34,10 @@ class Hub:
 
     def __init__(self, folder: Path, *files: str) -> None:
         self.folder, self.files = folder, files
-        self.asked: list[tuple[str, list[str]]] = []
+        self.asked: list[tuple[str, str | None]] = []
 
-    def __call__(self, name: str, *, allow_patterns: list[str]) -> str:
-        self.asked.append((name, allow_patterns))
+    def __call__(self, name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((name, revision))
         for file in self.files:
             if any(Path(file).match(pattern) for pattern in allow_patterns):
                 (self.folder / file).write_text("")
@@ -50,12 +62,41 @@ def test_what_is_fetched(
     others = ("config.json", "tokenizer.json", "merges.txt", "tokenizer.model", "chat.jinja")
     hub = Hub(snapshot, *others, weights, "modeling.py", "model.onnx", "also_a_pickle.bin")
     install(monkeypatch, hub)
-    assert resolve("org/name-1.0", allow_pt) == snapshot
+    assert resolve("org/name-1.0", allow_pt, "v2") == snapshot
     pickles = allow_pt and weights.endswith(".bin")
-    assert [name for name, _ in hub.asked] == ["org/name-1.0"] * (2 if pickles else 1)
+    assert hub.asked == [("org/name-1.0", "v2")] * (2 if pickles else 1)
     expected = {*others, weights} if weights.endswith(".safetensors") else {*others}
     expected |= {weights, "also_a_pickle.bin"} if pickles else set()
     assert {path.name for path in snapshot.iterdir()} == expected
+
+
+def test_pickles_alone(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to do about them is said before anything says that there are no weights."""
+    install(monkeypatch, Hub(snapshot, "config.json", "pytorch_model.bin"))
+    with pytest.raises(
+        CheckpointError, match=r"org/name on the hub has no .*pass allow_pt=True \(--"
+    ):
+        open_checkpoint("org/name")
+    assert not (snapshot / "pytorch_model.bin").exists()
+
+
+def test_revisions_everywhere(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever takes the id of a model takes its revision; a path has none."""
+    write(snapshot / "inner")
+    hub = Hub(snapshot / "inner")
+    install(monkeypatch, hub)
+    alibi_torch.ALiBiLM.from_pretrained("org/name", revision="a")
+    alibi_flax.from_pretrained("org/name", revision="b")
+    inspect("org/name", revision="c")
+    assert plan("org/name", revision="d").source == "org/name@d"
+    assert convert("org/name", tmp_path / "out", revision="e").source == "org/name@e"
+    next(verify_steps("org/name", revision="f"))
+    assert main(["inspect", "org/name", "--revision=g"]) == 0
+    assert [revision for _, revision in hub.asked] == list("abcdefg")
+    with pytest.raises(CheckpointError, match=r"out is a path, and only models .* leave revision"):
+        open_checkpoint(tmp_path / "out", revision="main")
 
 
 @pytest.mark.parametrize(
@@ -90,6 +131,7 @@ def response(status: int) -> Any:
             errors.RepositoryNotFoundError("404", response=response(404)),
             "has none of that name; mind the spelling",
         ),
+        (errors.RevisionNotFoundError("404", response=response(404)), ""),
         (errors.HFValidationError("too long"), "takes no such name: too long"),
         (errors.LocalEntryNotFoundError("not in the cache\nat all"), "be asked: not in the cache;"),
         (errors.OfflineModeIsEnabled("offline"), r"offline; connect \(and unset HF_HUB_OFFLINE\)"),
@@ -106,10 +148,11 @@ def test_what_the_hub_refuses(
         raise error
 
     install(monkeypatch, refuse)
-    with pytest.raises(
-        CheckpointError, match=f"there is no path org/name, and the hub .*{message}"
-    ):
-        resolve("org/name")
+    start = "there is no path org/name, and the hub .*"
+    if isinstance(error, errors.RevisionNotFoundError):
+        start = "^the hub has no revision 'v9' of org/name; give a branch, a tag or a commit"
+    with pytest.raises(CheckpointError, match=start + message):
+        resolve("org/name", revision="v9")
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ def test_foreign_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     form = folder_format(lambda config: {"heads": config.num_heads}, foreign, "theirs")
     monkeypatch.setitem(FORMATS, "theirs", form)
     source = write(tmp_path / "model")
-    convert(source, tmp_path / "out", to="theirs", max_shard_size=SHARD_BYTES, verify=False)
+    convert(source, tmp_path / "out", to="theirs", max_shard_size=SHARD_BYTES, verify="none")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == {"heads": CONFIG.num_heads, "dtype": "float32"}
     tensors = read_tensors(tmp_path / "out")

@@ -285,6 +285,20 @@ FAULTS = (
         "test_training_states.py -k 'prefixes or wrapped'",
     ),
     Mutant(
+        "the hub's main branch instead of the revision",
+        "alibi_convert/hub.py",
+        "name, revision=revision, allow",
+        "name, revision=None, allow",
+        "test_hub.py -k 'fetched or revisions'",
+    ),
+    Mutant(
+        "any suffix is a folder's",
+        "alibi_convert/convert.py",
+        "suffix.lower() in {*UNWRITTEN_SUFFIXES, *by_suffix}",
+        "suffix.lower() in {*by_suffix}",
+        "test_convert.py -k suffixes",
+    ),
+    Mutant(
         "verification that never reads back",
         "alibi_convert/convert.py",
         "require_same(meant, replace(written, path=destination), advance)",
