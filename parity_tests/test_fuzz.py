@@ -145,6 +145,8 @@ def independent(folder: Path) -> dict[str, np.ndarray]:
     names: dict[str, str | None] = {"model.safetensors": None}
     if (folder / INDEX).exists():
         names = dict.fromkeys(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    elif not (folder / "model.safetensors").exists():  # shards are enough, if all are there
+        names = dict.fromkeys(path.name for path in folder.glob("model-*.safetensors"))
     found = {}
     for name in names:
         with safe_open(folder / name, framework="numpy") as file:

@@ -117,7 +117,8 @@ def test_missing_shards_and_weights(tmp_path: Path) -> None:
     shards(folder)[1].unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-0000\d\.safetensors does not exist"):
         open_checkpoint(folder)
-    (folder / INDEX).unlink()
+    for path in (folder / INDEX, *shards(folder)):
+        path.unlink()
     with pytest.raises(CheckpointError, match=r"no weights: model\.safetensors does not exist, no"):
         open_checkpoint(folder)
 
