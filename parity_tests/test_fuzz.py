@@ -188,9 +188,9 @@ DAMAGES = st.lists(FOLDER_DAMAGE, min_size=1, max_size=2)
 
 
 def other_formats() -> dict[str, Files]:
-    """The files of one checkpoint in each of the formats that other libraries read."""
+    """The files of one checkpoint in ours and in each of the formats that other libraries read."""
     found = {}
-    for kind in ("pt", "msgpack", "orbax"):
+    for kind in ("alibi", "pt", "msgpack", "orbax"):
         with tempfile.TemporaryDirectory() as name:
             write(Path(name) / "model", kind, CONFIG)
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
@@ -293,7 +293,7 @@ def msgpack_damage(draw: st.DrawFn) -> Damage:
 
 
 OTHER_DAMAGES = st.tuples(
-    st.sampled_from([*["pt"] * 5, *["msgpack"] * 4, "orbax"]),
+    st.sampled_from(["alibi", *["pt"] * 5, *["msgpack"] * 3, "orbax"]),
     st.lists(any_byte_damage(), max_size=2),
     st.none() | archive_damage() | msgpack_damage(),
     st.none() | st.none() | st.none() | kind_damage(),
@@ -375,7 +375,7 @@ def check_other(
                 assert_bitwise(tensors[key], as_numpy(tensor), key)
 
 
-@hypothesis.settings(deadline=None, max_examples=2000)
+@hypothesis.settings(deadline=None, max_examples=200)
 @hypothesis.given(OTHER_DAMAGES)
 def test_damage_in_other_formats(case: Any) -> None:
     check_other(*case)
