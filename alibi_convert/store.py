@@ -30,7 +30,7 @@ from alibi_convert.layout import (
 )
 from alibi_convert.layout import ORBAX_FOLDER as ORBAX_FOLDER  # exported
 from alibi_convert.layout import ORBAX_MARK as ORBAX_MARK  # exported
-from alibi_convert.pickle_file import PICKLE_SUFFIXES, read_pt, require_consent
+from alibi_convert.pickle_file import PICKLE_SUFFIXES, read_pt
 from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import check_shapes
 from alibi_convert.safetensors_file import read_safetensors, write_safetensors
@@ -197,12 +197,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_shard(path: Path, allow_pt: bool) -> Tensors:
-    is_pickle = path.suffix in PICKLE_SUFFIXES
-    if is_pickle:
-        require_consent(path, allow_pt)
+    if path.suffix in PICKLE_SUFFIXES:
+        return read_pt(path, allow_pt)
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete")
-    return read_pt(path, allow_pt) if is_pickle else read_safetensors(path)[0]
+    return read_safetensors(path)[0]
 
 
 def write_folder(

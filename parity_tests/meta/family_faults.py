@@ -335,13 +335,6 @@ FAMILY_FAULTS = (
         "test_family_fairseq.py",
     ),
     Mutant(
-        "fairseq's pickles without weights_only",
-        "alibi_convert/families/fairseq.py",
-        "weights_only=True",
-        "weights_only=False",
-        "test_family_fairseq.py",
-    ),
-    Mutant(
         "a stream of several parts in another order",
         "alibi_convert/rules.py",
         "for view in views:",

@@ -210,8 +210,8 @@ FAULTS = (
     Mutant(
         "an index leads to pickles without consent",
         "alibi_convert/store.py",
-        "    if is_pickle:\n        require_consent(path, allow_pt)",
-        "    if is_pickle:\n        require_consent(path, True)",
+        "return read_pt(path, allow_pt)",
+        "return read_pt(path, True)",
         "test_damage.py -k every_way",
     ),
     Mutant(
