@@ -45,7 +45,8 @@ def _generate(
     # model never looks at what is still empty. Its slopes are those of the keys that are there.
     prompt_len = prompt.shape[1]
     tokens = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
-    factors = [interpolation(model.config, prompt_len + step) for step in range(max_new_tokens)]
+    steps = range(max(max_new_tokens, 1))  # an index into nothing would be refused when traced
+    factors = [interpolation(model.config, prompt_len + step) for step in steps]
 
     def next_logits(
         model: ALiBiLM, tokens: Array, position: Integer[Array, ""]

@@ -214,6 +214,8 @@ def test_generation_from_narrow_prompts_past_the_interpolation(slopes: str, dtyp
         alibi_flax.generate(alibi_flax.ALiBiLM(config), params, jnp.asarray(prompt), 24)
     )
     assert_bitwise(theirs, ours.astype(np.int32), "tokens")
+    none = alibi_flax.generate(alibi_flax.ALiBiLM(config), params, jnp.asarray(prompt), 0)
+    assert_bitwise(np.asarray(none), prompt.astype(np.int32), "no new tokens")
     assert ours.max() > np.iinfo(dtype).max
 
 
