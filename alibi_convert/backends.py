@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, Parameter
 from alibi_spec.exact import ExactAttention
 
 Arrays = Mapping[str, np.ndarray]
@@ -69,7 +69,7 @@ class TorchBackend:
     def exact_logits(self, case: ExactAttention) -> np.ndarray:
         model = self._model(case.config, case.parameters, "float32")
         logits = model.layers[0].attn.biased_logits(
-            self._put(case.inputs), model.slopes, self._put(case.attention_mask)
+            self._put(case.inputs), attention_mask=self._put(case.attention_mask)
         )
         return as_numpy(logits)
 
@@ -144,16 +144,13 @@ class FlaxBackend:
     def exact_logits(self, case: ExactAttention) -> np.ndarray:
         import jax.numpy as jnp
 
-        from alibi_spec import model_slopes
-
         model = self._model(case.config, "float32")
         with self._settings():
             logits = model.apply(
                 {"params": self._params(case.config, case.parameters, "float32")},
                 jnp.asarray(case.inputs),
-                jnp.asarray(model_slopes(case.config)),
-                jnp.asarray(case.attention_mask),
-                method=lambda model, *args: model.layers[0].attn.biased_logits(*args),
+                attention_mask=jnp.asarray(case.attention_mask),
+                method=lambda model, x, **mask: model.layers[0].attn.biased_logits(x, **mask),
             )
         return np.asarray(logits)
 
@@ -221,8 +218,11 @@ class FlaxBackend:
         import jax
         import jax.numpy as jnp
 
-        tree = flax_tree(Tensors.of(tensors), config)
-        return jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
+        def placed(row: Parameter, tensor: np.ndarray) -> jax.Array:
+            wide = jnp.promote_types(dtype, jnp.float32)
+            return jnp.asarray(flax_view(row, tensor), wide if row.is_wide else dtype)
+
+        return flax_tree(Tensors.of(tensors), config, placed)
 
     def _inputs(self, config: ALiBiConfig, inputs: np.ndarray, dtype: str) -> Any:
         array = self._put(inputs)

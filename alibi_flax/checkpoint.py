@@ -25,6 +25,7 @@ def from_pretrained(
     *,
     dtype: Any = None,
     sharding: Sharding | Callable[[Parameter], Sharding] | None = None,
+    implementation: str = "auto",
     **reading: Unpack[Reading],
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
     """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
@@ -35,14 +36,17 @@ def from_pretrained(
     Args:
         path: a checkpoint folder of ours or of a known family, a .safetensors, .pt or .msgpack
             file, or the id of a folder on the Hugging Face hub.
-        dtype: of the parameters and the computation; None keeps the checkpoint's.
+        dtype: of the parameters, but for learned slopes, which never become narrower than float32,
+            and of the computation; None keeps the checkpoint's.
         sharding: where parameters go: one sharding for all, or a function from a row of
             `parameter_table`, whose `logical_axes` name the axes; None is JAX's default device.
+        implementation: of attention: "auto" or one of `attention_implementations()`.
         reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
     Raises:
         CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
-        ValueError: float64 parameters while JAX has 64-bit numbers switched off.
+        ValueError: float64 parameters while JAX has 64-bit numbers switched off, or an
+            implementation that is not known.
     """
     checkpoint = open_checkpoint(path, **reading)
     stored = {header.dtype for header in checkpoint.tensors.headers.values()}
@@ -56,12 +60,15 @@ def from_pretrained(
 
     def placed(row: Parameter, tensor: np.ndarray) -> jax.Array:
         view = flax_view(row, tensor)
+        wanted = dtype
+        if dtype is not None and row.is_wide:
+            wanted = jnp.promote_types(dtype, jnp.float32)
         if sharding is None:
-            return jnp.array(view, dtype)
+            return jnp.array(view, wanted)
         goal = sharding if isinstance(sharding, Sharding) else sharding(row)
 
         def part(index: Any) -> np.ndarray:
-            return np.array(view[index], dtype, order="C")
+            return np.array(view[index], wanted, order="C")
 
         return jax.make_array_from_callback(view.shape, goal, part)
 
@@ -69,7 +76,11 @@ def from_pretrained(
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
     param_dtype = jax.tree.leaves(params)[0].dtype
     model = model_class(
-        checkpoint.config, dtype=dtype, param_dtype=param_dtype, origin=origin_of(checkpoint)
+        checkpoint.config,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        implementation=implementation,
+        origin=origin_of(checkpoint),
     )
     return model, params
 

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 
 from alibi_flax.model import ALiBiLM, checked_tokens
+from alibi_spec.bias import interpolation
 from alibi_spec.checks import check_generation, require_vocabulary
 
 
@@ -41,13 +42,21 @@ def _generate(
     max_new_tokens: int,
 ) -> Integer[Array, "batch total_len"]:
     # One compilation for all steps: the buffer has its final length from the start, and a causal
-    # model never looks at what is still empty.
+    # model never looks at what is still empty. Its slopes are those of the keys that are there.
     prompt_len = prompt.shape[1]
     tokens = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
+    steps = range(max(max_new_tokens, 1))  # an index into nothing would be refused when traced
+    factors = [interpolation(model.config, prompt_len + step) for step in steps]
+
+    def next_logits(
+        model: ALiBiLM, tokens: Array, position: Integer[Array, ""]
+    ) -> Float[Array, "batch vocab"]:
+        factor = jnp.asarray(factors, float)[position - prompt_len]
+        hidden = model.transformer.hidden_states(model.embed(tokens), factor)
+        return model.head(hidden[:, position - 1, None])[:, 0]
 
     def step(position: Integer[Array, ""], tokens: Array) -> Array:
-        logits: Any = model.apply({"params": params}, tokens)
-        next_token = logits[:, position - 1].argmax(axis=-1)
-        return tokens.at[:, position].set(next_token.astype(tokens.dtype))
+        logits: Any = model.apply({"params": params}, tokens, position, method=next_logits)
+        return tokens.at[:, position].set(logits.argmax(axis=-1).astype(tokens.dtype))
 
     return jax.lax.fori_loop(prompt_len, prompt_len + max_new_tokens, step, tokens)

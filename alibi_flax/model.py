@@ -4,8 +4,9 @@ Read top to bottom: attention, feed-forward, block, transformer, language model.
 parameters are those of `alibi_spec.parameter_table`; `alibi_torch/model.py` is the mirror image.
 Checkpoints and training live elsewhere.
 
-Every module takes linen's `dtype` (of the computation; None follows inputs and parameters) and
-`param_dtype`. Calling with `deterministic=False` turns dropout on, drawn from the rng "dropout".
+Every module takes linen's `dtype` (of the computation; None follows inputs and parameters as
+SPEC.md §5.1 says) and `param_dtype`. Calling with `deterministic=False` turns dropout on, drawn
+from the rng "dropout".
 """
 
 from __future__ import annotations
@@ -20,16 +21,24 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax.linen.dtypes import promote_dtype
 from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.attention import AttentionPlan, attention, attention_plan, biased_logits
-from alibi_spec import ALiBiConfig, model_slopes
+from alibi_flax.attention import (
+    AttentionPlan,
+    attention,
+    attention_implementations,
+    attention_plan,
+    biased_logits,
+)
+from alibi_spec import ALiBiConfig, model_slopes, slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
     check_array,
     check_embeddings,
+    check_implementation,
     check_mask,
     check_token_range,
     check_token_types,
@@ -39,6 +48,7 @@ from alibi_spec.checks import (
 )
 
 AttentionMask = Integer[Array, "batch seq"] | Bool[Array, "batch seq"]
+SlopeFactor = float | Float[Array, ""]  # `alibi_spec.bias.interpolation`
 
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
@@ -49,10 +59,28 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class LayerNorm(nn.LayerNorm):
+    """Linen's; without a `dtype`, rounded to the dtype of its input."""
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        normed = super().__call__(x)
+        return normed if self.dtype is not None else normed.astype(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Linen's; without a `dtype`, rounded to the dtype of its input."""
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        normed = super().__call__(x)
+        return normed if self.dtype is not None else normed.astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention with linear biases: projections around `alibi_flax.attention`."""
 
     config: ALiBiConfig
+    layer: int
+    implementation: str = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -68,6 +96,11 @@ class Attention(nn.Module):
         self.query = nn.DenseGeneral(heads, kernel_init=init, **options)
         self.key = nn.DenseGeneral(kv_heads, kernel_init=init, **options)
         self.value = nn.DenseGeneral(kv_heads, kernel_init=init, **options)
+        if config.slopes == "learned":
+            wide = jnp.promote_types(self.param_dtype, jnp.float32)  # never narrower
+            self.slopes = self.param("slopes", _initial_slopes, config, wide)
+        else:
+            self.slopes = model_slopes(config)[self.layer]
         if config.qk_norm:
             self.query_norm = _norm(config, self.dtype, self.param_dtype, axes=(-2, -1))
             self.key_norm = _norm(config, self.dtype, self.param_dtype, axes=(-2, -1))
@@ -80,18 +113,18 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        slopes: Float[Array, " heads"],
+        slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch seq embed"]:
         dropout = 0.0 if deterministic else self.config.probability_dropout
         attended = attention(
-            *self._query_and_key(x),
-            self._clip(self.value(x)),
-            slopes,
+            *self._query_key_value(x),
+            self._slopes(slope_factor),
             causal=self.config.causal,
             scale=self.config.scale,
             attention_mask=attention_mask,
+            implementation=self.implementation,
             distance=self.config.distance,
             dropout=dropout,
             dropout_rng=self.make_rng("dropout") if dropout > 0 else None,
@@ -103,13 +136,13 @@ class Attention(nn.Module):
     def biased_logits(
         self,
         x: Float[Array, "batch seq embed"],
-        slopes: Float[Array, " heads"],
+        slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
     ) -> Float[Array, "batch heads seq seq"]:
         """The logits that `__call__` takes the softmax of."""
+        query, key, _ = self._query_key_value(x)
         return biased_logits(
-            *self._query_and_key(x),
-            slopes,
+            *(query, key, self._slopes(slope_factor)),
             causal=self.config.causal,
             scale=self.config.scale,
             attention_mask=attention_mask,
@@ -119,16 +152,16 @@ class Attention(nn.Module):
     def attention_plan(
         self,
         x: Float[Array, "batch seq embed"],
-        slopes: Float[Array, " heads"],
+        slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
         *,
         tolerance: str | float,
         block_size: int,
     ) -> AttentionPlan:
         """The blocks of those logits that `__call__` needs."""
+        query, key, _ = self._query_key_value(x)
         return attention_plan(
-            *self._query_and_key(x),
-            slopes,
+            *(query, key, self._slopes(slope_factor)),
             causal=self.config.causal,
             scale=self.config.scale,
             attention_mask=attention_mask,
@@ -136,15 +169,22 @@ class Attention(nn.Module):
             block_size=block_size,
         )
 
-    def _query_and_key(
+    def _query_key_value(
         self, x: Float[Array, "batch seq embed"]
     ) -> tuple[
-        Float[Array, "batch seq heads head_dim"], Float[Array, "batch seq kv_heads head_dim"]
+        Float[Array, "batch seq heads head_dim"],
+        Float[Array, "batch seq kv_heads head_dim"],
+        Float[Array, "batch seq kv_heads head_dim"],
     ]:
-        query, key = self._clip(self.query(x)), self._clip(self.key(x))
+        query, key, value = (self._clip(map_(x)) for map_ in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return query, key
+        query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
+        return query, key, value
+
+    def _slopes(self, slope_factor: SlopeFactor) -> Float[Array, " heads"]:
+        slopes = jnp.asarray(self.slopes)
+        return slopes * jnp.asarray(slope_factor, slopes.dtype)
 
     def _clip(
         self, x: Float[Array, "batch seq any_heads head_dim"]
@@ -185,13 +225,15 @@ class Block(nn.Module):
     """Residual block: attention, then feed-forward, with norms where `norm_placement` says."""
 
     config: ALiBiConfig
+    layer: int
+    implementation: str = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
         config, dtype, param_dtype = self.config, self.dtype, self.param_dtype
         self.attn_norm = _norm(config, dtype, param_dtype)
-        self.attn = Attention(config, dtype, param_dtype)
+        self.attn = Attention(config, self.layer, self.implementation, dtype, param_dtype)
         if config.attention_output_norm:
             self.attn_output_norm = _norm(config, dtype, param_dtype)
         self.ffn_norm = _norm(config, dtype, param_dtype)
@@ -201,12 +243,12 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],
-        slopes: Float[Array, " heads"],
+        slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch seq embed"]:
         def attn(y: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-            attended = self.attn(y, slopes, attention_mask, deterministic)
+            attended = self.attn(y, slope_factor, attention_mask, deterministic)
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
             return attended
@@ -232,28 +274,33 @@ class ALiBiTransformer(nn.Module):
     """Blocks of ALiBi attention over embeddings: a decoder, or an encoder with `causal=False`.
 
     Press et al. 2021; with `ALiBiConfig.jaketae()` the model of jaketae/alibi. With `remat` each
-    block is recomputed in the backward pass instead of kept.
+    block is recomputed in the backward pass instead of kept; `implementation`, of attention, is
+    "auto" or one of `attention_implementations()`.
 
     Raises:
-        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s.
+        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
+            is not known.
     """
 
     config: ALiBiConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: bool = False
+    implementation: str = "auto"
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         forbid_vocabulary(self.config.vocab_size)
+        check_implementation(self.implementation, attention_implementations())
         super().__post_init__()
 
     def setup(self) -> None:
         config = self.config
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
         self.layers = [
-            block(config, self.dtype, self.param_dtype) for _ in range(config.num_layers)
+            block(config, layer, self.implementation, self.dtype, self.param_dtype)
+            for layer in range(config.num_layers)
         ]
         if config.final_norm:
             self.final_norm = _norm(config, self.dtype, self.param_dtype)
@@ -281,28 +328,42 @@ class ALiBiTransformer(nn.Module):
             check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
             is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
-        slopes = jnp.asarray(model_slopes(self.config)) * interpolation(self.config, x.shape[1])
+        slope_factor = interpolation(self.config, x.shape[1])
+        return self.hidden_states(x, slope_factor, attention_mask, deterministic)
+
+    def hidden_states(
+        self,
+        x: Float[Array, "batch seq embed"],
+        slope_factor: SlopeFactor,
+        attention_mask: AttentionMask | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch seq embed"]:
+        """What the call returns, for slopes multiplied by another factor than its own."""
         for layer in self.layers:
-            x = layer(x, slopes, attention_mask, deterministic)
+            x = layer(x, slope_factor, attention_mask, deterministic)
         return self.final_norm(x) if self.config.final_norm else x
 
 
 class ALiBiLM(nn.Module):
     """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
+    `remat` and `implementation` are those of `ALiBiTransformer`.
+
     Raises:
-        ValueError: the configuration has no vocabulary.
+        ValueError: the configuration has no vocabulary, or the implementation is not known.
     """
 
     config: ALiBiConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
     remat: bool = False
+    implementation: str = "auto"
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         require_vocabulary(self.config.vocab_size)
+        check_implementation(self.implementation, attention_implementations())
         super().__post_init__()
 
     def setup(self) -> None:
@@ -317,7 +378,10 @@ class ALiBiLM(nn.Module):
             self.embedding_norm = _norm(config, self.dtype, self.param_dtype)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = ALiBiTransformer(
-            dataclasses.replace(config, vocab_size=None), remat=self.remat, **options
+            dataclasses.replace(config, vocab_size=None),
+            remat=self.remat,
+            implementation=self.implementation,
+            **options,
         )
         if config.head == "masked_lm":
             self.head_transform = nn.Dense(width, kernel_init=init, **options)
@@ -387,7 +451,8 @@ class ALiBiLM(nn.Module):
         x = x * config.logit_scale  # cheaper than on the logits
         logits = self.token_embedding.attend(x) if config.tie_embeddings else self.lm_head(x)
         if config.head == "masked_lm":
-            logits = logits + self.head_bias.astype(logits.dtype)[None, None, :]
+            logits, bias = promote_dtype(logits, self.head_bias, dtype=self.dtype)
+            logits = logits + bias[None, None, :]
         if config.adaptive_cutoffs is not None:
             clusters = self.cluster_head(x)
             return _adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
@@ -414,21 +479,26 @@ def _norm(
     options = {"reduction_axes": axes, "feature_axes": axes, "epsilon": config.norm_eps}
     options |= {"dtype": dtype, "param_dtype": param_dtype, "use_fast_variance": False}
     if config.norm == "rms":
-        return nn.RMSNorm(**options)
+        return RMSNorm(**options)
     # Linen's fast variance loses everything when the mean is far from zero.
-    return nn.LayerNorm(use_bias=config.norm_bias, **options)
+    return LayerNorm(use_bias=config.norm_bias, **options)
+
+
+def _initial_slopes(_: Array, config: ALiBiConfig, dtype: Any) -> Float[Array, " heads"]:
+    return jnp.asarray(slopes(config.num_heads, config.bias_max), dtype)
 
 
 def checked_tokens(
     tokens: Integer[Array, "batch seq"], vocab_size: int, what: str = "token"
 ) -> Integer[Array, "batch seq"]:
-    """The tokens, or ValueError; their range is checked where they can be looked at."""
+    """The tokens, at least int32, or ValueError; their range is checked where it can be seen."""
     check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
     check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
     if _has_values_on_host(tokens) and tokens.size:
         values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
         check_token_range(int(values.min()), int(values.max()), vocab_size, what)
-    return tokens
+    # A token of uint8 cannot count a vocabulary of 384, nor the next token of one.
+    return tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
 
 
 def _has_values_on_host(tokens: Any) -> bool:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from alibi_spec.config import ALiBiConfig
 
-SLOPE_RULES = ("paper", "geometric")
+SLOPE_RULES = ("paper", "geometric", "learned")
 DISTANCES = ("absolute", "signed", "bfloat16")
 
 
@@ -43,13 +43,15 @@ def geometric_slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarra
     return np.array([1 / ratio**k for k in range(1, num_heads + 1)]).astype(np.float32)
 
 
-def model_slopes(config: ALiBiConfig) -> Float32[np.ndarray, " heads"]:
-    """The slopes that a model of this configuration uses, before any interpolation."""
-    if config.slopes == "paper":
-        return slopes(config.num_heads, config.bias_max)
-    if config.slopes == "geometric":
-        return geometric_slopes(config.num_heads, config.bias_max)
-    return np.array(config.slopes, dtype=np.float64).astype(np.float32)
+def model_slopes(config: ALiBiConfig) -> Float32[np.ndarray, "layers heads"]:
+    """The slopes of every layer, before any interpolation; where learned ones start."""
+    if config.slopes in ("paper", "learned"):
+        values = slopes(config.num_heads, config.bias_max)
+    elif config.slopes == "geometric":
+        values = geometric_slopes(config.num_heads, config.bias_max)
+    else:
+        values = np.array(config.slopes, dtype=np.float64).astype(np.float32)
+    return np.broadcast_to(values, (config.num_layers, config.num_heads)).copy()
 
 
 def interpolation(config: ALiBiConfig, key_len: int) -> float:

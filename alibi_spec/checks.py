@@ -130,17 +130,22 @@ def check_attention_options(
     tolerance: str | float, dropout: float, implementation: str, implementations: Sequence[str]
 ) -> None:
     """Raise ValueError unless the options of one attention call are known."""
-    if implementation not in ("auto", *implementations):
-        raise ValueError(
-            f"implementation={implementation!r} is not known; expected one of "
-            f"{('auto', *implementations)}"
-        )
+    check_implementation(implementation, implementations)
     if tolerance != "dtype" and not (isinstance(tolerance, int | float) and 0 <= tolerance < 1):
         raise ValueError(
             f"tolerance={tolerance!r} is not valid; expected 'dtype' or a share in [0, 1)"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} is not valid; expected a rate in [0, 1)")
+
+
+def check_implementation(implementation: str, implementations: Sequence[str]) -> None:
+    """Raise ValueError unless an implementation of attention is "auto" or one of these."""
+    if implementation not in ("auto", *implementations):
+        raise ValueError(
+            f"implementation={implementation!r} is not known; expected one of "
+            f"{('auto', *implementations)}"
+        )
 
 
 def check_block_size(block_size: int) -> None:

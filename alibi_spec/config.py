@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import math
@@ -19,6 +20,42 @@ NORM_PLACEMENTS = ("pre", "post", "pre_residual")
 HEADS = ("linear", "masked_lm", "none")
 
 
+# What other libraries call our fields, where the nearest spelling is another one.
+_ELSEWHERE = {
+    "hidden_size": "d_model",
+    "n_embd": "d_model",
+    "n_embed": "d_model",
+    "embed_dim": "d_model",
+    "dim": "d_model",
+    "n_head": "num_heads",
+    "n_heads": "num_heads",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "num_hidden_layers": "num_layers",
+    "max_position_embeddings": "max_len",
+    "max_seq_len": "max_len",
+    "intermediate_size": "feed_forward_dim",
+    "hidden_act": "activation",
+    "layer_norm_eps": "norm_eps",
+    "layer_norm_epsilon": "norm_eps",
+    "is_causal": "causal",
+}
+
+
+def _naming_unknown_fields(config_class: type[ALiBiConfig]) -> type[ALiBiConfig]:
+    """Have the constructor say which field was meant; Python's own error does not."""
+    make = config_class.__init__
+
+    @functools.wraps(make)
+    def init(self: ALiBiConfig, *values: Any, **fields: Any) -> None:
+        _refuse_unknown(fields)
+        make(self, *values, **fields)
+
+    config_class.__init__ = init
+    return config_class
+
+
+@_naming_unknown_fields
 @dataclass(frozen=True)
 class ALiBiConfig:
     """What a model computes, independent of framework, dtype and device.
@@ -37,7 +74,8 @@ class ALiBiConfig:
         expansion_factor: hidden width of the feed-forward layers over `d_model`.
         vocab_size: tokens known to an `ALiBiLM`; None describes a bare `ALiBiTransformer`.
         tie_embeddings: the head of an `ALiBiLM` is its token embedding.
-        slopes: "paper" (Press et al. 2021), "geometric" (jaketae/alibi) or one float per head.
+        slopes: "paper" (Press et al. 2021), "geometric" (jaketae/alibi), one float per head, one
+            such tuple per layer, or "learned": a parameter of each layer that starts as "paper".
         bias_max: the exponent M of the paper's slopes 2^(-M k / heads).
         distance: "absolute" biases by -m |i - j|; "signed" by m (j - i), also for future keys;
             "bfloat16" by scale · m j with m and the product rounded to bfloat16 (Falcon-RW).
@@ -75,7 +113,8 @@ class ALiBiConfig:
             the log-probabilities of an adaptive softmax. None is an ordinary head.
 
     Raises:
-        ValueError: a field has an impossible value; the message names it and the mend.
+        ValueError: a field has an impossible value, or there is none of that name; the message
+            names it and the mend.
     """
 
     num_layers: int = 6
@@ -87,7 +126,7 @@ class ALiBiConfig:
     expansion_factor: int = 1
     vocab_size: int | None = None
     tie_embeddings: bool = True
-    slopes: str | tuple[float, ...] = "paper"
+    slopes: str | tuple[float, ...] | tuple[tuple[float, ...], ...] = "paper"
     bias_max: float = 8.0
     distance: str = "absolute"
     attention_scale: float | None = None
@@ -119,9 +158,7 @@ class ALiBiConfig:
 
     def __post_init__(self) -> None:
         for name in ("slopes", "adaptive_cutoffs"):
-            values = getattr(self, name)
-            if not isinstance(values, str) and isinstance(values, Iterable):
-                object.__setattr__(self, name, tuple(map(_plain, values)))
+            object.__setattr__(self, name, _plain_tuple(getattr(self, name)))
         for name, (is_valid, expected) in _FIELD_RULES.items():
             value = _plain(getattr(self, name))
             if not is_valid(value):
@@ -132,14 +169,26 @@ class ALiBiConfig:
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
                 f"choose num_heads among the divisors of d_model (e.g. {_nearest_divisor(self)})"
             )
-        if isinstance(self.slopes, tuple) and len(self.slopes) != self.num_heads:
-            raise ValueError(
-                f"slopes has {len(self.slopes)} values for num_heads={self.num_heads}; "
-                "give one slope per head"
-            )
+        if isinstance(self.slopes, tuple):
+            self._check_slopes(self.slopes)
         for is_wrong, problem in self._contradictions():
             if is_wrong:
                 raise ValueError(problem)
+
+    def _check_slopes(self, slopes: tuple[Any, ...]) -> None:
+        if not isinstance(slopes[0], tuple):
+            slopes = (slopes,)
+        elif len(slopes) != self.num_layers:
+            raise ValueError(
+                f"slopes has {len(slopes)} tuples for num_layers={self.num_layers}; "
+                "give one tuple per layer"
+            )
+        for row in slopes:
+            if len(row) != self.num_heads:
+                raise ValueError(
+                    f"slopes has {len(row)} values for num_heads={self.num_heads}; "
+                    "give one slope per head"
+                )
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         """Fields that are valid alone and impossible together."""
@@ -234,10 +283,7 @@ class ALiBiConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: _as_list(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ALiBiConfig:
@@ -246,14 +292,7 @@ class ALiBiConfig:
         Raises:
             ValueError: an unknown field (the nearest known one is named) or an invalid value.
         """
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                nearest = difflib.get_close_matches(str(name), known, n=1)
-                hint = (
-                    f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
-                )
-                raise ValueError(f"unknown option {name!r} in the configuration{hint}")
+        _refuse_unknown(values)
         return cls(**values)
 
     def to_json(self) -> str:
@@ -274,6 +313,27 @@ class ALiBiConfig:
         if not isinstance(values, dict):
             raise ValueError(f"the configuration is a JSON {type(values).__name__}, not an object")
         return cls.from_dict(values)
+
+
+def _refuse_unknown(names: Iterable[Any]) -> None:
+    known = [field.name for field in fields(ALiBiConfig)]
+    for name in names:
+        if name not in known:
+            nearest = [_ELSEWHERE[name]] if name in _ELSEWHERE else None
+            nearest = nearest or difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
+            raise ValueError(f"unknown option {name!r} in the configuration{hint}")
+
+
+def _plain_tuple(values: Any) -> Any:
+    """Lists, arrays and tuples, also of one another, as tuples of plain numbers."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return _plain(values)
+    return tuple(map(_plain_tuple, values))
+
+
+def _as_list(value: Any) -> Any:
+    return list(map(_as_list, value)) if isinstance(value, tuple) else value
 
 
 def _plain(value: Any) -> Any:
@@ -305,9 +365,17 @@ def _is_cutoffs(value: Any) -> bool:
 
 
 def _is_slopes(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_is_number(slope) and slope >= 0 for slope in value)
-    return isinstance(value, str) and value in SLOPE_RULES
+    if isinstance(value, str):
+        return value in SLOPE_RULES
+    if not isinstance(value, tuple) or not value:
+        return False
+    if all(isinstance(row, tuple) for row in value):
+        return all(row and all(map(_is_slope, row)) for row in value)
+    return all(map(_is_slope, value))
+
+
+def _is_slope(value: Any) -> bool:
+    return _is_number(value) and value >= 0
 
 
 def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -341,7 +409,10 @@ _FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "expansion_factor": _COUNT,
     "vocab_size": _COUNT_OR_NONE,
     "tie_embeddings": _FLAG,
-    "slopes": (_is_slopes, f"one of {SLOPE_RULES} or one finite number >= 0 per head"),
+    "slopes": (
+        _is_slopes,
+        f"one of {SLOPE_RULES}, one finite number >= 0 per head, or one such tuple per layer",
+    ),
     "bias_max": (lambda value: _is_positive(value) and value <= 100, "a number in (0, 100]"),
     "distance": _one_of(DISTANCES),
     "attention_scale": _POSITIVE_OR_NONE,

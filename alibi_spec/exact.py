@@ -54,12 +54,13 @@ def exact_attention(
     Raises:
         ValueError: the case would not be exact: scale, width or length need more than 24 bits.
     """
+    slopes = 2.0 ** -(1 + np.arange(config.num_heads) % 8)
     config = replace(
         config,
         num_layers=1,
         vocab_size=None,
         attention_scale=2.0 ** min(max(round(math.log2(config.scale)), -8), 4),
-        slopes=tuple(2.0 ** -(1 + head % 8) for head in range(config.num_heads)),
+        slopes="learned" if config.slopes == "learned" else tuple(slopes.tolist()),
         slope_interpolation=None,
         qkv_clip=None,
         qk_norm=False,
@@ -76,13 +77,14 @@ def exact_attention(
     parameters = {
         row.name: dyadic(row.shape, _WEIGHT_UNIT, density) for row in parameter_table(config)
     }
+    if config.slopes == "learned":
+        parameters["layers.0.attn.slopes"] = slopes.astype(np.float32)
     inputs = dyadic((batch, seq, config.d_model), _ACTIVATION_UNIT, 1.0)
     attention_mask = np.ones((batch, seq), dtype=np.int64)
     attention_mask[0, : seq // 3] = 0
     attention_mask[-1, seq - seq // 4 :] = 0
 
     query, key = (_project(config, parameters, inputs, name) for name in ("query", "key"))
-    slopes = np.array(config.slopes)
     largest_key = shared_heads(np.abs(key), config.num_heads).max(axis=2)
     largest_score = (np.abs(query).max(axis=2) * largest_key).sum(axis=-1).max()
     bias_scale = config.scale if config.distance == "bfloat16" else 1.0

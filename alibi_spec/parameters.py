@@ -24,7 +24,8 @@ class Parameter:
         flax_path: keys from the root of the Flax params tree to the leaf.
         pattern: einops pattern, torch layout -> Flax layout; swap the sides for the way back.
         axis_sizes: size of every axis that the pattern names.
-        init: "zeros", "ones", or the standard deviation of a normal distribution around zero.
+        init: "zeros", "ones", "slopes" (the paper's), or the standard deviation of a normal
+            distribution around zero.
     """
 
     name: str
@@ -42,6 +43,11 @@ class Parameter:
     def flax_shape(self) -> tuple[int, ...]:
         """Shape in the Flax layout."""
         return pattern_shape(self.pattern.split("->")[1], self.axis_sizes)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is float32 or float64 in models of every dtype: slopes are (SPEC.md §2.1)."""
+        return self.init == "slopes"
 
     @property
     def logical_axes(self) -> tuple[str, ...]:
@@ -125,6 +131,8 @@ def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
         if config.qk_norm:
             yield from norm(f"{layer}.attn.query_norm", "(heads head_dim) -> heads head_dim")
             yield from norm(f"{layer}.attn.key_norm", "(kv_heads head_dim) -> kv_heads head_dim")
+        if config.slopes == "learned":
+            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
         if config.output_projection:
             yield from linear(
                 f"{layer}.attn.output",

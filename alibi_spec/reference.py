@@ -162,7 +162,8 @@ def reference_forward(
     if missing:
         raise ValueError(f"{len(missing)} parameters are missing, first {missing[0]}")
     prefix = "" if config.vocab_size is None else "transformer."
-    slopes = model_slopes(config) * np.float32(interpolation(config, inputs.shape[1]))
+    slope_factor = interpolation(config, inputs.shape[1])
+    fixed_slopes = model_slopes(config) * np.float32(slope_factor)
     activation = ACTIVATION_FUNCTIONS[config.activation]
     trace: dict[str, Float64[np.ndarray, "..."]] = {}
 
@@ -188,6 +189,11 @@ def reference_forward(
         batch, seq, _ = projected.shape
         return projected.reshape(batch, seq, -1, config.head_dim).swapaxes(1, 2)
 
+    def slopes(layer: str) -> np.ndarray:
+        if config.slopes == "learned":
+            return weight(f"{prefix}{layer}.attn.slopes") * slope_factor
+        return fixed_slopes[int(layer.removeprefix("layers."))]
+
     def attention(x: np.ndarray, layer: str) -> np.ndarray:
         module = f"{prefix}{layer}.attn"
         for name in ("query", "key", "value"):
@@ -195,7 +201,7 @@ def reference_forward(
         trace[f"{layer}.biased_logits"] = biased_logits(
             trace[f"{layer}.query"],
             trace[f"{layer}.key"],
-            slopes,
+            slopes(layer),
             causal=config.causal,
             scale=config.scale,
             attention_mask=attention_mask,

@@ -12,7 +12,7 @@ from torch import nn
 from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.origin import Origin, origin_of, save_folder
 from alibi_convert.tensors import Tensors, as_torch
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, parameter_table
 
 
 class PretrainedModule(nn.Module):
@@ -21,15 +21,9 @@ class PretrainedModule(nn.Module):
     config: ALiBiConfig
     origin: Origin | None = None  # the checkpoint that it was loaded from
 
-    def __init__(self, config: ALiBiConfig) -> None:
+    def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
         super().__init__()
-        self.config = config
-
-    def reset_buffers(self, device: torch.device | str | None = None) -> None:
-        """Compute again what follows from the configuration and is in no checkpoint."""
-        for child in self.children():
-            if isinstance(child, PretrainedModule):
-                child.reset_buffers(device)
+        self.config, self.implementation = config, implementation
 
     @classmethod
     def from_pretrained(
@@ -38,6 +32,7 @@ class PretrainedModule(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        implementation: str = "auto",
         **reading: Unpack[Reading],
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
@@ -47,24 +42,29 @@ class PretrainedModule(nn.Module):
         Args:
             path: a checkpoint folder of ours or of a known family, a .safetensors, .pt or .msgpack
                 file, or the id of a folder on the Hugging Face hub.
-            dtype: of the parameters; None keeps the checkpoint's.
+            dtype: of the parameters, but for learned slopes, which never become narrower than
+                float32; None keeps the checkpoint's.
             device: where the parameters go.
+            implementation: of attention: "auto" or one of `attention_implementations()`.
             reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
         Raises:
             CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
-            ValueError: the checkpoint is of the other model class.
+            ValueError: the checkpoint is of the other model class, or the implementation is not
+                known.
         """
         checkpoint = open_checkpoint(path, **reading)
         with torch.device("meta"):
-            model = cls(checkpoint.config)
+            model = cls(checkpoint.config, implementation=implementation)
+        rows = {row.name: row for row in parameter_table(checkpoint.config)}
+        wider = None if dtype is None else torch.promote_types(dtype, torch.float32)
         state = {
-            name: as_torch(array).to(device, dtype) for name, array in checkpoint.tensors.items()
+            name: as_torch(array).to(device, wider if rows[name].is_wide else dtype)
+            for name, array in checkpoint.tensors.items()
         }
         model.load_state_dict(state, assign=True)
-        model.reset_buffers(device)
         model.origin = origin_of(checkpoint)
-        return model.eval()
+        return model.to(device).eval()  # slopes follow, which are in no checkpoint
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, for both backends.

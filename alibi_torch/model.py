@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from alibi_spec import ALiBiConfig, model_slopes, parameter_table
+from alibi_spec import ALiBiConfig, model_slopes, parameter_table, slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
     check_array,
     check_embeddings,
+    check_implementation,
     check_mask,
     check_token_range,
     check_token_types,
@@ -32,7 +33,13 @@ from alibi_spec.checks import (
     forbid_vocabulary,
     require_vocabulary,
 )
-from alibi_torch.attention import AttentionPlan, attention, attention_plan, biased_logits
+from alibi_torch.attention import (
+    AttentionPlan,
+    attention,
+    attention_implementations,
+    attention_plan,
+    biased_logits,
+)
 from alibi_torch.checkpoint import PretrainedModule
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
@@ -46,36 +53,67 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Linear(nn.Linear):
+    """A linear map in the common dtype of its input and its parameters (SPEC.md §5.1)."""
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
+        return _linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A norm in the common dtype of its input and its parameters, rounded to that of its input."""
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        wide, weight, bias = _in_common_dtype(x, self.weight, self.bias)
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """As `LayerNorm`, without mean and bias."""
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        wide, weight = _in_common_dtype(x, self.weight)
+        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention with linear biases: projections around `alibi_torch.attention`."""
 
-    def __init__(self, config: ALiBiConfig) -> None:
+    slopes: Float[nn.Parameter, " heads"] | None
+
+    def __init__(self, config: ALiBiConfig, layer: int, implementation: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer, self.implementation = config, layer, implementation
         width, has_bias = config.d_model, config.attention_bias
         kv_width = config.kv_heads * config.head_dim
-        self.query = nn.Linear(width, width, bias=has_bias)
-        self.key = nn.Linear(width, kv_width, bias=has_bias)
-        self.value = nn.Linear(width, kv_width, bias=has_bias)
+        is_learned = config.slopes == "learned"
+        empty = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
+        self.register_parameter("slopes", empty if is_learned else None)
+        # No buffer: `.to(bfloat16)` would round it, and neither `to_empty` nor a checkpoint would
+        # fill one that was made on the meta device.
+        self._fixed_slopes = None if is_learned else self._slopes_of_the_configuration()
+        self.query = Linear(width, width, bias=has_bias)
+        self.key = Linear(width, kv_width, bias=has_bias)
+        self.value = Linear(width, kv_width, bias=has_bias)
         if config.qk_norm:
             self.query_norm = _norm(config, width)
             self.key_norm = _norm(config, kv_width)
         if config.output_projection:
-            self.output = nn.Linear(width, width, bias=has_bias)
+            self.output = Linear(width, width, bias=has_bias)
 
     def forward(
         self,
         x: Float[Tensor, "batch seq embed"],
-        slopes: Float[Tensor, " heads"],
+        slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         attended = attention(
-            *self._query_and_key(x),
-            self._split_heads(self._clip(self.value(x))),
-            slopes,
+            *self._query_key_value(x),
+            self._slopes(x.device) * slope_factor,
             causal=self.config.causal,
             scale=self.config.scale,
             attention_mask=attention_mask,
+            implementation=self.implementation,
             distance=self.config.distance,
             dropout=self.config.probability_dropout if self.training else 0.0,
         )
@@ -85,13 +123,13 @@ class Attention(nn.Module):
     def biased_logits(
         self,
         x: Float[Tensor, "batch seq embed"],
-        slopes: Float[Tensor, " heads"],
+        slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch heads seq seq"]:
         """The logits that `forward` takes the softmax of."""
+        query, key, _ = self._query_key_value(x)
         return biased_logits(
-            *self._query_and_key(x),
-            slopes,
+            *(query, key, self._slopes(x.device) * slope_factor),
             causal=self.config.causal,
             scale=self.config.scale,
             attention_mask=attention_mask,
@@ -101,16 +139,16 @@ class Attention(nn.Module):
     def attention_plan(
         self,
         x: Float[Tensor, "batch seq embed"],
-        slopes: Float[Tensor, " heads"],
+        slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
         *,
         tolerance: str | float,
         block_size: int,
     ) -> AttentionPlan:
         """The blocks of those logits that `forward` needs."""
+        query, key, _ = self._query_key_value(x)
         return attention_plan(
-            *self._query_and_key(x),
-            slopes,
+            *(query, key, self._slopes(x.device) * slope_factor),
             causal=self.config.causal,
             scale=self.config.scale,
             attention_mask=attention_mask,
@@ -118,15 +156,52 @@ class Attention(nn.Module):
             block_size=block_size,
         )
 
-    def _query_and_key(
+    def _query_key_value(
         self, x: Float[Tensor, "batch seq embed"]
     ) -> tuple[
-        Float[Tensor, "batch heads seq head_dim"], Float[Tensor, "batch kv_heads seq head_dim"]
+        Float[Tensor, "batch heads seq head_dim"],
+        Float[Tensor, "batch kv_heads seq head_dim"],
+        Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
-        query, key = self._clip(self.query(x)), self._clip(self.key(x))
+        query, key, value = (self._clip(map_(x)) for map_ in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return self._split_heads(query), self._split_heads(key)
+        query, key, value = map(self._split_heads, _in_common_dtype(query, key, value))
+        return query, key, value
+
+    def _slopes(self, device: torch.device) -> Float[Tensor, " heads"]:
+        if self.slopes is not None:
+            return self.slopes
+        fixed = self._fixed_slopes
+        if fixed is None or fixed.device != device:
+            fixed = self._slopes_of_the_configuration(device)
+            if type(fixed) is Tensor and not torch.compiler.is_compiling():
+                self._fixed_slopes = fixed
+        return fixed
+
+    def _slopes_of_the_configuration(
+        self, device: torch.device | None = None
+    ) -> Float[Tensor, " heads"]:
+        values = model_slopes(self.config)[self.layer].tolist()
+        if torch.compiler.is_compiling():
+            return torch.tensor(values, dtype=torch.float32, device=device)
+        with torch.inference_mode(mode=False):  # training may follow
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Slopes follow the module to its device, and never become narrower than float32.
+        learned = () if self.slopes is None else (self.slopes, self.slopes.grad)
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.itemsize < 4 and any(tensor is each for each in learned):
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(moved, recurse)
+        if self.slopes is None:
+            self._fixed_slopes = self._slopes_of_the_configuration(self.query.weight.device)
+        return self
 
     def _clip(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         limit = self.config.qkv_clip
@@ -150,9 +225,9 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         self.is_gated = config.gated_ffn
         if config.gated_ffn:
-            self.gate = nn.Linear(config.d_model, config.ffn_dim, bias=config.ffn_bias)
-        self.fc1 = nn.Linear(config.d_model, config.ffn_dim, bias=config.ffn_bias)
-        self.fc2 = nn.Linear(config.ffn_dim, config.d_model, bias=config.ffn_bias)
+            self.gate = Linear(config.d_model, config.ffn_dim, bias=config.ffn_bias)
+        self.fc1 = Linear(config.d_model, config.ffn_dim, bias=config.ffn_bias)
+        self.fc2 = Linear(config.ffn_dim, config.d_model, bias=config.ffn_bias)
 
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
         if self.is_gated:
@@ -163,11 +238,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Residual block: attention, then feed-forward, with norms where `norm_placement` says."""
 
-    def __init__(self, config: ALiBiConfig) -> None:
+    def __init__(self, config: ALiBiConfig, layer: int, implementation: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.attn_norm = _norm(config, config.d_model)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer, implementation)
         if config.attention_output_norm:
             self.attn_output_norm = _norm(config, config.d_model)
         self.ffn_norm = _norm(config, config.d_model)
@@ -177,11 +252,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq embed"],
-        slopes: Float[Tensor, " heads"],
+        slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         def attn(y: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
-            attended = self.attn(y, slopes, attention_mask)
+            attended = self.attn(y, slope_factor, attention_mask)
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
             return attended
@@ -207,19 +282,24 @@ class ALiBiTransformer(PretrainedModule):
 
     Press et al. 2021; with `ALiBiConfig.jaketae()` the model of jaketae/alibi.
 
+    Args:
+        config: without a vocabulary.
+        implementation: of attention: "auto" or one of `attention_implementations()`.
+
     Raises:
-        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s.
+        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
+            is not known.
     """
 
-    slopes: Float[Tensor, " heads"]
-
-    def __init__(self, config: ALiBiConfig) -> None:
+    def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
         forbid_vocabulary(config.vocab_size)
-        super().__init__(config)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        check_implementation(implementation, attention_implementations())
+        super().__init__(config, implementation=implementation)
+        self.layers = nn.ModuleList(
+            Block(config, layer, implementation) for layer in range(config.num_layers)
+        )
         if config.final_norm:
             self.final_norm = _norm(config, config.d_model)
-        self.reset_buffers()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -231,7 +311,7 @@ class ALiBiTransformer(PretrainedModule):
         x: Float[Tensor, "batch seq embed"],
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
-        """Hidden states after the last block (and final norm), in the dtype of the parameters.
+        """Hidden states after the last block (and final norm), in the dtype of SPEC.md §5.1.
 
         Args:
             x: embeddings; sequences longer than `max_len` are welcome.
@@ -242,60 +322,47 @@ class ALiBiTransformer(PretrainedModule):
         """
         check_array("embeddings", x, (Tensor,), "a torch.Tensor")
         check_embeddings(x.shape, x.is_floating_point(), self.config.d_model)
-        dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"embeddings are {x.dtype} and the model is {dtype}; use x.to({dtype})"
-            )
         if attention_mask is not None:
             check_array("attention_mask", attention_mask, (Tensor,), "a torch.Tensor")
             is_integer = not attention_mask.is_floating_point()
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
-        slopes = self.slopes * interpolation(self.config, x.shape[1])
+        slope_factor = interpolation(self.config, x.shape[1])
         for layer in self.layers:
-            x = layer(x, slopes, attention_mask)
+            x = layer(x, slope_factor, attention_mask)
         return self.final_norm(x) if self.config.final_norm else x
-
-    def reset_buffers(self, device: torch.device | str | None = None) -> None:
-        """The slopes of the configuration, float32."""
-        slopes = torch.tensor(
-            model_slopes(self.config).tolist(), dtype=torch.float32, device=device
-        )
-        self.register_buffer("slopes", slopes, persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # The slopes follow the module to its device but stay float32: `.to(bfloat16)` would round
-        # them, and `.to_empty()` would leave them undefined.
-        super()._apply(fn, recurse)
-        self.reset_buffers(self.slopes.device)
-        return self
 
 
 class ALiBiLM(PretrainedModule):
     """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
+    Args:
+        config: with a vocabulary.
+        implementation: of attention: "auto" or one of `attention_implementations()`.
+
     Raises:
-        ValueError: the configuration has no vocabulary.
+        ValueError: the configuration has no vocabulary, or the implementation is not known.
     """
 
-    def __init__(self, config: ALiBiConfig) -> None:
+    def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
         vocab_size, width = require_vocabulary(config.vocab_size), config.d_model
-        super().__init__(config)
+        super().__init__(config, implementation=implementation)
         self.token_embedding = nn.Embedding(vocab_size, width)
         if config.type_vocab_size is not None:
             self.token_type_embedding = nn.Embedding(config.type_vocab_size, width)
         if config.embedding_norm:
             self.embedding_norm = _norm(config, width)
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.transformer = ALiBiTransformer(dataclasses.replace(config, vocab_size=None))
+        self.transformer = ALiBiTransformer(
+            dataclasses.replace(config, vocab_size=None), implementation=implementation
+        )
         if config.head == "masked_lm":
-            self.head_transform = nn.Linear(width, width)
+            self.head_transform = Linear(width, width)
             self.head_norm = _norm(config, width)
             self.head_bias = nn.Parameter(torch.zeros(vocab_size))
         if config.head != "none" and not config.tie_embeddings:
-            self.lm_head = nn.Linear(width, vocab_size, bias=False)
+            self.lm_head = Linear(width, vocab_size, bias=False)
         if config.adaptive_cutoffs is not None:
-            self.cluster_head = nn.Linear(width, len(config.adaptive_cutoffs), bias=False)
+            self.cluster_head = Linear(width, len(config.adaptive_cutoffs), bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -352,8 +419,10 @@ class ALiBiLM(PretrainedModule):
             activation = ACTIVATION_FUNCTIONS[config.activation]
             x = self.head_norm(activation(self.head_transform(x)))
         x = x * config.logit_scale  # cheaper than on the logits
-        weight = (self.token_embedding if config.tie_embeddings else self.lm_head).weight
-        logits = F.linear(x, weight)
+        if config.tie_embeddings:
+            logits = _linear(x, self.token_embedding.weight)
+        else:
+            logits = self.lm_head(x)
         if config.head == "masked_lm":
             logits = logits + self.head_bias
         if config.adaptive_cutoffs is not None:
@@ -378,8 +447,24 @@ def _adaptive_log_probabilities(
 
 def _norm(config: ALiBiConfig, width: int) -> nn.Module:
     if config.norm == "rms":
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+        return RMSNorm(width, eps=config.norm_eps)
+    return LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
+
+
+def _linear(
+    x: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, "features width"],
+    bias: Float[Tensor, " features"] | None = None,
+) -> Float[Tensor, "*batch features"]:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)  # autocast has a rule of its own
+    return F.linear(*_in_common_dtype(x, weight, bias))
+
+
+def _in_common_dtype(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the dtype that torch promotes all of theirs to; None stays None."""
+    dtype = reduce(torch.promote_types, (each.dtype for each in tensors if each is not None))
+    return tuple(each if each is None else each.to(dtype) for each in tensors)
 
 
 def checked_tokens(
@@ -400,10 +485,24 @@ def _has_values_on_host(tokens: Tensor) -> bool:
     return tokens.device.type == "cpu" and not is_functorch_wrapped_tensor(tokens)  # under vmap
 
 
+def _placed_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """The values, divided over devices where FSDP has divided the parameter."""
+    if not hasattr(parameter, "device_mesh"):
+        return values
+    divided: Any = parameter
+    return torch.distributed.tensor.distribute_tensor(  # imported, or there were no such parameter
+        values.to(divided.device, divided.dtype), divided.device_mesh, divided.placements
+    )
+
+
 def _initialise(model: nn.Module, config: ALiBiConfig) -> None:
     for row in parameter_table(config):
         parameter = model.get_parameter(row.name)
-        if isinstance(row.init, str):
+        if row.init == "slopes":
+            start = torch.from_numpy(slopes(config.num_heads, config.bias_max))
+            with torch.no_grad():
+                parameter.copy_(_placed_like(parameter, start))
+        elif isinstance(row.init, str):
             nn.init.constant_(parameter, {"zeros": 0.0, "ones": 1.0}[row.init])
         else:
             nn.init.normal_(parameter, std=row.init)

@@ -43,6 +43,7 @@ CONFIGS: dict[str, ALiBiConfig] = {
         num_heads=6,
         vocab_size=101,
         num_kv_heads=2,
+        slopes=((0.5, 0.25, 0.1, 0.02, 0.0, 1.0), (0.3, 0.003, 0.7, 1.5, 0.01, 0.04)),
         qkv_clip=1.5,
         qk_norm=True,
         attention_bias=False,
@@ -91,6 +92,9 @@ CONFIGS: dict[str, ALiBiConfig] = {
     "adaptive": ALiBiConfig(
         **_SMALL, num_heads=4, vocab_size=101, tie_embeddings=False, adaptive_cutoffs=(20, 60)
     ),
+    "learned-slopes": ALiBiConfig(
+        **_SMALL, num_heads=6, vocab_size=101, slopes="learned", slope_interpolation=130
+    ),
     "rounded-bias": ALiBiConfig(**_SMALL, num_heads=6, distance="bfloat16"),
     "jaketae-decoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=6),
     "jaketae-encoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=3, causal=False),
@@ -105,7 +109,15 @@ PADDINGS: dict[str, tuple[tuple[int, slice], ...]] = {  # sequence and positions
 }
 
 # Options that padding does not touch are tried without any and with all of it.
-OPTIONS = ("bloom-like", "grouped", "gated-rms", "masked-lm", "headless", "adaptive")
+OPTIONS = (
+    "bloom-like",
+    "grouped",
+    "gated-rms",
+    "masked-lm",
+    "headless",
+    "adaptive",
+    "learned-slopes",
+)
 
 each_config = pytest.mark.parametrize("config_name", CONFIGS)
 each_padded_config = pytest.mark.parametrize(
@@ -128,7 +140,9 @@ def draw_parameters(config: ALiBiConfig, dtype: str = "float32") -> dict[str, np
     rng = np.random.default_rng(0)
     parameters = {}
     for row in parameter_table(config):
-        if row.init == "ones":
+        if row.init == "slopes":  # one of them rewards far keys, which nothing forbids
+            values = np.where(np.arange(row.shape[0]) == 1, -1e-3, rng.uniform(0, 1, row.shape))
+        elif row.init == "ones":
             values = 1 + 0.3 * rng.standard_normal(row.shape)
         elif row.init == "zeros":
             values = 0.3 * rng.standard_normal(row.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,20 @@ MASK = np.concatenate([np.zeros((2, 7), int), np.ones((2, 33), int)], axis=1)
 def torch_model() -> alibi_torch.ALiBiLM:
     torch.manual_seed(0)
     return alibi_torch.ALiBiLM(CONFIG).eval()
+
+
+def attention_slopes(model: alibi_torch.ALiBiLM) -> torch.Tensor:
+    """What every layer of a torch model hands to attention for short sequences: [layers, heads]."""
+    seen = []
+
+    def spied(query: Any, key: Any, value: Any, slopes: torch.Tensor, **options: Any) -> Any:
+        seen.append(slopes.detach())
+        return alibi_torch.attention(query, key, value, slopes, **options)
+
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    with mock.patch("alibi_torch.model.attention", spied):
+        model(tokens)
+    return torch.stack(seen)
 
 
 def flax_model(**options: Any) -> tuple[alibi_flax.ALiBiLM, Any]:

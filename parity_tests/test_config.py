@@ -65,6 +65,10 @@ def test_json_round_trip(config_name: str) -> None:
         ({"slopes": "linear"}, "slopes='linear' is not valid; expected one of"),
         ({"slopes": (0.5,)}, "slopes has 1 values for num_heads=8; give one slope per head"),
         ({"slopes": (-1.0,) * 8}, "slopes="),
+        ({"slopes": ()}, r"slopes=\(\) is not valid"),
+        ({"slopes": ((0.5,) * 8,) * 2}, "slopes has 2 tuples for num_layers=6; give one tuple per"),
+        ({"slopes": ((0.5,) * 8,) * 5 + ((0.5,),)}, "slopes has 1 values for num_heads=8"),
+        ({"slopes": ((0.5,), 0.5)}, "slopes="),
         ({"bias_max": 0}, "bias_max=0"),
         (
             {"bias_max": 2000, "slopes": "geometric"},
@@ -90,15 +94,17 @@ def test_json_round_trip(config_name: str) -> None:
         ({"adaptive_cutoffs": (3, 9), "vocab_size": 9}, "do not rise from 0 to vocab_size=9"),
         ({"adaptive_cutoffs": (3,), "vocab_size": 9, "head": "none"}, "need head='linear'"),
         ({"num_head": 4}, "unknown option 'num_head' in the configuration; did you mean num_heads"),
+        ({"n_heads": 4}, "unknown option 'n_heads' in the configuration; did you mean num_heads"),
+        ({"hidden_size": 4}, "unknown option 'hidden_size' .* did you mean d_model"),
         ({"colour": 4}, "unknown option 'colour' in the configuration; known: num_layers, "),
     ],
 )
 def test_bad_values(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ALiBiConfig.from_dict(values)
-    if "num_head" not in values and "colour" not in values:
+    for make in (ALiBiConfig.from_dict, lambda values: ALiBiConfig(**values)):
         with pytest.raises(ValueError, match=message):
-            ALiBiConfig.jaketae(**values)
+            make(values)
+    with pytest.raises(ValueError, match=message):
+        ALiBiConfig.jaketae(**values)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +20,27 @@ from flax import nnx
 
 import alibi_flax
 import alibi_torch
+from alibi_convert import torch_to_flax
 from alibi_convert.rules import canonical_tensors
-from alibi_convert.tensors import as_numpy
-from alibi_spec import model_slopes
+from alibi_convert.store import write_folder
+from alibi_convert.tensors import Tensors, as_numpy
+from alibi_spec import model_slopes, reference_forward
 from alibi_spec.budgets import BUDGETS
-from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
-from parity_tests.small_models import CONFIG, MASK, TOKENS, flax_model, torch_model
+from parity_tests.cases import draw_parameters
+from parity_tests.compare import (
+    assert_bitwise,
+    assert_gradients_within,
+    assert_trace_within,
+    assert_within,
+)
+from parity_tests.small_models import (
+    CONFIG,
+    MASK,
+    TOKENS,
+    attention_slopes,
+    flax_model,
+    torch_model,
+)
 
 FLOAT32 = BUDGETS["float32", "cpu"]
 
@@ -75,10 +95,127 @@ def test_torch_autocast_keeps_logits_in_float32() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_torch_slopes_are_never_rounded_or_stored(dtype: torch.dtype) -> None:
     model = torch_model().to(dtype)
-    assert_bitwise(as_numpy(model.transformer.slopes), model_slopes(CONFIG), "after .to(dtype)")
+    assert_bitwise(as_numpy(attention_slopes(model)), model_slopes(CONFIG), "after .to(dtype)")
     assert not any("slopes" in name for name in model.state_dict())
     empty = torch_model().to("meta").to_empty(device="cpu")
-    assert_bitwise(as_numpy(empty.transformer.slopes), model_slopes(CONFIG), "after to_empty")
+    assert_bitwise(as_numpy(attention_slopes(empty)), model_slopes(CONFIG), "after to_empty")
+
+
+def test_torch_learned_slopes_are_never_rounded() -> None:
+    """They follow `.to` to the device, and widen, but stay float32 in narrow models; so do theirs
+    gradients."""
+    model = alibi_torch.ALiBiLM(dataclasses.replace(CONFIG, slopes="learned"))
+    slopes = model.transformer.layers[1].attn.slopes
+    slopes.data.mul_(1 / 3)
+    model(torch.from_numpy(TOKENS)).square().mean().backward()
+    kept, gradient = slopes.detach().clone(), slopes.grad.clone()
+    model.to(torch.bfloat16)
+    slopes = model.transformer.layers[1].attn.slopes
+    assert_bitwise(as_numpy(slopes), as_numpy(kept), "slopes")
+    assert_bitwise(as_numpy(slopes.grad), as_numpy(gradient), "gradient")
+    assert model(torch.from_numpy(TOKENS)).dtype == torch.bfloat16
+    assert model.double().transformer.layers[1].attn.slopes.dtype == torch.float64
+
+
+@pytest.mark.parametrize("way", ["assign", "to_empty", "reset_parameters", "one by one"])
+def test_torch_slopes_of_a_model_made_on_the_meta_device(way: str) -> None:
+    """They are real once the weights are, however those arrive."""
+    whole, tokens = torch_model(), torch.arange(300)[None] % 23
+    with torch.device("meta"):
+        model = alibi_torch.ALiBiLM(CONFIG).eval()
+    if way == "assign":
+        model.load_state_dict(whole.state_dict(), assign=True)
+    elif way == "one by one":  # as accelerate does
+        for name, value in whole.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, value)
+    else:
+        model.to_empty(device="cpu")
+        if way == "reset_parameters":
+            model.reset_parameters()
+            assert model(tokens).isfinite().all()
+        model.load_state_dict(whole.state_dict())
+    assert not list(model.buffers())
+    with torch.inference_mode():
+        found = model(tokens)
+    assert_bitwise(as_numpy(found), as_numpy(whole(tokens)), "logits")
+    model(tokens).mean().backward()  # nothing of the inference is left
+
+
+@pytest.mark.parametrize(
+    ("matrices", "norms", "expected"),
+    [("bfloat16", "float32", "bfloat16"), ("float32", "bfloat16", "float32")],
+)
+def test_mixed_dtypes_follow_one_rule(
+    tmp_path: Path, matrices: str, norms: str, expected: str
+) -> None:
+    """SPEC.md §5.1, from a folder, in both backends: dtypes of every layer, and values."""
+    config = dataclasses.replace(CONFIG, qk_norm=True, embedding_norm=True, tie_embeddings=False)
+    parameters, tokens = draw_parameters(config, "bfloat16"), np.arange(40).reshape(2, 20) % 23
+    stored = {
+        name: array.astype(jnp.dtype(norms if "norm" in name else matrices))
+        for name, array in parameters.items()
+    }
+    (folder := tmp_path / "mixed").mkdir()
+    write_folder(folder, config, Tensors.of(stored))
+    model = alibi_torch.ALiBiLM.from_pretrained(folder)
+    module, params = alibi_flax.from_pretrained(folder)
+    ours = alibi_torch.trace(model, torch.from_numpy(tokens))
+    theirs = alibi_flax.trace(module, params, jnp.asarray(tokens))
+    exact = reference_forward(config, parameters, tokens)
+    for values in (
+        {name: as_numpy(value.detach()) for name, value in ours.items()},
+        {name: np.asarray(value) for name, value in theirs.items()},
+    ):
+        assert_trace_within(config, values, exact, BUDGETS[expected, "cpu"], expected, "mixed")
+
+
+def test_torch_biases_wider_than_matrices() -> None:
+    """A linear map computes in the common dtype, and what follows keeps it; autocast has a rule."""
+    model, (module, _) = torch_model().bfloat16(), flax_model()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = parameter.data.float()
+    params = torch_to_flax(model.state_dict(), CONFIG)
+    assert model(torch.from_numpy(TOKENS)).dtype == torch.float32
+    assert module.apply({"params": params}, jnp.asarray(TOKENS)).dtype == jnp.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.from_numpy(TOKENS)).dtype == torch.bfloat16
+
+
+def test_torch_under_fsdp() -> None:
+    """Sharded over a group of one, with bfloat16 parameters: bfloat16 logits and gradients."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_FSDP)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+_FSDP = """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    import alibi_torch
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for slopes in ("paper", "learned"):
+        config = alibi_torch.ALiBiConfig(
+            num_layers=1, d_model=16, num_heads=2, vocab_size=11, slopes=slopes
+        )
+        with torch.device("meta"):
+            model = alibi_torch.ALiBiLM(config)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for layer in (*model.transformer.layers, model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        model.to_empty(device="cpu")
+        model.reset_parameters()
+        logits = model(torch.arange(10)[None])
+        assert logits.dtype == torch.bfloat16 and logits.isfinite().all(), logits
+        logits.float().square().mean().backward()
+        assert all(each.grad is not None for each in model.parameters())
+    dist.destroy_process_group()
+"""
 
 
 def test_torch_on_the_meta_device() -> None:
@@ -86,7 +223,6 @@ def test_torch_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = alibi_torch.ALiBiLM(CONFIG)
         tokens = torch.zeros(2, 5, dtype=torch.int64)
-    assert model.transformer.slopes.device.type == "meta"
     assert model(tokens).shape == (2, 5, 23)
     assert torch_model().to("meta")(tokens).shape == (2, 5, 23)
 

@@ -50,14 +50,16 @@ def test_tokens_of_any_integer_dtype(dtype: type) -> None:
     assert_bitwise(found, expected, "flax")
 
 
-def test_torch_embeddings_have_the_dtype_of_the_model() -> None:
-    model = alibi_torch.ALiBiTransformer(BARE)
-    with pytest.raises(
-        ValueError, match=r"embeddings are torch\.float64.*use x\.to\(torch\.float32"
-    ):
-        model(torch.zeros(1, 2, 30, dtype=torch.float64))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(torch.zeros(1, 2, 30, dtype=torch.bfloat16))
+@pytest.mark.parametrize(("given", "expected"), [("float64", "float64"), ("bfloat16", "float32")])
+def test_embeddings_of_another_dtype(given: str, expected: str) -> None:
+    """Residual branches compute in the common dtype of what enters and the weights."""
+    model, module = alibi_torch.ALiBiTransformer(BARE), alibi_flax.ALiBiTransformer(BARE)
+    x = jnp.ones((1, 2, 30), given)
+    params = module.init(jax.random.key(0), x)
+    assert str(module.apply(params, x).dtype) == expected
+    assert model(torch.ones(1, 2, 30, dtype=getattr(torch, given))).dtype == getattr(
+        torch, expected
+    )
 
 
 def test_arguments_that_are_no_arrays() -> None:
@@ -191,6 +193,52 @@ def test_greedy_generation_agrees_and_is_greedy() -> None:
         as_numpy(logits.argmax(-1))[:, 5:-1], ours[:, 6:], "argmax of the whole sequence"
     )
     assert len(np.unique(ours)) > 3
+
+
+@pytest.mark.parametrize("slopes", ["paper", "learned"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16"])
+def test_generation_from_narrow_prompts_past_the_interpolation(slopes: str, dtype: str) -> None:
+    """Slopes are those of the keys so far; tokens are at least int32, whatever the prompt's are."""
+    config = dataclasses.replace(
+        CONFIG, vocab_size=50_304, num_layers=1, slope_interpolation=9, slopes=slopes
+    )
+    torch.manual_seed(0)
+    model = alibi_torch.ALiBiLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    model.token_embedding.weight.data[: np.iinfo(dtype).max + 1] *= 0.1  # the others are likelier
+    params = torch_to_flax(model.state_dict(), config)
+    prompt = np.arange(5, dtype=dtype)[None]
+    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), 24))
+    theirs = np.asarray(
+        alibi_flax.generate(alibi_flax.ALiBiLM(config), params, jnp.asarray(prompt), 24)
+    )
+    assert_bitwise(theirs, ours.astype(np.int32), "tokens")
+    none = alibi_flax.generate(alibi_flax.ALiBiLM(config), params, jnp.asarray(prompt), 0)
+    assert_bitwise(np.asarray(none), prompt.astype(np.int32), "no new tokens")
+    assert ours.max() > np.iinfo(dtype).max
+
+
+def test_models_take_an_implementation() -> None:
+    """Of attention: every call gets it, "dense" has second derivatives, and names are checked."""
+    config, long = dataclasses.replace(CONFIG, num_layers=1), np.arange(300)[None] % 23
+    torch.manual_seed(0)
+    model = alibi_torch.ALiBiLM(config, implementation="dense").eval()
+    loss = model(torch.from_numpy(long)).square().mean()
+    slope = model.transformer.layers[0].attn.query.weight
+    (gradient,) = torch.autograd.grad(loss, slope, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), slope)[0].isfinite().all()
+    module = alibi_flax.ALiBiLM(config, implementation="pallas_gpu")
+    params = torch_to_flax(model.state_dict(), config)
+    with pytest.raises(ValueError, match="implementation='pallas_gpu' cannot compute this"):
+        module.apply({"params": params}, jnp.asarray(long))
+    for backend in (alibi_torch, alibi_flax):
+        for build, described in (
+            (backend.ALiBiLM, config),
+            (backend.ALiBiTransformer, BARE),
+        ):
+            with pytest.raises(ValueError, match="implementation='fast' is not known; expected"):
+                build(described, implementation="fast")
 
 
 def test_generation_refuses_encoders() -> None:

@@ -16,7 +16,7 @@ import alibi_torch
 from alibi_convert import CheckpointError, flax_to_torch, torch_to_flax
 from alibi_convert.rules import canonical_tensors, check_shapes
 from alibi_convert.tensors import as_numpy
-from alibi_spec import ALiBiConfig, parameter_table
+from alibi_spec import ALiBiConfig, parameter_table, slopes
 from parity_tests.cases import CONFIGS, each_config
 from parity_tests.compare import assert_bitwise
 
@@ -176,7 +176,9 @@ def test_initial_values_follow_the_table(config_name: str) -> None:
     for row in parameter_table(config):
         for initial in (flax_initial, torch_initial):
             values = initial[row.name].ravel()
-            if isinstance(row.init, str):
+            if row.init == "slopes":
+                assert_bitwise(values, slopes(config.num_heads), row.name)
+            elif isinstance(row.init, str):
                 assert (values == {"zeros": 0.0, "ones": 1.0}[row.init]).all(), row.name
             else:
                 # Five standard errors of a sample deviation: one false alarm in two million.

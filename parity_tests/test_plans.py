@@ -16,7 +16,7 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import torch_to_flax
-from alibi_spec import ALiBiConfig, windows
+from alibi_spec import ALiBiConfig, model_slopes, windows
 from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise
 
@@ -56,7 +56,19 @@ def queries_and_keys(ours: alibi_torch.ALiBiLM) -> list[tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "two-sided"])
 @pytest.mark.parametrize("tolerance", ["dtype", 1e-3])
 def test_plans_are_the_specifications(causal: bool, tolerance: str | float) -> None:
-    ours = model(causal=causal)
+    _check_plans("paper", causal, tolerance)
+
+
+def test_plans_see_learned_slopes() -> None:
+    """The certificate takes the slopes of the moment, which differ from the paper's."""
+    _check_plans("learned", causal=True, tolerance=1e-3)
+
+
+def _check_plans(kind: str, causal: bool, tolerance: str | float) -> None:
+    ours = model(causal=causal, slopes=kind)
+    for name, parameter in ours.named_parameters():
+        if name.endswith(".slopes"):
+            parameter.data.mul_(0.6)
     options: dict[str, Any] = {"tolerance": tolerance, "block_size": BLOCK}
     found = {
         "torch": alibi_torch.model_plans(
@@ -70,13 +82,15 @@ def test_plans_are_the_specifications(causal: bool, tolerance: str | float) -> N
             **options,
         ),
     }
-    slopes = ours.transformer.slopes.numpy()
+    slopes = model_slopes(ours.config)
+    if kind == "learned":
+        slopes = np.stack([layer.attn.slopes.detach() for layer in ours.transformer.layers])
     layers = queries_and_keys(ours)
     for backend, plans in found.items():
         assert len(plans) == len(layers) == CONFIG.num_layers
         for index, (plan, (query, key)) in enumerate(zip(plans, layers, strict=True)):
             expected = windows.attention_plan(
-                *(query, key, slopes), causal=causal, attention_mask=MASK, **options
+                *(query, key, slopes[index]), causal=causal, attention_mask=MASK, **options
             )
             assert 0 < expected.share.min() < 1, "some blocks are left out"
             for name in ("first", "last", "share"):

@@ -24,6 +24,7 @@ from alibi_spec import ALiBiConfig, model_slopes, parameter_table
 from parity_tests.cases import CONFIGS, draw_parameters, each_config
 from parity_tests.checkpoints import make_folder, write
 from parity_tests.compare import assert_bitwise
+from parity_tests.small_models import attention_slopes
 from parity_tests.test_family_conversion import IDS, published
 
 
@@ -48,7 +49,8 @@ def test_torch_device_and_slopes(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)  # no weights were drawn to be thrown away
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert_bitwise(as_numpy(model.transformer.slopes), model_slopes(config), "slopes")
+    found = attention_slopes(model)
+    assert_bitwise(as_numpy(found), model_slopes(config), "slopes")
     empty = alibi_torch.ALiBiLM.from_pretrained(folder, device="meta")
     assert {each.device.type for each in (*empty.parameters(), *empty.buffers())} == {"meta"}
 
