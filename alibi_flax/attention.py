@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer, Key
 
 from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
 from alibi_flax.kernels.call import Call, default_scale
+from alibi_flax.kernels.dropout import drawn_dropout
 from alibi_flax.kernels.windows import AttentionPlan
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
     check_block_size,
     check_mask,
+    warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
 
@@ -47,13 +51,13 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of attention mass per row that an implementation may drop; "dense" drops
-            none.
+        tolerance: share of attention mass per row that an implementation may drop; "dtype" is
+            half an ulp of the inputs, 0 drops none.
         implementation: "auto" or one of `attention_implementations()`.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
-        dropout: rate on the probabilities.
-        dropout_rng: key for dropout; required when `dropout` is above 0.
+        dropout: rate on the probabilities (SPEC.md §4.1).
+        dropout_rng: key for the seed of dropout; required when `dropout` is above 0.
 
     Returns:
         The attended values, in the dtype of `value`; logits and softmax are float32 (float64 for
@@ -67,6 +71,9 @@ def attention(
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0 and dropout_rng is None:
         raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
+    dropped = None
+    if dropout > 0 and dropout_rng is not None:
+        dropped = drawn_dropout(dropout, dropout_rng, query, key)
     call = Call(
         query=query,
         key=key,
@@ -78,8 +85,7 @@ def attention(
         segment_ids=segment_ids,
         tolerance=tolerance,
         distance=distance,
-        dropout=dropout,
-        dropout_rng=dropout_rng,
+        dropout=dropped,
     )
     return KERNELS[_chosen(call, implementation)].run(call)
 
@@ -157,7 +163,11 @@ def _chosen(call: Call, implementation: str) -> str:
     if implementation == "auto":
         if call.query.shape[1] * call.key.shape[1] < DENSE_PAYS_BELOW:
             return "dense"
-        return next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
+        name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
+        if name == "dense" and call.dropout is not None:
+            text = warning_of_dense_dropout(call.distance, call.causal)
+            warnings.warn(text, stacklevel=3)  # once for each caller, as warnings are
+        return name
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:
         able = [name for name, kernel in KERNELS.items() if kernel.refuses(call) is None]

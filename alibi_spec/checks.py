@@ -101,6 +101,12 @@ def check_attention(
         if shape is not None and len(shape) != 4:
             raise ValueError(f"{name} has {len(shape)} axes; expected 4")
     batch, heads, query_len, head_dim = query_shape
+    if list(slopes_shape) == [query_len] != [heads]:
+        raise ValueError(
+            f"query has {heads} heads and {query_len} positions, and there are {query_len} slopes; "
+            "it seems to be in the other backend's layout: torch takes "
+            "[batch, heads, seq, head_dim] and Flax [batch, seq, heads, head_dim]"
+        )
     _, kv_heads, key_len, _ = key_shape
     if list(key_shape) != [batch, kv_heads, key_len, head_dim] or not kv_heads or heads % kv_heads:
         raise ValueError(
@@ -166,6 +172,15 @@ def beyond_windows(distance: str, causal: bool) -> str | None:
     if distance == "signed" and not causal:
         return "it has no bias that rewards later keys (distance='signed' with causal=False)"
     return None
+
+
+def warning_of_dense_dropout(distance: str, causal: bool) -> str:
+    """What a long call with dropout is told that no kernel over windows can compute."""
+    return (
+        "attention with dropout is computed whole here, in time and memory that grow with queries "
+        f"times keys, because in windows {beyond_windows(distance, causal)}; distance='absolute' "
+        "makes both grow linearly, and without dropout they are smaller"
+    )
 
 
 def check_plannable(distance: str, causal: bool) -> None:

@@ -21,12 +21,15 @@ import alibi_flax
 from alibi_flax.attention import attention_plan
 from alibi_flax.kernels import DENSE_PAYS_BELOW, blockwise, pallas_gpu, pallas_tpu, windowed
 from alibi_flax.kernels.call import Call
+from alibi_flax.kernels.dropout import drawn_dropout
 from alibi_flax.kernels.windows import query_block_ranges
+from alibi_spec import dropout
 from alibi_spec import windows as spec
 from alibi_spec.budgets import BUDGETS
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
 
 BATCH, HEADS, HEAD_DIM, VALUE_DIM = 2, 4, 8, 12
+SEED = jax.random.key(3)
 NAMES = ("query", "key", "value", "slopes")
 RANGES = ("first", "last", "share")
 EVERYTHING: dict[str, Any] = {
@@ -63,6 +66,15 @@ def _kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(kernel, compiler_params=compiler_params, interpret=interpret, **options)
 
     monkeypatch.setattr(pl, "pallas_call", call)
+    divided = windowed.divided
+
+    def undivided(function: Any, layouts: Any, results: Any, arrays: Any) -> Any:
+        """The interpreter of kernels for TPUs has effects, which cannot be divided."""
+        if function.args[0].passes is not pallas_tpu:
+            return divided(function, layouts, results, arrays)
+        return function({name: array for name, array in arrays.items() if array is not None})
+
+    monkeypatch.setattr(windowed, "divided", undivided)
 
 
 def _draw(
@@ -94,7 +106,8 @@ def _draw(
 
 
 def _fused(passes: Any, arrays: dict[str, Array], causal: bool = True, **options: Any) -> Array:
-    """A kernel on this machine, whatever it refuses."""
+    """A kernel on this machine, whatever it refuses; dropout goes by one seed."""
+    rate = options.get("dropout", 0.0)
     call = Call(
         **arrays,
         causal=causal,
@@ -103,8 +116,7 @@ def _fused(passes: Any, arrays: dict[str, Array], causal: bool = True, **options
         segment_ids=options.get("segment_ids"),
         tolerance=options.get("tolerance", "dtype"),
         distance="absolute",
-        dropout=0.0,
-        dropout_rng=None,
+        dropout=drawn_dropout(rate, SEED, *(arrays[name] for name in NAMES[:2])) if rate else None,
     )
     if passes is blockwise:
         return windowed.attention(call, blockwise, spec.BLOCK_SIZE)
@@ -115,6 +127,7 @@ def _fused(passes: Any, arrays: dict[str, Array], causal: bool = True, **options
 
 def _dense(arrays: dict[str, Array], causal: bool = True, **options: Any) -> Array:
     options = {"causal": causal, "scale": 0.4, "implementation": "dense", **options}
+    options["dropout_rng"] = SEED
     return alibi_flax.attention(*(arrays[name] for name in NAMES), **options)
 
 
@@ -139,34 +152,37 @@ def _with_gradients(attend: Any) -> Callable[[dict[str, Array]], dict[str, np.nd
 
 
 @pytest.mark.parametrize(
-    ("case", "causal"),
-    [(case, True) for case in CASES]
-    + [(case, False) for case in ("no multiple of the block", "everything")],
+    ("case", "causal", "dropout"),
+    [(case, True, 0.0) for case in CASES]
+    + [(case, False, 0.0) for case in ("no multiple of the block", "everything")]
+    + [("everything", True, 0.3), ("everything", False, 0.3)],
 )
-def test_float64(case: str, causal: bool) -> None:
+def test_float64(case: str, causal: bool, dropout: float) -> None:
     """Where nothing is rounded away: dense attention and its automatic gradients."""
-    arrays, masks = _draw(**CASES[case])
-    found = _with_gradients(partial(_fused, blockwise, causal=causal, **masks))(arrays)
-    exact = _with_gradients(partial(_dense, causal=causal, **masks))(arrays)
+    arrays, options = _draw(**CASES[case])
+    options |= {"causal": causal, "dropout": dropout}
+    found = _with_gradients(partial(_fused, blockwise, **options))(arrays)
+    exact = _with_gradients(partial(_dense, **options))(arrays)
     assert_gradients_within(found, exact, BUDGETS["float64", "cpu"].gradient, "blockwise")
 
 
 @pytest.mark.parametrize(
-    ("passes", "dtype", "case", "causal"),
+    ("passes", "dtype", "case", "causal", "dropout"),
     [
-        (blockwise, "float32", "everything", True),
-        (blockwise, "bfloat16", "everything", False),
-        (pallas_tpu, "float32", "everything", True),
-        (pallas_tpu, "float32", "everything", False),
-        (pallas_tpu, "bfloat16", "one key head", True),
-        (pallas_gpu, "float32", "everything", True),
-        (pallas_gpu, "float32", "everything", False),
-        (pallas_gpu, "bfloat16", "one key head", True),
+        (blockwise, "float32", "everything", True, 0.0),
+        (blockwise, "bfloat16", "everything", False, 0.3),
+        (pallas_tpu, "float32", "everything", True, 0.3),
+        (pallas_tpu, "float32", "everything", False, 0.0),
+        (pallas_tpu, "bfloat16", "one key head", True, 0.3),
+        (pallas_gpu, "float32", "everything", True, 0.3),
+        (pallas_gpu, "float32", "everything", False, 0.0),
+        (pallas_gpu, "bfloat16", "one key head", True, 0.3),
     ],
 )
-def test_narrow_dtypes(passes: Any, dtype: str, case: str, causal: bool) -> None:
+def test_narrow_dtypes(passes: Any, dtype: str, case: str, causal: bool, dropout: float) -> None:
     """Within the budget of dense attention in float64, on the same rounded inputs."""
     arrays, masks = _draw(**CASES[case], dtype=dtype)
+    masks["dropout"] = dropout
     arrays["slopes"] = arrays["slopes"].astype(jnp.float32)
     found = _with_gradients(partial(_fused, passes, causal=causal, **masks))(arrays)
     wide = {name: array.astype(jnp.float64) for name, array in arrays.items()}
@@ -304,7 +320,7 @@ def test_transformations() -> None:
     """vmap, remat, and a gradient through both, of keys and of traced slopes."""
     arrays, _ = _draw(260)
     one = {name: x if name == "slopes" else x[:1] for name, x in arrays.items()}
-    attend = partial(_fused, blockwise)
+    attend = partial(_fused, blockwise, dropout=0.3)
     expected = _with_gradients(attend)(one)
     found = _with_gradients(jax.checkpoint(attend))(one)
     for name, array in expected.items():
@@ -324,32 +340,121 @@ def test_transformations() -> None:
             assert_within(np.asarray(part), np.asarray(expected_part), limit, "vmap")
 
 
+@pytest.mark.parametrize(("heads", "query_len", "rate"), [(3, 70, 0.1), (4, 41, 0.75)])
+def test_dropped_probabilities_are_the_specifications(
+    heads: int, query_len: int, rate: float
+) -> None:
+    """The same ones for the same seed, bit for bit."""
+    query, key = jnp.zeros((2, query_len, heads, 8)), jnp.zeros((2, 70, 1, 8))
+    value = jnp.broadcast_to(jnp.eye(70)[None, :, None], (2, 70, 1, 70))
+    options: dict[str, Any] = {"causal": False, "dropout": rate}
+    for state in range(2):
+        rng = jax.random.key(state)
+        seed = np.asarray(jax.random.bits(rng, (2,), "uint32"))
+        hashes = dropout.query_hashes(seed, 2, heads, query_len, 70 - query_len)
+        kept = dropout.is_kept(hashes, dropout.key_hashes(70), rate)
+        for name in ("dense", "blockwise"):
+            found = alibi_flax.attention(
+                *(query, key, value, jnp.zeros(heads)),
+                **options,
+                dropout_rng=rng,
+                implementation=name,
+            )
+            assert_bitwise(np.asarray(found).swapaxes(1, 2) != 0, kept, name)
+
+
+def test_dropout_is_unbiased() -> None:
+    """Every element's mean over many seeds lies within 5 deviations of what no dropout gives."""
+    arrays, _ = _draw(9, 6)
+    keys, rate = jax.random.split(SEED, 500), 0.2
+    attend = partial(alibi_flax.attention, *(arrays[name] for name in NAMES))
+    found = jax.jit(jax.vmap(lambda rng: attend(dropout=rate, dropout_rng=rng)))(keys)
+    logits = alibi_flax.biased_logits(arrays["query"], arrays["key"], arrays["slopes"])
+    # Each term p v is kept with probability 1 - rate, and then divided by it.
+    squares = jax.nn.softmax(logits, axis=-1) ** 2
+    spread = jnp.einsum("bhqk,bkhd->bqhd", squares, arrays["value"] ** 2) * rate / (1 - rate)
+    error = jnp.abs(found.mean(axis=0) - attend())
+    assert (error <= 5 * jnp.sqrt(spread / len(keys))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"distance": "bfloat16"}, "no rounded bias"),
+        ({"distance": "signed", "causal": False}, "no bias that rewards later keys"),
+    ],
+)
+def test_dense_dropout_of_long_sequences_warns(options: dict[str, Any], reason: str) -> None:
+    """Unless it is asked for by name."""
+    x = jax.ShapeDtypeStruct((1, 512, 2, 4), jnp.float32)
+    slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
+    attend = partial(alibi_flax.attention, dropout=0.1, dropout_rng=SEED, **options)
+    with pytest.warns(UserWarning, match=f"computed whole.*{reason}.*distance='absolute'"):
+        jax.eval_shape(attend, x, x, x, slopes)
+    jax.eval_shape(partial(attend, implementation="dense"), x, x, x, slopes)
+
+
 def test_sharded_inputs() -> None:
-    """Over sequences, heads, or positions, on two devices."""
-    code = """
+    """Devices keep their sequences and heads, under jit alone too, and gather positions only."""
+    code = r"""
+        import re
+        from functools import partial
         import jax, jax.numpy as jnp, numpy as np, alibi_flax, alibi_spec
-        jax.config.update("jax_num_cpu_devices", 2)
-        from jax.sharding import AxisType, NamedSharding, PartitionSpec
+        jax.config.update("jax_num_cpu_devices", 4)
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         rng = np.random.default_rng(0)
-        arrays = [jnp.asarray(rng.standard_normal((2, 300, 4, 8)), jnp.float32) for _ in range(3)]
+        arrays = [jnp.asarray(rng.standard_normal((4, 152, n, 8)), jnp.float32) for n in (4, 2, 2)]
         slopes = jnp.asarray(alibi_spec.slopes(4))
-        mask = jnp.asarray(rng.random((2, 300)) < 0.8)
+        mask = jnp.asarray(rng.random((4, 152)) < 0.8)
 
-        def total(query, key, value, slopes):
-            named = dict(implementation="blockwise", attention_mask=mask)
-            return (alibi_flax.attention(query, key, value, slopes, **named) ** 2).sum()
+        def attend(query, key, value, slopes, mask, **named):
+            named |= dict(implementation="blockwise", attention_mask=mask)
+            return alibi_flax.attention(query, key, value, slopes, **named)
 
-        gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))
-        expected = gradient(*arrays, slopes)
-        explicit, auto = AxisType.Explicit, AxisType.Auto
-        for axis_type, place in ((explicit, 0), (explicit, 1), (explicit, 2), (auto, 2)):
-            mesh = jax.make_mesh((2,), ("parts",), axis_types=(axis_type,))
-            axes = PartitionSpec(*[None] * place, "parts")
-            parts = [jax.device_put(array, NamedSharding(mesh, axes)) for array in arrays]
-            assert len(parts[0].devices()) == 2
-            for ours, theirs in zip(gradient(*parts, slopes), expected):
-                assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
-            alibi_flax.attention(*parts, slopes, implementation="blockwise")
+        dropping = partial(attend, dropout=0.3, dropout_rng=jax.random.key(0))
+
+        def both(attend):
+            def total(*arguments):
+                attended = attend(*arguments)
+                return (attended ** 2).sum(), attended
+            return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
+
+        def check(expected, attend, *arguments):
+            program = both(attend).lower(*arguments).compile()
+            gradients, attended = program(*arguments)
+            for ours, theirs in zip((attended, *gradients), expected, strict=True):
+                assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
+            kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+            return re.findall(rf"= (\S+?)(?:{{\S*?}})? ({kinds})[a-z-]*\(", program.as_text())
+
+        def on_one(attend):
+            gradients, attended = both(attend)(*arrays, slopes, mask)
+            return (attended, *gradients)
+
+        plain, dropped = on_one(attend), on_one(dropping)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+            def placed(x, *axes):
+                return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+            parts = [placed(x, "data", None, "model") for x in arrays]
+            parts += [placed(slopes, "model"), placed(mask, "data")]
+            # The gradient of slopes is a sum over sequences.
+            found = check(dropped, dropping, *parts)
+            assert found == [("f32[2]", "all-reduce")], found
+        auto = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        specs = (*[P("data", None, "model")] * 3, P("model"), P("data"))
+        mapped = jax.shard_map(attend, mesh=auto, in_specs=specs, out_specs=specs[0])
+        assert check(plain, mapped, *arrays, slopes, mask) == [("f32[2]", "all-reduce")]
+        mapped = jax.shard_map(
+            attend, mesh=auto, in_specs=(*[P("data")] * 3, P(), P("data")), out_specs=P("data"),
+            axis_names={"data"},
+        )
+        check(plain, mapped, *arrays, slopes, mask)
+        four = jax.make_mesh((4,), ("parts",), axis_types=(AxisType.Auto,))
+        # Of two heads of keys no four devices can have their own.
+        parts = [jax.device_put(arrays[0], NamedSharding(four, P(None, None, "parts")))]
+        parts += [jax.device_put(x, NamedSharding(four, P())) for x in (*arrays[1:], slopes, mask)]
+        assert check(plain, attend, *parts)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
@@ -388,7 +493,7 @@ def test_auto() -> None:
     assert not is_fused(length, distance="bfloat16")
     assert not is_fused(length, distance="signed", causal=False)
     assert is_fused(length, distance="signed")
-    assert not is_fused(length, dropout=0.1, dropout_rng=jax.random.key(0))
+    assert is_fused(length, dropout=0.1, dropout_rng=SEED)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +505,6 @@ def test_auto() -> None:
             {"distance": "signed", "causal": False},
             "it has no bias that rewards later keys",
         ),
-        ("blockwise", {"dropout": 0.1, "dropout_rng": jax.random.key(0)}, "it has no dropout"),
         ("pallas_tpu", {}, "it needs a TPU, and this runs on a cpu"),
         ("pallas_gpu", {}, "it needs a GPU, and this runs on a cpu"),
     ],
@@ -433,7 +537,7 @@ def test_traced_calls_run_on_the_default_device(dtype: str, reason: str | None) 
     def look(query: Array) -> Array:
         call = Call(
             *(query, query, query, query[0, 0, :, 0]),
-            *(True, 1.0, None, None, "dtype", "absolute", 0.0, None),
+            *(True, 1.0, None, None, "dtype", "absolute", None),
         )
         reasons.append(pallas_tpu.refuses(call))
         return query

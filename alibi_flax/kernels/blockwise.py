@@ -19,6 +19,8 @@ from jax import Array
 from jaxtyping import Float, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
+from alibi_flax.kernels.dropout import is_kept
+from alibi_flax.kernels.partition import varying, varying_axes
 from alibi_flax.kernels.windowed import Rows, Windows
 from alibi_flax.kernels.windows import query_block_ranges
 
@@ -79,10 +81,12 @@ def in_loops(
     """One block after another, each past one block after another: a `Run`."""
     batch, heads, blocks = ranges[0].shape
     arrays = Blocks(windows, rows, partial(load, size=windows.block_size))
+    axes = varying_axes(windows.query)
 
     def passed(item: tuple[Index, Index, Index]) -> State:
         number, start, end = item
         state, step, finish = visit(arrays, number // blocks, number % blocks)
+        state = tuple(varying(x, axes) for x in state)
         return finish(jax.lax.fori_loop(start, end, step, state))
 
     numbers = jnp.arange(batch * heads * blocks, dtype=jnp.int32)
@@ -115,6 +119,7 @@ def attended(
             base = jnp.where(jnp.isneginf(new), 0, new)
             weights, decay = jnp.exp(logits - base[:, None]), jnp.exp(largest - base)
             total = decay * total + weights.sum(axis=-1)
+            weights = _dropped(blocks, *place, weights, key_axis=1)
             weighted = windows.dot("qk,kd->qd", weights.astype(value.dtype), value)
             return new, total, decay[:, None] * attended + weighted
 
@@ -152,6 +157,7 @@ def query_gradients(
             logits, distance = _logits(blocks, *place, query, key, key_axis=1)
             weights = jnp.exp(logits - log_total[:, None])
             of_weights = windows.dot("qd,kd->qk", gradient, value)
+            of_weights = _dropped(blocks, *place, of_weights, key_axis=1)
             of_logits = weights * (of_weights - shift[:, None])
             of_query += windows.dot("qk,kd->qd", of_logits.astype(key.dtype), key)
             return of_query, of_slope - (of_logits * distance).sum(axis=-1)
@@ -183,8 +189,10 @@ def key_gradients(
             logits, _ = _logits(blocks, *place, key, query, key_axis=0)
             weights = jnp.exp(logits - log_total[None])
             of_weights = windows.dot("kd,qd->kq", value, gradient)
+            of_weights = _dropped(blocks, *place, of_weights, key_axis=0)
             of_logits = weights * (of_weights - shift[None])
             of_key += windows.dot("kq,qd->kd", of_logits.astype(query.dtype), query)
+            weights = _dropped(blocks, *place, weights, key_axis=0)
             of_value += windows.dot("kq,qd->kd", weights.astype(gradient.dtype), gradient)
             return of_key, of_value
 
@@ -228,3 +236,22 @@ def _logits(
         columns, rows = (query_ids, key_ids) if key_axis == 1 else (key_ids, query_ids)
         logits = jnp.where(columns[:, None] == rows[None], logits, -math.inf)
     return logits, distance
+
+
+def _dropped(
+    blocks: Blocks,
+    head: Index,
+    query_block: Index,
+    key_block: Index,
+    x: Float[Array, "block block"],
+    key_axis: int,
+) -> Float[Array, "block block"]:
+    """Zeros in place of what dropout takes, the rest divided by the share that it keeps."""
+    windows = blocks.windows
+    if windows.query_hashes is None or windows.key_hashes is None:
+        return x
+    of_queries = blocks.load(windows.query_hashes, head, query_block)
+    of_keys = blocks.load(windows.key_hashes, jnp.int32(0), key_block)
+    columns, rows = (of_queries, of_keys) if key_axis == 1 else (of_keys, of_queries)
+    kept = is_kept(windows.dropout, columns[:, None], rows[None])
+    return jnp.where(kept, x / (1 - windows.dropout), 0)

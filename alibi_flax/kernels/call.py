@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jaxtyping import Bool, Float, Integer, Key
+from jaxtyping import Bool, Float, Integer
 
+from alibi_flax.kernels.dropout import Dropout
 from alibi_spec.checks import beyond_windows
 
 
@@ -30,8 +31,7 @@ class Call:
     segment_ids: Integer[Array, "batch key_len"] | None
     tolerance: str | float
     distance: str
-    dropout: float
-    dropout_rng: Key[Array, ""] | None
+    dropout: Dropout | None
 
     @property
     def platform(self) -> str:
@@ -59,9 +59,7 @@ class Kernel:
 
 
 def refuses_bias(call: Call) -> str | None:
-    """The reason why a kernel that knows only -m |i - j| and no dropout cannot compute a call."""
-    if call.dropout > 0:
-        return "it has no dropout"
+    """The reason why a kernel that knows only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
 
 

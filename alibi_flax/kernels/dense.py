@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.kernels.call import Call
+from alibi_flax.kernels.dropout import is_kept
 
 
 def biased_logits(
@@ -48,9 +49,10 @@ def attention(call: Call) -> Float[Array, "batch query_len heads value_dim"]:
     no_key = ~visible.any(axis=-1, keepdims=True)
     logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
     probabilities = jax.nn.softmax(jnp.where(visible | no_key, logits, -math.inf), axis=-1)
-    if call.dropout > 0 and call.dropout_rng is not None:
-        keep = jax.random.bernoulli(call.dropout_rng, 1 - call.dropout, probabilities.shape)
-        probabilities = probabilities * keep.astype(probabilities.dtype) / (1 - call.dropout)
+    if call.dropout is not None:
+        rate, hashes, of_keys = call.dropout
+        kept = is_kept(rate, hashes.swapaxes(1, 2)[..., None], of_keys[None, None, None])
+        probabilities = jnp.where(kept, probabilities / (1 - rate), 0.0)
     value = _shared_heads(value, query.shape[2])
     attended = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
     return jnp.where(no_key.swapaxes(1, 2), 0.0, attended)

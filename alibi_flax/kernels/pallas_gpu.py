@@ -20,6 +20,7 @@ from jaxtyping import Float, Shaped
 from alibi_flax.kernels import blockwise
 from alibi_flax.kernels.blockwise import Blocks, Index, State, Visit
 from alibi_flax.kernels.call import Call, refuses_bias
+from alibi_flax.kernels.partition import shape_of, varying_axes
 from alibi_flax.kernels.windowed import Rows, Windows
 
 try:
@@ -87,7 +88,8 @@ def in_programs(
 ) -> State:
     """Every block of every head by a program of its own: a `Run`."""
     size, (batch, heads, blocks) = windows.block_size, ranges[0].shape
-    names = ("query", "key", "value", "slopes", "query_ids", "key_ids")
+    names = ("query", "key", "value", "slopes")
+    names = (*names, "query_ids", "key_ids", "query_hashes", "key_hashes")
     of_windows = {name: getattr(windows, name) for name in names}
     of_ranges = [x.astype(jnp.int32) for x in ranges]
     arrays, structure = jax.tree.flatten((of_ranges, of_windows, rows and vars(rows)))
@@ -112,12 +114,14 @@ def in_programs(
         state, _, finish = visit(Blocks(windows, rows, load), zero, zero)
         return finish(state)
 
-    outputs = jax.eval_shape(one_block)
+    outputs, axes = jax.eval_shape(one_block), varying_axes(windows.query)
     found = pl.pallas_call(
         kernel,
         grid=(batch * heads, blocks),
         out_shape=[
-            jax.ShapeDtypeStruct((batch * heads, blocks * size, *x.shape[1:]), x.dtype)
+            shape_of(
+                jax.ShapeDtypeStruct((batch * heads, blocks * size, *x.shape[1:]), x.dtype), axes
+            )
             for x in outputs
         ],
         out_specs=[pl.BlockSpec((None, *x.shape), partial(_own_block, x.ndim)) for x in outputs],

@@ -21,6 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
+from alibi_flax.kernels.dropout import is_kept
+from alibi_flax.kernels.partition import shape_of, varying_axes
 from alibi_flax.kernels.windowed import Rows, Windows
 from alibi_flax.kernels.windows import query_block_ranges
 
@@ -50,20 +52,21 @@ def attended(
         largest, total, weighted = state
         largest[...] = jnp.full(largest.shape, -math.inf, largest.dtype)
         total[...], weighted[...] = _zeros(total), _zeros(weighted)
-        query, *query_ids = own
-        columns = [_column(ids[0]) for ids in query_ids]
+        query, *vectors = own
+        columns = [_column(vector[0]) for vector in vectors]
 
         def step(key_block: Array, others: list[Array]) -> None:
-            key, value, *key_ids = others
+            key, value, *key_rows = others
             start = _start(windows, block, key_block)
-            ids = zip(columns, key_ids, strict=True)
+            ids, hashes = _ids_and_hashes(windows, columns, key_rows)
             logits, _ = _logits(windows, slope, query[0], key, start, 1, ids)
             new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
             base = jnp.where(new == -math.inf, 0.0, new)
             weights, decay = jnp.exp(logits - base), jnp.exp(largest[...] - base)
             largest[...] = new
             total[...] = decay * total[...] + weights.sum(axis=1, keepdims=True)
-            weighted[...] = decay * weighted[...] + _dot(weights.astype(value.dtype), value, 1, 0)
+            weights = _dropped(windows, weights, hashes).astype(value.dtype)
+            weighted[...] = decay * weighted[...] + _dot(weights, value, 1, 0)
 
         def finish() -> None:
             result, log_total = outputs
@@ -77,7 +80,7 @@ def attended(
     size, width = windows.block_size, windows.value.shape[3]
     result, log_total = _run(
         *(windows, program, windows.first, windows.last),
-        own=[_matrix(windows.query), *_ids(windows, windows.query_ids)],
+        own=[_matrix(windows.query), *_of_queries(windows)],
         others=_keys(windows),
         state=[(size, 1), (size, 1), (size, width)],
         outputs=[
@@ -100,12 +103,13 @@ def query_gradients(
         log_total, shift, *columns = (_column(vector[0]) for vector in vectors)
 
         def step(key_block: Array, others: list[Array]) -> None:
-            key, value, *key_ids = others
+            key, value, *key_rows = others
             start = _start(windows, block, key_block)
-            ids = zip(columns, key_ids, strict=True)
+            ids, hashes = _ids_and_hashes(windows, columns, key_rows)
             logits, distance = _logits(windows, slope, query[0], key, start, 1, ids)
             weights = jnp.exp(logits - log_total)
-            of_logits = weights * (_dot(gradient[0], value, 1, 1) - shift)
+            of_weights = _dropped(windows, _dot(gradient[0], value, 1, 1), hashes)
+            of_logits = weights * (of_weights - shift)
             of_query[...] += _dot(of_logits.astype(key.dtype), key, 1, 0)
             of_slope[...] -= (of_logits * distance).sum(axis=1, keepdims=True)
 
@@ -137,18 +141,20 @@ def key_gradients(
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
         of_key, of_value = state
         of_key[...], of_value[...] = _zeros(of_key), _zeros(of_value)
-        key, value, *key_ids = own
-        columns = [_column(ids[0]) for ids in key_ids]
+        key, value, *vectors = own
+        columns = [_column(vector[0]) for vector in vectors]
 
         def step(query_block: Array, others: list[Array]) -> None:
             # Queries lie along the lanes here, so that their rows need not be turned every time.
-            query, gradient, log_total, shift, *query_ids = others
+            query, gradient, log_total, shift, *query_rows = others
             start = _start(windows, query_block, block)
-            ids = zip(columns, query_ids, strict=True)
+            ids, hashes = _ids_and_hashes(windows, columns, query_rows)
             logits, _ = _logits(windows, slope, key[0], query, start, 0, ids)
             weights = jnp.exp(logits - log_total)
-            of_logits = weights * (_dot(value[0], gradient, 1, 1) - shift)
+            of_weights = _dropped(windows, _dot(value[0], gradient, 1, 1), hashes)
+            of_logits = weights * (of_weights - shift)
             of_key[...] += _dot(of_logits.astype(query.dtype), query, 1, 0)
+            weights = _dropped(windows, weights, hashes)
             of_value[...] += _dot(weights.astype(gradient.dtype), gradient, 1, 0)
 
         def finish() -> None:
@@ -216,19 +222,29 @@ def _vector(x: Any, shared: int = 1) -> _Operand:
     return _Operand(_reshaped(x, (-1, 1, x.shape[-1])), shared, axis=2)
 
 
-def _ids(windows: Windows, ids: Array | None) -> list[_Operand]:
-    return [] if ids is None else [_vector(ids, windows.query.shape[1])]
+def _of_queries(windows: Windows) -> list[_Operand]:
+    """The numbers and the hash of each query."""
+    ids, hashes = windows.query_ids, windows.query_hashes
+    operands = [] if ids is None else [_vector(ids, windows.query.shape[1])]
+    return operands if hashes is None else [*operands, _vector(hashes)]
+
+
+def _of_keys(windows: Windows) -> list[_Operand]:
+    """The same of each key."""
+    (batch, heads), ids, hashes = windows.query.shape[:2], windows.key_ids, windows.key_hashes
+    operands = [] if ids is None else [_vector(ids, heads)]
+    return operands if hashes is None else [*operands, _vector(hashes, batch * heads)]
 
 
 def _keys(windows: Windows) -> list[_Operand]:
     matrices = [_matrix(x, windows.group) for x in (windows.key, windows.value)]
-    return [*matrices, *_ids(windows, windows.key_ids)]
+    return [*matrices, *_of_keys(windows)]
 
 
 def _queries(windows: Windows, rows: Rows) -> list[_Operand]:
     matrices = [_matrix(x) for x in (windows.query, rows.gradient)]
     vectors = [_vector(x) for x in (rows.log_total, rows.shift)]
-    return [*matrices, *vectors, *_ids(windows, windows.query_ids)]
+    return [*matrices, *vectors, *_of_queries(windows)]
 
 
 def _empty(like: Array, width: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -305,6 +321,7 @@ def _run(
     def of_head(head: Array, _: Array) -> tuple[Array, Array, Array]:
         return head, jnp.int32(0), jnp.int32(0)
 
+    axes = varying_axes(windows.query)
     bounds = pl.BlockSpec((1, 1, blocks), of_head, memory_space=pltpu.SMEM)
     results = pl.pallas_call(
         kernel,
@@ -315,7 +332,7 @@ def _run(
             *(pl.BlockSpec(memory_space=pl.ANY) for _ in others),
         ],
         out_specs=[operand.own_block(size) for operand in outputs],
-        out_shape=[operand.array for operand in outputs],
+        out_shape=[shape_of(operand.array, axes) for operand in outputs],
         scratch_shapes=[
             *(pltpu.VMEM(shape, windows.slopes.dtype) for shape in state),
             *(pltpu.VMEM((2, *each.block_shape(size)), each.array.dtype) for each in others),
@@ -345,7 +362,7 @@ def _logits(
     right: Float[Array, "block head_dim"],
     start: Array,
     key_axis: int,
-    ids: Any,
+    ids: list[tuple[Array, Array]],
 ) -> tuple[Float[Array, "block block"], Float[Array, "block block"]]:
     """Biased logits of two blocks, with the keys along `key_axis`, and their distances.
 
@@ -361,6 +378,24 @@ def _logits(
     for column, row in ids:
         logits = jnp.where(column == row, logits, -math.inf)
     return logits, distance
+
+
+def _ids_and_hashes(
+    windows: Windows, columns: list[Array], rows: list[Array]
+) -> tuple[list[tuple[Array, Array]], list[tuple[Array, Array]]]:
+    """What two blocks say of each position, in pairs: numbers, and hashes if there is dropout."""
+    pairs = list(zip(columns, rows, strict=True))
+    count = 0 if windows.query_ids is None else 1
+    return pairs[:count], pairs[count:]
+
+
+def _dropped(
+    windows: Windows, x: Float[Array, "block block"], hashes: list[tuple[Array, Array]]
+) -> Float[Array, "block block"]:
+    """Zeros in place of what dropout takes, the rest divided by the share that it keeps."""
+    for column, row in hashes:
+        x = jnp.where(is_kept(windows.dropout, column, row), x / (1 - windows.dropout), 0.0)
+    return x
 
 
 def _dot(

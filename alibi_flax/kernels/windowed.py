@@ -1,9 +1,10 @@
 """Attention over certified windows, block by block: the cost grows linearly with the sequence.
 
 `windows` says which blocks of keys a block of queries needs; `blockwise` or `pallas_tpu` passes
-over them. The backward pass computes every block again, once for the queries and once for the keys:
-nothing is added up in an order that could change, so the bits do not change either. Gradients of
-gradients, and forward-mode ones, are left to dense attention.
+over them; `partition` divides them among devices. The backward pass computes every block again,
+once for the queries and once for the keys: nothing is added up in an order that could change, so
+the bits do not change either. Gradients of gradients, and forward-mode ones, are left to dense
+attention.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, wide_dtype
+from alibi_flax.kernels.partition import divided, varying, varying_axes
 from alibi_flax.kernels.windows import attention_plan
 from alibi_spec.windows import BLOCK_SIZE
 
@@ -32,7 +34,9 @@ class Windows:
         slopes: m of each head, in the dtype of logits and sums.
         query_ids, key_ids: a query sees keys of its own number alone; None where it sees all.
         first, last: half-open ranges of key blocks for each block of queries.
+        query_hashes, key_hashes: what dropout goes by; None without.
         causal, scale: as in the call.
+        dropout: the share of probabilities that is dropped.
         offset: the position of the first query among the keys.
         block_size: positions in a block.
     """
@@ -43,10 +47,13 @@ class Windows:
     slopes: Float[Array, " heads"]
     query_ids: Int32[Array, "batch queries"] | None
     key_ids: Int32[Array, "batch keys"] | None
+    query_hashes: Int32[Array, "batch heads queries"] | None
+    key_hashes: Int32[Array, "1 keys"] | None
     first: Integer[Array, "batch heads query_blocks"]
     last: Integer[Array, "batch heads query_blocks"]
     causal: bool
     scale: float
+    dropout: float
     offset: int
     block_size: int
 
@@ -112,7 +119,29 @@ class Passes(Protocol):
         ...
 
 
-Masks = tuple[Array | None, Array | None, Array, Array]  # attention_mask, segment_ids, first, last
+# The axes of every array, by name: what can be divided among devices.
+LAYOUTS = {
+    "query": "batch query_len heads head_dim",
+    "key": "batch key_len kv_heads head_dim",
+    "value": "batch key_len kv_heads value_dim",
+    "slopes": "heads",
+    "attention_mask": "batch key_len",
+    "segment_ids": "batch key_len",
+    "query_hashes": "batch query_len heads",
+    "key_hashes": "key_len",
+    "attended": "batch query_len heads value_dim",
+    "gradient": "batch query_len heads value_dim",
+    "log_total": "batch heads queries",
+    "first": "batch heads query_blocks",
+    "last": "batch heads query_blocks",
+    "of_keys": "batch heads keys head_dim",
+    "of_values": "batch heads keys value_dim",
+    "of_slopes": "batch heads",
+}
+
+
+# Of the arguments.
+NOT_DIFFERENTIATED = ("attention_mask", "segment_ids", "query_hashes", "key_hashes")
 
 
 def attention(
@@ -121,9 +150,13 @@ def attention(
     """Attention of one call, up to its tolerance."""
     # Few queries need no large block; registers of a TPU hold 128 numbers in a row.
     block_size = min(block_size, -(-call.query.shape[1] // BLOCK_SIZE) * BLOCK_SIZE)
-    options = _Options(passes, call.causal, call.scale, call.tolerance, block_size)
-    arrays = (call.query, call.key, call.value)
-    return _in_place(options, *arrays, call.slopes, call.attention_mask, call.segment_ids)
+    rate, *hashes = (0.0, None, None) if call.dropout is None else call.dropout
+    options = _Options(passes, call.causal, call.scale, call.tolerance, rate, block_size)
+    names = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")
+    arrays = {name: getattr(call, name) for name in names}
+    return _in_place(
+        options, arrays | dict(zip(("query_hashes", "key_hashes"), hashes, strict=True))
+    )
 
 
 @dataclass(frozen=True)
@@ -132,117 +165,125 @@ class _Options:
     causal: bool
     scale: float
     tolerance: str | float
+    dropout: float
     block_size: int
 
 
+Arrays = dict[str, Any]  # arrays, or None, by their names in `LAYOUTS`
+
+
 @partial(jax.jit, static_argnums=0)  # or every call outside of jit would compile its loops anew
-def _in_place(
-    options: _Options,
-    query: Array,
-    key: Array,
-    value: Array,
-    slopes: Array,
-    mask: Array | None,
-    segments: Array | None,
-) -> Array:
-    """Let every device attend to the sequences and heads that it holds, if the arrays say so.
+def _in_place(options: _Options, arrays: Arrays) -> Array:
+    """Let every device attend to the sequences and heads that it holds.
 
-    Those on a mesh with explicit axes do. Elsewhere XLA decides, and gathers what it must; a kernel
-    for TPUs it cannot divide, so there the call belongs into a `jax.shard_map`.
+    On a mesh with explicit axes the arrays say where they are. Elsewhere XLA knows, later:
+    `partition` tells it how to divide the passes.
     """
-    attend = partial(_planned, options)
-    arguments = (query, key, value, slopes, mask, segments)
-    shardings = [jax.typeof(x).sharding for x in arguments if x is not None]
+    shardings = [jax.typeof(x).sharding for x in arrays.values() if x is not None]
     if not any(axes is not None for sharding in shardings for axes in sharding.spec):
-        return attend(*arguments)
-    batch, _, heads, _ = jax.typeof(query).sharding.spec
-    arrays, rows = PartitionSpec(batch, None, heads), PartitionSpec(batch)
-    specs = (arrays, arrays, arrays, PartitionSpec(heads), rows, rows)
-    mesh = shardings[0].mesh
-    placed: list[Any] = [
-        x if x is None else jax.sharding.reshard(x, NamedSharding(mesh, spec))
-        for x, spec in zip(arguments, specs, strict=True)
-    ]
-    divided = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=arrays, check_vma=False)
-    return divided(*placed)
-
-
-def _planned(
-    options: _Options,
-    query: Array,
-    key: Array,
-    value: Array,
-    slopes: Array,
-    mask: Array | None,
-    segments: Array | None,
-) -> Array:
-    plan = attention_plan(
-        *jax.lax.stop_gradient((query, key, slopes)),
-        causal=options.causal,
-        scale=options.scale,
-        attention_mask=mask,
-        segment_ids=segments,
-        tolerance=options.tolerance,
-        block_size=options.block_size,
+        return _attend_alike(options, arrays)
+    batch, _, heads, _ = jax.typeof(arrays["query"]).sharding.spec
+    places = {"batch": batch, "heads": heads, "kv_heads": heads}
+    specs = {name: PartitionSpec(*map(places.get, LAYOUTS[name].split())) for name in arrays}
+    mesh = jax.typeof(arrays["query"]).sharding.mesh
+    placed: Arrays = {
+        name: x if x is None else jax.sharding.reshard(x, NamedSharding(mesh, specs[name]))
+        for name, x in arrays.items()
+    }
+    attend = jax.shard_map(
+        partial(_attend_alike, options), mesh=mesh, in_specs=(specs,), out_specs=specs["query"]
     )
-    masks = (mask, segments, plan.first, plan.last)
-    return _attend(options, query, key, value, slopes, masks)
+    return attend(placed)
+
+
+def _attend_alike(options: _Options, arrays: Arrays) -> Array:
+    """Inside of a shard_map what varies at all varies alike, so that gradients do, too."""
+    axes = varying_axes(*arrays.values())
+    arrays = {name: x if x is None else varying(x, axes) for name, x in arrays.items()}
+    return _attend(options, arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    options: _Options,
-    query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len kv_heads head_dim"],
-    value: Float[Array, "batch key_len kv_heads value_dim"],
-    slopes: Float[Array, " heads"],
-    masks: Masks,
-) -> Float[Array, "batch query_len heads value_dim"]:
-    return _forward(options, query, key, value, slopes, masks)[0]
+def _attend(options: _Options, arrays: Arrays) -> Float[Array, "batch query_len heads value_dim"]:
+    return _forward(options, arrays)[0]
 
 
 def _forward(
-    options: _Options, query: Array, key: Array, value: Array, slopes: Array, masks: Masks
-) -> tuple[Float[Array, "batch query_len heads value_dim"], tuple[Any, ...]]:
-    windows = _windows(options, query, key, value, slopes, masks)
-    attended, log_total = options.passes.attended(windows)
-    attended = _seq_first(attended, query.shape[1])
-    return attended, (query, key, value, slopes, masks, attended, log_total)
+    options: _Options, arrays: Arrays
+) -> tuple[Float[Array, "batch query_len heads value_dim"], Arrays]:
+    results = ("attended", "log_total", "first", "last")
+    found = divided(
+        partial(_forward_here, options), LAYOUTS, tuple(LAYOUTS[name] for name in results), arrays
+    )
+    residuals = dict(zip(results, found, strict=True))
+    return residuals["attended"], arrays | residuals
 
 
 def _backward(
-    options: _Options,
-    residuals: tuple[Any, ...],
-    gradient: Float[Array, "batch query_len heads value_dim"],
-) -> tuple[Array | None, ...]:
-    query, key, value, slopes, masks, attended, log_total = residuals
-    windows = _windows(options, query, key, value, slopes, masks)
-    gradient, attended = (_heads_first(x, options.block_size) for x in (gradient, attended))
-    shift = windows.dot("bhqd,bhqd->bhq", gradient, attended)
-    rows = Rows(gradient, log_total, shift)
-    of_query, of_slopes = options.passes.query_gradients(windows, rows)
-    of_key, of_value = options.passes.key_gradients(windows, rows)
-
-    def grouped(x: Float[Array, "batch heads keys width"]) -> Array:
-        shape = (x.shape[0], -1, windows.group, *x.shape[2:])
-        return _seq_first(x.reshape(shape).sum(axis=2), key.shape[1])
-
-    return (
-        _seq_first(of_query, query.shape[1]).astype(query.dtype),
-        grouped(of_key).astype(key.dtype),
-        grouped(of_value).astype(value.dtype),
-        of_slopes.sum(axis=(0, 2)).astype(slopes.dtype),
-        None,
+    options: _Options, residuals: Arrays, gradient: Float[Array, "batch query_len heads value_dim"]
+) -> tuple[Arrays]:
+    results = ("query", "of_keys", "of_values", "of_slopes")
+    of_query, of_key, of_value, of_slopes = divided(
+        partial(_backward_here, options),
+        LAYOUTS,
+        tuple(LAYOUTS[name] for name in results),
+        residuals | {"gradient": gradient},
     )
+
+    def grouped(x: Float[Array, "batch heads keys width"], like: Array) -> Array:
+        shape = (x.shape[0], like.shape[2], -1, *x.shape[2:])
+        return x.reshape(shape).sum(axis=2).swapaxes(1, 2).astype(like.dtype)
+
+    gradients = {
+        "query": of_query,
+        "key": grouped(of_key, residuals["key"]),
+        "value": grouped(of_value, residuals["value"]),
+        "slopes": of_slopes.sum(axis=0).astype(residuals["slopes"].dtype),
+    }
+    gradients |= dict.fromkeys(NOT_DIFFERENTIATED)
+    return (gradients,)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _windows(
-    options: _Options, query: Array, key: Array, value: Array, slopes: Array, masks: Masks
-) -> Windows:
-    attention_mask, segment_ids, first, last = masks
+def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
+    """The result, and what the backward pass needs besides, of what a device holds."""
+    plan = attention_plan(
+        *(arrays[name] for name in ("query", "key", "slopes")),
+        causal=options.causal,
+        scale=options.scale,
+        attention_mask=arrays.get("attention_mask"),
+        segment_ids=arrays.get("segment_ids"),
+        tolerance=options.tolerance,
+        block_size=options.block_size,
+    )
+    ranges = {"first": plan.first, "last": plan.last}
+    attended, log_total = options.passes.attended(_windows(options, arrays | ranges))
+    return _seq_first(attended, arrays["query"].shape[1]), log_total, plan.first, plan.last
+
+
+def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
+    """Gradients of the queries; of keys and values for each head of queries; of m by sequence."""
+    query, key = arrays["query"], arrays["key"]
+    windows = _windows(options, arrays)
+    gradient, attended = (
+        _heads_first(arrays[name], options.block_size) for name in ("gradient", "attended")
+    )
+    shift = windows.dot("bhqd,bhqd->bhq", gradient, attended)
+    rows = Rows(gradient, arrays["log_total"], shift)
+    of_query, of_slopes = options.passes.query_gradients(windows, rows)
+    of_key, of_value = options.passes.key_gradients(windows, rows)
+    return (
+        _seq_first(of_query, query.shape[1]).astype(query.dtype),
+        *(x[:, :, : key.shape[1]] for x in (of_key, of_value)),
+        of_slopes.sum(axis=2),
+    )
+
+
+def _windows(options: _Options, arrays: Arrays) -> Windows:
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    attention_mask, segment_ids = arrays.get("attention_mask"), arrays.get("segment_ids")
     size = options.block_size
     offset = key.shape[1] - query.shape[1]
     query_ids, key_ids = None, None
@@ -255,15 +296,22 @@ def _windows(
             ids = jnp.where(attention_mask.astype(jnp.bool_), ids, -1)
         padding = ((0, 0), (0, -key.shape[1] % size))
         key_ids = jnp.pad(ids, padding, constant_values=-1)
+    query_hashes, key_hashes = arrays.get("query_hashes"), arrays.get("key_hashes")
+    if query_hashes is not None and key_hashes is not None:
+        query_hashes = _heads_first(query_hashes[..., None], size)[..., 0]
+        key_hashes = jnp.pad(key_hashes, (0, -key.shape[1] % size))[None]
     return Windows(
         *(_heads_first(x, size) for x in (query, key, value)),
-        slopes=slopes.astype(wide_dtype(query)),
+        slopes=arrays["slopes"].astype(wide_dtype(query)),
         query_ids=query_ids,
         key_ids=key_ids,
-        first=first,
-        last=last,
+        query_hashes=query_hashes,
+        key_hashes=key_hashes,
+        first=arrays["first"],
+        last=arrays["last"],
         causal=options.causal,
         scale=options.scale,
+        dropout=options.dropout,
         offset=offset,
         block_size=size,
     )

@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.kernels.call import default_scale, wide_dtype
+from alibi_flax.kernels.partition import varying, varying_axes
 from alibi_spec.windows import BLOCK_SIZE, tolerance_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -62,6 +63,7 @@ def attention_plan(
     scale = default_scale(scale, query.shape[-1])
     rows = _Rows.of(query, key, slopes, causal, scale, visible, segment_ids, block_size)
     norms = _block_norms(key, visible, block_size, query.shape[2])
+    axes = varying_axes(query, key, slopes, visible, segment_ids)
     blocks, own_block = norms.shape[-1], (rows.position // block_size)[None]
     shape = rows.reach.shape[:3]
     lowest = jnp.where(rows.sees_nothing, blocks, own_block).min(axis=-1)[:, None]
@@ -75,7 +77,7 @@ def attention_plan(
         mass = allowed_mass if causal else allowed_mass / 2
         return rows.may_drop(largest, distance, mass)
 
-    first = _last_true(drops_before, jnp.broadcast_to(lowest, shape), blocks)
+    first = _last_true(drops_before, jnp.broadcast_to(lowest, shape), blocks, axes)
     last = jnp.broadcast_to(highest + 1, shape)
     if not causal:
         largest_from = jnp.concatenate([jax.lax.cummax(norms, axis=2, reverse=True), edge], axis=2)
@@ -87,7 +89,7 @@ def attention_plan(
             return rows.may_drop(largest, distance, allowed_mass / 2)
 
         after = jnp.broadcast_to(blocks - 1 - highest, shape)
-        last = blocks - _last_true(drops_after, after, blocks)
+        last = blocks - _last_true(drops_after, after, blocks, axes)
     last = jnp.maximum(first, last)
     allowed = own_block.max(axis=-1).sum() + shape[2] if causal else blocks * shape[2]
     return AttentionPlan(first, last, (last - first).sum(axis=-1) / allowed, block_size)
@@ -258,6 +260,7 @@ def _last_true(
     holds: Callable[[Array], Array],
     highest: Integer[Array, "batch heads query_blocks"],
     blocks: int,
+    axes: frozenset[str],
 ) -> Integer[Array, "batch heads query_blocks"]:
     """The largest number in 0 … `highest` that `holds`, elementwise; it holds at 0 and is monotone.
 
@@ -270,5 +273,5 @@ def _last_true(
         does_hold = holds(middle)
         return jnp.where(does_hold, middle, low), jnp.where(does_hold, high, middle - 1)
 
-    bounds = (jnp.zeros_like(highest), highest)
+    bounds = (varying(jnp.zeros_like(highest), axes), varying(highest, axes))
     return jax.lax.fori_loop(0, blocks.bit_length(), halve, bounds)[0]

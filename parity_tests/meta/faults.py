@@ -684,6 +684,27 @@ FAULTS = (
         "test_flax_kernels.py -k float64",
     ),
     Mutant(
+        "heads gathered on every device",
+        "alibi_flax/kernels/partition.py",
+        'places = {"batch": batch, "heads": heads,',
+        'places = {"batch": batch, "heads": None,',
+        "test_flax_kernels.py -k sharded",
+    ),
+    Mutant(
+        "dropout: queries of JAX counted from the first key",
+        "alibi_flax/kernels/dropout.py",
+        "_count(query_len) + jnp.int32(query_start)",
+        "_count(query_len)",
+        "test_flax_kernels.py -k dropped",
+    ),
+    Mutant(
+        "dropout: what was dropped has a gradient in JAX",
+        "alibi_flax/kernels/blockwise.py",
+        "of_weights = _dropped(blocks, *place, of_weights, key_axis=0)",
+        "of_weights = of_weights / (1 - windows.dropout)",
+        "test_flax_kernels.py -k 'float64 and everything'",
+    ),
+    Mutant(
         "queries counted from the first key",
         "alibi_flax/kernels/pallas_tpu.py",
         "windows.block_size - windows.offset",
