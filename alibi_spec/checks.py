@@ -163,6 +163,15 @@ def beyond_windows(distance: str, causal: bool) -> str | None:
     return None
 
 
+def warning_of_dense_dropout(distance: str, causal: bool) -> str:
+    """What a long call with dropout is told that no kernel over windows can compute."""
+    return (
+        "attention with dropout is computed whole here, in time and memory that grow with queries "
+        f"times keys, because in windows {beyond_windows(distance, causal)}; distance='absolute' "
+        "makes both grow linearly, and without dropout they are smaller"
+    )
+
+
 def check_plannable(distance: str, causal: bool) -> None:
     """Raise ValueError unless the blocks of a model with these biases can be planned."""
     reason = beyond_windows(distance, causal)

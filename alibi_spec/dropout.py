@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int32, Integer, UInt32
+    from jaxtyping import Bool, Integer, UInt32
 
 FACTORS = (0x7FEB352D, 0x846CA68B)  # odd: a product with one loses no bit
 GOLDEN = 0x9E3779B9  # 2^32 divided by the golden ratio: consecutive keys start far apart
@@ -54,16 +54,16 @@ def is_kept(
     x = (query_hash[..., None] ^ key_hash) * np.uint32(FACTORS[0])
     x ^= x >> np.uint32(15)
     x *= np.uint32(FACTORS[1])
-    return x.view(np.int32) >= threshold(rate)
+    return x.view(np.int32) >= np.int32(threshold(rate))
 
 
-def threshold(rate: float) -> Int32[np.ndarray, ""]:
+def threshold(rate: float) -> int:
     """What the hash of a pair, as a signed number, must reach to be kept.
 
     Signed, because PyTorch compares no unsigned numbers.
     """
     # Not past the largest number, which a rate just below 1 would round to.
-    return np.asarray(min(round(rate * 2**32) - 2**31, 2**31 - 1), dtype=np.int32)
+    return min(round(rate * 2**32) - 2**31, 2**31 - 1)
 
 
 def _mixed(x: UInt32[np.ndarray, "*shape"]) -> UInt32[np.ndarray, "*shape"]:

@@ -48,10 +48,9 @@ def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     no_key = ~visible.any(dim=-1, keepdim=True)
     logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
     probabilities = torch.softmax(torch.where(visible | no_key, logits, -math.inf), dim=-1)
-    if call.dropout > 0:
-        keep = torch.empty_like(probabilities)
-        keep = keep.bernoulli_(1 - call.dropout, generator=call.dropout_rng)
-        probabilities = probabilities * keep / (1 - call.dropout)
+    if call.dropout is not None:
+        scaled = probabilities / (1 - call.dropout.rate)
+        probabilities = torch.where(call.dropout.kept() == 1, scaled, 0.0)
     with _without_autocast(query.device):
         value = _shared_heads(value, query.shape[1])
         attended = torch.matmul(probabilities.to(value.dtype), value)
