@@ -11,6 +11,7 @@ import torch
 
 import alibi_torch
 from alibi_convert.tensors import as_numpy, as_torch
+from alibi_spec import visible_keys
 from alibi_spec.budgets import BUDGETS
 from alibi_spec.dropout import is_kept, key_hashes, query_hashes
 from alibi_torch.kernels import KERNELS, aten_flash, windowed
@@ -174,6 +175,56 @@ def test_empty_rows_have_finite_gradients(implementation: str) -> None:
     for name in ("attended", *arrays):
         assert_bitwise(np.abs(found[name][0]), np.zeros_like(found[name][0]), name)
         assert np.isfinite(found[name]).all()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ["dense", "aten_flash", "blockwise"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masks", ["none", "mask", "segments", "mask and segments"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_hidden_changes_nothing(
+    implementation: str, causal: bool, masks: str, poison: float
+) -> None:
+    options = {"causal": causal, "implementation": implementation, **masks_of(masks, 90)}
+    _assert_seen_alone(alibi_torch.attention, poison, options)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_nor_where_data_cannot_be_looked_at(implementation: str) -> None:
+    options = {"implementation": implementation, **masks_of("segments", 90)}
+    compiled = torch.compile(alibi_torch.attention, fullgraph=True, backend="aot_eager")
+    _assert_seen_alone(compiled, np.nan, options)
+
+
+def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -> None:
+    """NaN or infinity makes NaN of the rows that see it, and reaches no other, nor a gradient."""
+    in_numpy = {
+        name: as_numpy(each) if isinstance(each, torch.Tensor) else each
+        for name, each in options.items()
+        if name != "implementation"
+    }
+    visible = visible_keys(37, 90, **{"causal": True, **in_numpy})
+    visible = np.broadcast_to(visible, (2, 4, 37, 90))
+    is_broken = visible[..., [7, 61]].any(axis=-1)
+    is_broken[:, :, 20] |= visible[:, :, 20].any(axis=-1)
+    found = []
+    for number in (0.0, poison):
+        leaves = draw(37, 90)
+        for name, position in {"key": 7, "value": 61, "query": 20}.items():
+            leaves[name][:, :, position, 1] = number
+        for each in leaves.values():
+            each.requires_grad_()
+        attended = attention(**leaves, slopes=slopes_of(), **options)
+        total = attended[torch.from_numpy(~is_broken)].square().sum()
+        found.append([as_numpy(attended.detach())])
+        found[-1] += [as_numpy(each) for each in torch.autograd.grad(total, [*leaves.values()])]
+    (clean, *clean_gradients), (dirty, *gradients) = found
+    assert np.isnan(dirty[is_broken]).all()
+    budget = BUDGETS["float64", "cpu"]
+    assert_within(dirty[~is_broken], clean[~is_broken], budget.forward, "attended")
+    for ours, exact in zip(gradients, clean_gradients, strict=True):
+        assert_within(ours, exact, budget.gradient, "gradient")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def forward(
     bias: Float[Tensor, "#tiles #heads rows width"],
     scale: float,
     dropout: None,  # noqa: ARG001
+    is_ordinary: bool,  # noqa: ARG001
 ) -> tuple[
     Float[Tensor, "tiles heads rows head_dim"],
     Float[Tensor, "tiles heads rows"],
@@ -60,6 +61,7 @@ def backward(
     scale: float,
     distance: None,  # noqa: ARG001
     dropout: None,  # noqa: ARG001
+    is_ordinary: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """As `blockwise.backward`, without the slopes."""
     op = getattr(torch.ops.aten, _BACKWARD)
@@ -83,15 +85,17 @@ def _agrees_with_plain_torch() -> bool:
     bias = torch.where(index < 700, -torch.inf, -0.01 * index)
     bias = bias.as_strided((1, 1, 3, 900), (0, 0, 1, 1))
     in_its_unit = (bias * blockwise.UNIT, 0.5)
-    expected = blockwise.forward(query, key, value, *in_its_unit, None)
-    arguments = (query, query, key, value, *expected)
-    exact = (*expected, *blockwise.backward(*arguments, *in_its_unit, None, None)[:3])
+    attended, log_total = blockwise.forward(query, key, value, *in_its_unit, None, True)
+    arguments = (query, query, key, value, attended)
+    options = (None, None, True)
+    exact = blockwise.backward(*arguments, log_total, *in_its_unit, *options)[:3]
+    log_total = log_total / blockwise.UNIT
     try:
-        found = forward(query, key, value, bias, 0.5, None)
-        found = (*found, *backward(*arguments, bias, 0.5, None, None)[:3])
+        found = forward(query, key, value, bias, 0.5, None, True)
+        found = (*found, *backward(*arguments, log_total, bias, 0.5, *options)[:3])
     except (RuntimeError, TypeError):  # the arguments are others than we know
         return False
-    pairs = zip(found, exact, strict=True)
+    pairs = zip(found, (attended, log_total, *exact), strict=True)
     return all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
 
 

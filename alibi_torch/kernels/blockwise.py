@@ -27,15 +27,17 @@ def forward(
     bias: Float[Tensor, "#tiles #heads rows width"],
     scale: float,
     dropout: Dropout | None,
+    is_ordinary: bool,
 ) -> tuple[
     Float[Tensor, "tiles heads rows value_dim"],
     Float[Tensor, "tiles heads rows"],
 ]:
     """softmax(scale · q·k + bias) times v, and the logarithm of what the softmax divides by.
 
-    The bias is given times `UNIT`.
+    Bias and logarithm are times `UNIT`. Unless all numbers are ordinary, products with hidden keys
+    may be infinite.
     """
-    logits = _logits(query, key, bias, scale)
+    logits = _logits(query, key, bias, scale, is_ordinary)
     largest = logits.amax(dim=-1, keepdim=True)
     probabilities = logits.sub_(largest).exp2_()
     total = probabilities.sum(dim=-1, keepdim=True)
@@ -44,8 +46,7 @@ def forward(
     else:
         probabilities *= (total * (1 - dropout.rate)).reciprocal()
         drop(probabilities, dropout.kept())
-    log_total = (total.log2() + largest) / UNIT
-    return probabilities.to(value.dtype) @ value, log_total[..., 0]
+    return probabilities.to(value.dtype) @ value, (total.log2() + largest)[..., 0]
 
 
 def backward(
@@ -59,10 +60,12 @@ def backward(
     scale: float,
     distance: Float[Tensor, "1 1 rows width"] | None,
     dropout: Dropout | None,
+    is_ordinary: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]:
     """Gradients of query, key and value, and of the slopes where distances are given."""
     dtype = bias.dtype
-    probabilities = _logits(query, key, bias, scale).sub_(UNIT * log_total[..., None]).exp2_()
+    logits = _logits(query, key, bias, scale, is_ordinary)
+    probabilities = logits.sub_(log_total[..., None]).exp2_()
     gradient, attended = gradient.to(dtype), attended.to(dtype)
     mean = (gradient * attended).sum(dim=-1, keepdim=True)
     kept = None if dropout is None else dropout.kept()
@@ -72,6 +75,8 @@ def backward(
     if kept is not None:
         drop(of_logits, kept)
     of_logits.sub_(mean).mul_(probabilities)
+    if not is_ordinary:
+        of_logits.masked_fill_(bias == -math.inf, 0.0)
     if kept is not None:
         drop(probabilities, kept)
     value_gradient = probabilities.mT @ gradient
@@ -88,9 +93,11 @@ def _logits(
     key: Float[Tensor, "tiles heads width head_dim"],
     bias: Float[Tensor, "#tiles #heads rows width"],
     scale: float,
+    is_ordinary: bool,
 ) -> Float[Tensor, "tiles heads rows width"]:
     """Biased logits times `UNIT`."""
     shape = (*query.shape[:3], key.shape[2])
     logits = bias.expand(shape).clone(memory_format=torch.contiguous_format)
     query, key = (x.to(bias.dtype).flatten(0, 1) for x in (query, key))
-    return logits.flatten(0, 1).baddbmm_(query, key.mT, alpha=UNIT * scale).view(shape)
+    logits = logits.flatten(0, 1).baddbmm_(query, key.mT, alpha=UNIT * scale).view(shape)
+    return logits if is_ordinary else logits.masked_fill_(bias == -math.inf, -math.inf)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels.finite import finite_or_zero, is_broken
 
 
 def biased_logits(
@@ -30,7 +31,10 @@ def biased_logits(
 ) -> Float[Tensor, "batch heads query_len key_len"]:
     """scale · q·k + bias, -inf where a query may not see a key (SPEC.md §3)."""
     visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
-    logits = _logits(query, key, slopes, scale, attention_mask, distance)
+    arrays = (finite_or_zero(query), finite_or_zero(key))  # 0 times infinity would reach gradients
+    logits = _logits(*arrays, slopes, scale, attention_mask, distance)
+    key_is_broken = is_broken(_shared_heads(key, query.shape[1]))
+    logits = logits.masked_fill(is_broken(query)[..., None] | key_is_broken[:, :, None], math.nan)
     return torch.where(visible, logits, -math.inf)
 
 

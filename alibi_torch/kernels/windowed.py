@@ -8,6 +8,7 @@ every tile again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from alibi_spec.windows import BLOCK_SIZE, tolerance_of
 from alibi_torch.kernels import aten_flash, blockwise
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.dropout import Dropout
+from alibi_torch.kernels.finite import are_ordinary, broken_rows, cleaned
 from alibi_torch.kernels.runs import (
     Run,
     add_key_tiles,
@@ -82,6 +84,11 @@ def _attend(
     Integer[Tensor, "2 heads query_blocks"],
 ]:
     """Attended values; the logarithm of each softmax's denominator; the windows."""
+    is_ordinary, broken = are_ordinary(query, key, value), None
+    if not is_ordinary:
+        tiles = "blockwise"
+        broken = broken_rows(query, key, value, causal, attention_mask, segment_ids)
+        query, key, value = cleaned(query, key, value, attention_mask)
     key, value = _with_dense_rows(key), _with_dense_rows(value)
 
     def compute(results: Results) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +117,7 @@ def _attend(
                 tile_bias,
                 scale,
                 _dropout(dropout, hashes, key_hashes, run, sequences),
+                is_ordinary,
             )
             if is_empty is not None:
                 tile = tile.masked_fill(is_empty, 0.0)
@@ -118,7 +126,10 @@ def _attend(
 
         for _ in results(compute_run, runs):
             pass  # every run writes its own rows
-        return reverse_rows(attended, rows), reverse_rows(log_totals, rows), windows
+        attended, log_totals = reverse_rows(attended, rows), reverse_rows(log_totals, rows)
+        if broken is not None:
+            attended = attended.masked_fill(broken, math.nan)
+        return attended, log_totals, windows
 
     return with_workers(query.device, compute)
 
@@ -158,6 +169,12 @@ def _attend_backward(
     Float[Tensor, " heads"],
 ]:
     """Gradients of query, key, value and slopes; zeros for slopes that need none."""
+    is_ordinary = are_ordinary(query, key, value)  # as in the forward pass
+    if not is_ordinary:
+        tiles = "blockwise"
+        broken = broken_rows(query, key, value, causal, attention_mask, segment_ids)
+        query, key, value = cleaned(query, key, value, attention_mask)
+        gradient, attended = gradient.masked_fill(broken, 0.0), attended.masked_fill(broken, 0.0)
     key, value = _with_dense_rows(key), _with_dense_rows(value)
 
     def compute(results: Results) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,6 +201,7 @@ def _attend_backward(
                 scale,
                 bias.distance(run) if needs_slopes else None,
                 _dropout(dropout, hashes, key_hashes, run, sequences),
+                is_ordinary,
             )
 
         of_query = torch.zeros_like(upended[1])

@@ -404,6 +404,20 @@ FAULTS = (
         "test_torch_kernels.py -k gradients",
     ),
     Mutant(
+        "torch multiplies hidden NaN by 0",
+        "alibi_torch/kernels/windowed.py",
+        "is_ordinary, broken = are_ordinary(query, key, value), None",
+        "is_ordinary, broken = True, None",
+        "test_torch_kernels.py -k hidden",
+    ),
+    Mutant(
+        "torch asks where compiled data is finite",
+        "alibi_torch/kernels/finite.py",
+        "if has_values_on_host(*arrays) and are_ordinary(*arrays):",
+        "if not has_values_on_host(*arrays) or are_ordinary(*arrays):",
+        "test_torch_kernels.py -k looked",
+    ),
+    Mutant(
         "dropout: the sign shifted into torch's hash",
         "alibi_torch/kernels/dropout.py",
         "    shifted &= 2 ** (32 - bits) - 1\n",
