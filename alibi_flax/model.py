@@ -62,16 +62,20 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 class LayerNorm(nn.LayerNorm):
     """Linen's; without a `dtype`, rounded to the dtype of its input."""
 
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        normed = super().__call__(x)
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, mask: Bool[Array, "*batch width"] | None = None
+    ) -> Float[Array, "*batch width"]:
+        normed = super().__call__(x, mask=mask)
         return normed if self.dtype is not None else normed.astype(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
     """Linen's; without a `dtype`, rounded to the dtype of its input."""
 
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        normed = super().__call__(x)
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, mask: Bool[Array, "*batch width"] | None = None
+    ) -> Float[Array, "*batch width"]:
+        normed = super().__call__(x, mask=mask)
         return normed if self.dtype is not None else normed.astype(x.dtype)
 
 

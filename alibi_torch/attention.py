@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
@@ -11,10 +13,12 @@ from alibi_spec.checks import (
     check_attention_options,
     check_block_size,
     check_mask,
+    warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
 from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels.dropout import drawn_dropout
 from alibi_torch.kernels.windows import AttentionPlan
 
 
@@ -52,8 +56,9 @@ def attention(
         implementation: "auto" or one of `attention_implementations()`.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
-        dropout: rate on the probabilities.
-        dropout_rng: generator for dropout; None is torch's own.
+        dropout: rate on the probabilities (SPEC.md §4.1).
+        dropout_rng: generator for the seed of dropout; None is torch's own, which
+            torch.utils.checkpoint sets back where it computes a call again.
 
     Returns:
         The attended values, in the dtype of `value`; logits and softmax are float32 (float64 for
@@ -76,8 +81,7 @@ def attention(
         segment_ids=segment_ids,
         tolerance=tolerance,
         distance=distance,
-        dropout=dropout,
-        dropout_rng=dropout_rng,
+        dropout=drawn_dropout(dropout, dropout_rng, query, key) if dropout > 0 else None,
     )
     return KERNELS[_chosen(call, implementation)].run(call)
 
@@ -156,7 +160,11 @@ def _chosen(call: Call, implementation: str) -> str:
     if implementation == "auto":
         if call.query.shape[2] * call.key.shape[2] < DENSE_PAYS_BELOW:
             return "dense"
-        return next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
+        name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
+        if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():
+            text = warning_of_dense_dropout(call.distance, call.causal)
+            warnings.warn(text, stacklevel=3)  # once for each caller, as warnings are
+        return name
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:
         able = [name for name, kernel in KERNELS.items() if kernel.refuses(call) is None]

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +56,16 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Linear):
     """A linear map in the common dtype of its input and its parameters (SPEC.md §5.1)."""
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
-        return _linear(x, self.weight, self.bias)
+    def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
+        return _linear(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
     """A norm in the common dtype of its input and its parameters, rounded to that of its input."""
 
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide, weight, bias = _in_common_dtype(x, self.weight, self.bias)
-        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+    def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        wide, weight, bias = _in_common_dtype(input, self.weight, self.bias)
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -489,8 +489,8 @@ def _placed_like(parameter: Tensor, values: Tensor) -> Tensor:
     """The values, divided over devices where FSDP has divided the parameter."""
     if not hasattr(parameter, "device_mesh"):
         return values
-    divided: Any = parameter
-    return torch.distributed.tensor.distribute_tensor(  # imported, or there were no such parameter
+    divided, distributed = cast(Any, parameter), cast(Any, torch.distributed)
+    return distributed.tensor.distribute_tensor(  # imported, or there were no such parameter
         values.to(divided.device, divided.dtype), divided.device_mesh, divided.placements
     )
 

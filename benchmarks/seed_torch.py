@@ -1,9 +1,11 @@
-"""One training step of jaketae/alibi's default model, with its own attention and with ours.
+"""Training steps of default models: jaketae/alibi's and ours, and ours without dropout.
 
-`python -m benchmarks.seed_torch` says how fast both are and what memory they need (two minutes).
+`python -m benchmarks.seed_torch` says how fast they are and what memory they need (six minutes).
 
-Its attention is written down here again from its formulas (SPEC.md §7): one projection for keys,
-queries and values, the whole matrix of scores, bias, mask, softmax. All else is the same module.
+jaketae/alibi's model is run with its own attention and with ours; ours, which drops probabilities
+too, beside the same model that does not. The seed's attention is written down here again from its
+formulas (SPEC.md §7): one projection for keys, queries and values, the whole matrix of scores,
+bias, mask, softmax. All else is the same module.
 """
 
 from __future__ import annotations
@@ -27,8 +29,15 @@ from benchmarks.compare import goals, write
 from benchmarks.memory import peak_of_process, print_peak
 
 RESULTS = Path(__file__).parent / "results" / "seed_torch.json"
-SEQ = 2048
+SEQ, LONG, LONGEST = 2048, 4096, 16_384
 ROUNDS = 7
+# Steps by name: the model, and the length at which it is timed.
+STEPS = {
+    "seed": (ALiBiConfig.jaketae(), SEQ),
+    "ours": (ALiBiConfig.jaketae(), SEQ),
+    "no dropout on probabilities": (ALiBiConfig(attention_dropout=0.0), LONG),
+    "dropout on probabilities": (ALiBiConfig(), LONG),
+}
 
 
 class SeedAttention(nn.Module):
@@ -53,11 +62,11 @@ class SeedAttention(nn.Module):
         return (score.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
 
 
-def training_step(attention: str, seq: int = SEQ) -> Callable[[], float]:
-    """A step, "seed" or "ours", that returns its seconds: forward, backward, and Adam's update."""
-    config, generator = ALiBiConfig.jaketae(), torch.Generator().manual_seed(0)
+def training_step(name: str, seq: int) -> Callable[[], float]:
+    """One of `STEPS` that returns its seconds: forward, backward, and Adam's update."""
+    (config, _), generator = STEPS[name], torch.Generator().manual_seed(0)
     model = ALiBiTransformer(config)
-    if attention == "seed":
+    if name == "seed":
         for layer in model.layers:
             layer.attn = SeedAttention(config, seq)
     optimizer = torch.optim.Adam(model.parameters())
@@ -73,6 +82,11 @@ def training_step(attention: str, seq: int = SEQ) -> Callable[[], float]:
     return step
 
 
+def peak(name: str, seq: int) -> int:
+    """The bytes that a step of this length adds at its peak."""
+    return peak_of_process("benchmarks.seed_torch", name, str(seq))
+
+
 def profile(step: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of one step by operator, the longest ones, calls within not counted twice."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -84,41 +98,47 @@ def profile(step: Callable[[], float]) -> dict[str, float]:
 def main() -> int:
     """Measure, print and write the results."""
     if sys.argv[1:2] == ["--peak-of"]:
-        step = training_step(sys.argv[2])
+        step = training_step(sys.argv[2], int(sys.argv[3]))
         print_peak(lambda: step)  # the model is no part of it
         return 0
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    steps = {attention: training_step(attention) for attention in ("seed", "ours")}
-    raw: dict[str, list[float]] = {attention: [] for attention in steps}
+    steps = {name: training_step(name, seq) for name, (_, seq) in STEPS.items()}
+    raw: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(ROUNDS + 1):
-        for attention, step in steps.items():
+        for name, step in steps.items():
             seconds = step()
             if number > 0:  # the first round loads and fills
-                raw[attention].append(seconds)
+                raw[name].append(seconds)
     found = {
-        attention: {
-            "seconds": statistics.median(raw[attention]),
-            "raw": raw[attention],
-            "peak_extra_bytes": peak_of_process("benchmarks.seed_torch", attention),
+        name: {
+            "seq": STEPS[name][1],
+            "seconds": statistics.median(raw[name]),
+            "raw": raw[name],
+            "peak_extra_bytes": peak(name, STEPS[name][1]),
             "milliseconds_by_operator": profile(step),
         }
-        for attention, step in steps.items()
+        for name, step in steps.items()
     }
+    dropped, whole = "dropout on probabilities", "no dropout on probabilities"
+    found[dropped]["peak_extra_bytes_longest"] = peak(dropped, LONGEST)
 
-    def saving(what: str) -> float:
-        return found["seed"][what] / found["ours"][what]
+    def ratio(what: str, name: str, other: str) -> float:
+        return found[name][what] / found[other][what]
 
+    growth = found[dropped]["peak_extra_bytes_longest"] / found[dropped]["peak_extra_bytes"]
     wanted: list[tuple[str, float | None, str, float]] = [
-        ("training step, speed, N=2048", saving("seconds"), ">=", 5),
-        ("training step, memory, N=2048", saving("peak_extra_bytes"), ">=", 5),
+        ("training step, speed, N=2048", ratio("seconds", "seed", "ours"), ">=", 5),
+        ("training step, memory, N=2048", ratio("peak_extra_bytes", "seed", "ours"), ">=", 5),
+        ("dropout on probabilities, time, N=4096", ratio("seconds", dropped, whole), "<=", 1.6),
+        ("dropout on probabilities, memory, 4k -> 16k", growth, "<=", 4.2),
     ]
     versions = {name: importlib.metadata.version(name) for name in ("alibi-duo", "torch")}
     results = {
         "versions": {"python": platform.python_version()} | versions,
         "threads": torch.get_num_threads(),
-        "model": {"seq": SEQ} | ALiBiConfig.jaketae().to_dict(),
+        "models": {name: config.to_dict() for name, (config, _) in STEPS.items()},
         "goals": goals(wanted),
         "training_step": found,
     }

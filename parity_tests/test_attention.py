@@ -257,7 +257,7 @@ def test_dropout_keeps_the_mean(attention: Attention) -> None:
     rng: Any = jax.random.key(0) if is_flax else torch.Generator().manual_seed(0)
     options = {"causal": False, "dropout": 0.25, "dropout_rng": rng}
     arrays = (zeros, key, value, np.zeros(1, np.float32))
-    able = ("blockwise",) if is_flax else ()
+    able = ("blockwise",)
     if _is_refused(attention, able, "dropout|value width 1", *arrays, **options):
         return
     found = attention(*arrays, **options).ravel()

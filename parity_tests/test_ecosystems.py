@@ -61,9 +61,9 @@ def test_torch_compiles_into_one_graph(training: bool) -> None:
     logits.square().mean().backward()
     limit = FLOAT32.forward
     assert_within(as_numpy(logits), as_numpy(eager).astype(np.float64), limit, "logits")
-    for name, parameter in model.named_parameters():
-        exact = gradients[name].astype(np.float64)
-        assert_within(as_numpy(parameter.grad), exact, FLOAT32.gradient, name)
+    exact = {name: gradient.astype(np.float64) for name, gradient in gradients.items()}
+    found = {name: as_numpy(parameter.grad) for name, parameter in model.named_parameters()}
+    assert_gradients_within(found, exact, FLOAT32.gradient, "compiled")
 
 
 @pytest.mark.slow

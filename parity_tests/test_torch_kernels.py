@@ -11,18 +11,24 @@ import torch
 
 import alibi_torch
 from alibi_convert.tensors import as_numpy, as_torch
+from alibi_spec import visible_keys
 from alibi_spec.budgets import BUDGETS
+from alibi_spec.dropout import is_kept, key_hashes, query_hashes
 from alibi_torch.kernels import KERNELS, aten_flash, windowed
+from alibi_torch.kernels.dropout import drawn_dropout
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
 from parity_tests.torch_calls import (
     BLOCK,
     call_of,
     draw,
     each_fused,
+    each_windowed,
     masks_of,
     slopes_of,
     with_gradients,
 )
+
+DROPOUT = drawn_dropout(0.1, None, draw(300, 300)["query"], draw(300, 300)["key"])
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@each_fused
+@each_windowed
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("masks", ["none", "mask", "segments", "mask and segments"])
 @pytest.mark.parametrize(
@@ -41,6 +47,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_gradients_are_dense_attentions(
     implementation: str,
+    dropout: float,
     causal: bool,
     masks: str,
     heads: int,
@@ -53,7 +60,7 @@ def test_gradients_are_dense_attentions(
     Slopes are steep enough for windows that slide along, some wider than all their blocks.
     """
     arrays, slopes = draw(query_len, key_len, heads, kv_heads), 6 * slopes_of(heads).double()
-    options = {"causal": causal, **masks_of(masks, key_len)}
+    options = {"causal": causal, "dropout": dropout, **masks_of(masks, key_len)}
     exact = with_gradients(arrays, slopes, implementation="dense", **options)
     found = with_gradients(arrays, slopes, implementation=implementation, **options)
     exact = {name: exact[name] for name in found}
@@ -61,14 +68,14 @@ def test_gradients_are_dense_attentions(
 
 
 @pytest.mark.usefixtures("small_blocks")
-@each_fused
+@each_windowed
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_narrow_dtypes(implementation: str, causal: bool, dtype: str) -> None:
+def test_narrow_dtypes(implementation: str, dropout: float, causal: bool, dtype: str) -> None:
     """Against float64 dense attention of the same numbers."""
     narrow = {name: each.to(getattr(torch, dtype)) for name, each in draw(150, 150).items()}
     wide = {name: each.double() for name, each in narrow.items()}
-    options = {"causal": causal, **masks_of("mask", 150)}
+    options = {"causal": causal, "dropout": dropout, **masks_of("mask", 150)}
     exact = with_gradients(wide, 6 * slopes_of().double(), implementation="dense", **options)
     found = with_gradients(narrow, 6 * slopes_of(), implementation=implementation, **options)
     budget = BUDGETS["float32" if dtype == "float32" else "bfloat16", "cpu"]
@@ -76,6 +83,38 @@ def test_narrow_dtypes(implementation: str, causal: bool, dtype: str) -> None:
     exact = {name: exact[name] for name in found}
     assert_within(found["attended"], exact["attended"], budget.forward, dtype)
     assert_gradients_within(found, exact, budget.gradient, dtype)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize(("heads", "query_len", "rate"), [(3, 70, 0.1), (4, 41, 0.75)])
+def test_dropped_probabilities_are_the_specifications(
+    implementation: str, heads: int, query_len: int, rate: float
+) -> None:
+    """The same ones for the same seed, bit for bit."""
+    query, key = torch.zeros(2, heads, query_len, 8), torch.zeros(2, 1, 70, 8)
+    value = torch.eye(70).expand(2, 1, 70, 70)
+    options = {"causal": False, "dropout": rate, "implementation": implementation}
+    for state in range(3):
+        draws = [torch.Generator().manual_seed(state) for _ in range(2)]
+        found = alibi_torch.attention(
+            *(query, key, value, torch.zeros(heads)), **options, dropout_rng=draws[0]
+        )
+        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=draws[1])
+        hashes = query_hashes(seed.numpy(), 2, heads, query_len, 70 - query_len)
+        assert_bitwise(found.numpy() != 0, is_kept(hashes, key_hashes(70), rate), "kept")
+
+
+def test_dropout_is_unbiased() -> None:
+    """Every element's mean over many seeds lies within 5 deviations of what no dropout gives."""
+    arrays, options, seeds, rate = draw(6, 9), {"slopes": slopes_of()}, 500, 0.2
+    torch.manual_seed(0)
+    total = sum(alibi_torch.attention(**arrays, **options, dropout=rate) for _ in range(seeds))
+    logits = alibi_torch.biased_logits(arrays["query"], arrays["key"], slopes_of())
+    # Each term p v is kept with probability 1 - rate, and then divided by it.
+    variance = rate / (1 - rate) * logits.softmax(dim=-1).square() @ arrays["value"].square()
+    error = (total / seeds - alibi_torch.attention(**arrays, **options)).abs()
+    assert (error <= 5 * (variance / seeds).sqrt()).all()
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -104,13 +143,11 @@ def test_long_sequences_keep_their_precision(implementation: str) -> None:
     assert errors[0] <= 2 * errors[1]
 
 
-@each_fused
-def test_the_same_bits_twice(implementation: str) -> None:
+@each_windowed
+def test_the_same_bits_twice(implementation: str, dropout: float) -> None:
     arrays = draw(300, 400, dtype="float32")
-    first, second = (
-        with_gradients(arrays, slopes_of(), implementation=implementation, **masks_of("mask", 400))
-        for _ in range(2)
-    )
+    options = {"implementation": implementation, "dropout": dropout, **masks_of("mask", 400)}
+    first, second = (with_gradients(arrays, slopes_of(), **options) for _ in range(2))
     for name, array in first.items():
         assert_bitwise(second[name], array, name)
 
@@ -140,13 +177,62 @@ def test_empty_rows_have_finite_gradients(implementation: str) -> None:
         assert np.isfinite(found[name]).all()
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ["dense", "aten_flash", "blockwise"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masks", ["none", "mask", "segments", "mask and segments"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_hidden_changes_nothing(
+    implementation: str, causal: bool, masks: str, poison: float
+) -> None:
+    options = {"causal": causal, "implementation": implementation, **masks_of(masks, 90)}
+    _assert_seen_alone(alibi_torch.attention, poison, options)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_nor_where_data_cannot_be_looked_at(implementation: str) -> None:
+    options = {"implementation": implementation, **masks_of("segments", 90)}
+    compiled = torch.compile(alibi_torch.attention, fullgraph=True, backend="aot_eager")
+    _assert_seen_alone(compiled, np.nan, options)
+
+
+def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -> None:
+    """NaN or infinity makes NaN of the rows that see it, and reaches no other, nor a gradient."""
+    in_numpy = {
+        name: as_numpy(each) if isinstance(each, torch.Tensor) else each
+        for name, each in options.items()
+        if name != "implementation"
+    }
+    visible = visible_keys(37, 90, **{"causal": True, **in_numpy})
+    visible = np.broadcast_to(visible, (2, 4, 37, 90))
+    is_broken = visible[..., [7, 61]].any(axis=-1)
+    is_broken[:, :, 20] |= visible[:, :, 20].any(axis=-1)
+    found = []
+    for number in (0.0, poison):
+        leaves = draw(37, 90)
+        for name, position in {"key": 7, "value": 61, "query": 20}.items():
+            leaves[name][:, :, position, 1] = number
+        for each in leaves.values():
+            each.requires_grad_()
+        attended = attention(**leaves, slopes=slopes_of(), **options)
+        total = attended[torch.from_numpy(~is_broken)].square().sum()
+        found.append([as_numpy(attended.detach())])
+        found[-1] += [as_numpy(each) for each in torch.autograd.grad(total, [*leaves.values()])]
+    (clean, *clean_gradients), (dirty, *gradients) = found
+    assert np.isnan(dirty[is_broken]).all()
+    budget = BUDGETS["float64", "cpu"]
+    assert_within(dirty[~is_broken], clean[~is_broken], budget.forward, "attended")
+    for ours, exact in zip(gradients, clean_gradients, strict=True):
+        assert_within(ours, exact, budget.gradient, "gradient")
+
+
 @pytest.mark.parametrize(
     ("implementation", "changes", "reason"),
     [
         ("aten_flash", {"value": torch.zeros(2, 4, 300, 3)}, "value width 3 differs from head_dim"),
         ("aten_flash", {"slopes": slopes_of().requires_grad_()}, "no gradient for the slopes"),
-        ("aten_flash", {"dropout": 0.1}, "no dropout"),
-        ("blockwise", {"dropout": 0.1}, "no dropout"),
+        ("aten_flash", {"dropout": DROPOUT}, "no dropout"),
         ("blockwise", {"distance": "bfloat16"}, "no rounded bias"),
         ("blockwise", {"distance": "signed", "causal": False}, "no bias that rewards later keys"),
         ("flex", {}, "gradients on CUDA alone, and the query is on cpu"),
@@ -157,7 +243,8 @@ def test_refusals(implementation: str, changes: dict[str, Any], reason: str) -> 
     call = call_of(**changes)
     assert reason in str(KERNELS[implementation].refuses(call))
     assert KERNELS["dense"].refuses(call) is None
-    options = {**vars(call), "implementation": implementation}
+    rate = 0.0 if call.dropout is None else call.dropout.rate
+    options = {**vars(call), "implementation": implementation, "dropout": rate}
     with pytest.raises(
         ValueError, match=rf"'{implementation}' cannot .*{reason}.* expected one of"
     ):
@@ -175,9 +262,25 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     alibi_torch.attention(**long, slopes=slopes_of())
     alibi_torch.attention(**long, slopes=slopes_of().requires_grad_())
     alibi_torch.attention(**long, slopes=slopes_of(), distance="signed", causal=False)
+    alibi_torch.attention(**long, slopes=slopes_of(), dropout=0.1)
     monkeypatch.setattr(aten_flash, "_IS_AVAILABLE", False)
     alibi_torch.attention(**long, slopes=slopes_of())
-    assert chosen == ["dense", "aten_flash", "blockwise", "dense", "blockwise"]
+    assert chosen == ["dense", "aten_flash", "blockwise", "dense", "blockwise", "blockwise"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"distance": "bfloat16"}, "no rounded bias"),
+        ({"distance": "signed", "causal": False}, "no bias that rewards later keys"),
+    ],
+)
+def test_dense_dropout_of_long_sequences_warns(options: dict[str, Any], reason: str) -> None:
+    """Unless it is asked for by name."""
+    long = {**draw(300, 300, dtype="float32"), "slopes": slopes_of(), "dropout": 0.1}
+    with pytest.warns(UserWarning, match=f"computed whole.*{reason}.*distance='absolute'"):
+        alibi_torch.attention(**long, **options)
+    alibi_torch.attention(**long, **options, implementation="dense")
 
 
 @pytest.mark.parametrize("broken", ["missing", "other arguments", "wrong numbers"])

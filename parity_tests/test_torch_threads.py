@@ -20,7 +20,7 @@ from alibi_torch.kernels import aten_flash, workers
 from parity_tests.compare import assert_bitwise
 from parity_tests.torch_calls import (
     draw,
-    each_fused,
+    each_windowed,
     masks_of,
     slopes_of,
     with_gradients,
@@ -37,10 +37,11 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_threads")
-@each_fused
-def test_bits_do_not_depend_on_threads(implementation: str) -> None:
+@each_windowed
+def test_bits_do_not_depend_on_threads(implementation: str, dropout: float) -> None:
     """Nor on autocast or inference mode, which are settings of the thread that calls."""
-    arrays, options = draw(700, 700, dtype="float32"), {"implementation": implementation}
+    arrays = draw(700, 700, dtype="float32")
+    options = {"implementation": implementation, "dropout": dropout}
     shared = with_gradients(arrays, slopes_of(), **options, **masks_of("mask", 700))
     torch.set_num_threads(1)
     alone = with_gradients(arrays, slopes_of(), **options, **masks_of("mask", 700))
@@ -52,9 +53,8 @@ def test_bits_do_not_depend_on_threads(implementation: str) -> None:
         assert_bitwise(cast[name], array, f"{name} under autocast")
     with torch.inference_mode():
         views = {name: each.clone() for name, each in arrays.items()}
-        found = alibi_torch.attention(
-            **views, slopes=slopes_of(), **options, **masks_of("mask", 700)
-        ).numpy()
+        options |= {"dropout_rng": torch.Generator().manual_seed(3), **masks_of("mask", 700)}
+        found = alibi_torch.attention(**views, slopes=slopes_of(), **options).numpy()
     assert_bitwise(found, alone["attended"], "inference")
 
 

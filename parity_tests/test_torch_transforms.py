@@ -16,6 +16,7 @@ from parity_tests.torch_calls import (
     WIDTH,
     draw,
     each_fused,
+    each_windowed,
     masks_of,
     slopes_of,
     with_gradients,
@@ -25,43 +26,54 @@ SLOPES = slopes_of()
 
 
 def _loss(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    """Dropout draws from torch's own generator, as in models."""
     return alibi_torch.attention(query, key, value, SLOPES, **options).square().mean()
 
 
-@each_fused
+@each_windowed
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
-def test_compiles_into_one_graph(implementation: str) -> None:
+def test_compiles_into_one_graph(implementation: str, dropout: float) -> None:
     arrays = [each.requires_grad_() for each in draw(300, 300, dtype="float32").values()]
-    options = {"implementation": implementation, **masks_of("mask", 300)}
+    options = {"implementation": implementation, "dropout": dropout, **masks_of("mask", 300)}
+    torch.manual_seed(0)
     exact = torch.autograd.grad(_loss(*arrays, **options), arrays)
     compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
     found = torch.autograd.grad(compiled(*arrays, **options), arrays)
     for ours, theirs in zip(found, exact, strict=True):
         assert_bitwise(as_numpy(ours), as_numpy(theirs), "gradient")
 
 
-@each_fused
-def test_per_sample_gradients(implementation: str) -> None:
-    """vmap over grad, and vmap alone."""
+@each_windowed
+def test_per_sample_gradients(implementation: str, dropout: float) -> None:
+    """vmap over grad, and vmap alone; each sample with the same dropout."""
     arrays = [each[:, None] for each in draw(300, 300, dtype="float32").values()]
 
     def loss(*arrays: torch.Tensor) -> torch.Tensor:
-        return _loss(*arrays, implementation=implementation)
+        return _loss(*arrays, implementation=implementation, dropout=dropout)
 
-    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*arrays)
+    torch.manual_seed(0)
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+    found = torch.func.vmap(gradients, randomness="same")(*arrays)
     for index in range(2):
+        torch.manual_seed(0)
         expected = torch.func.grad(loss, argnums=(0, 1, 2))(*(each[index] for each in arrays))
         for ours, theirs in zip(found, expected, strict=True):
             assert_bitwise(as_numpy(ours[index]), as_numpy(theirs), f"sample {index}")
-    shared = torch.func.vmap(loss, in_dims=(0, None, None))(arrays[0], arrays[1][0], arrays[2][0])
-    assert_bitwise(as_numpy(shared[0]), as_numpy(loss(*(each[0] for each in arrays))), "shared")
+    mapped, one = (arrays[0], arrays[1][0], arrays[2][0]), [each[0] for each in arrays]
+    torch.manual_seed(0)
+    shared = torch.func.vmap(loss, in_dims=(0, None, None), randomness="same")(*mapped)
+    torch.manual_seed(0)
+    assert_bitwise(as_numpy(shared[0]), as_numpy(loss(*one)), "shared")
 
 
-@each_fused
-def test_checkpointing_changes_nothing(implementation: str) -> None:
+@each_windowed
+def test_checkpointing_changes_nothing(implementation: str, dropout: float) -> None:
     arrays = [each.requires_grad_() for each in draw(300, 300, dtype="float32").values()]
-    options = {"implementation": implementation}
+    options = {"implementation": implementation, "dropout": dropout}
+    torch.manual_seed(0)
     exact = torch.autograd.grad(_loss(*arrays, **options), arrays)
+    torch.manual_seed(0)
     loss = checkpoint(_loss, *arrays, use_reentrant=False, **options)
     for ours, theirs in zip(torch.autograd.grad(loss, arrays), exact, strict=True):
         assert_bitwise(as_numpy(ours), as_numpy(theirs), "gradient")

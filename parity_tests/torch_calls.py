@@ -15,6 +15,9 @@ from alibi_torch.kernels.call import Call, default_scale
 
 BLOCK, WIDTH = 16, 8
 each_fused = pytest.mark.parametrize("implementation", ["aten_flash", "blockwise"])
+each_windowed = pytest.mark.parametrize(
+    ("implementation", "dropout"), [("aten_flash", 0.0), ("blockwise", 0.0), ("blockwise", 0.3)]
+)
 
 
 def draw(
@@ -56,12 +59,15 @@ def with_gradients(
 ) -> dict[str, np.ndarray]:
     """Attended values and the gradients of a fixed sum of them, in NumPy.
 
-    The gradient of the slopes is among them where every device has one.
+    The gradient of the slopes is among them where every device has one. Dropout has one seed.
     """
     leaves = {name: array.clone().requires_grad_() for name, array in arrays.items()}
     if options["implementation"] in ("dense", "blockwise"):
         leaves["slopes"] = slopes.clone().requires_grad_()
-    attended = alibi_torch.attention(**{"slopes": slopes, **leaves}, **options)
+    generator = torch.Generator().manual_seed(3)
+    attended = alibi_torch.attention(
+        **{"slopes": slopes, **leaves}, **{"dropout_rng": generator, **options}
+    )
     rng = np.random.default_rng(2)
     cotangent = as_torch(rng.standard_normal(attended.shape)).to(attended)
     gradients = torch.autograd.grad(attended, list(leaves.values()), cotangent)
@@ -71,6 +77,6 @@ def with_gradients(
 
 def call_of(**changes: Any) -> Call:
     arrays: dict[str, Any] = {**draw(300, 300, dtype="float32"), "slopes": slopes_of()}
-    options = {"attention_mask": None, "segment_ids": None, "dropout_rng": None, "dropout": 0.0}
+    options = {"attention_mask": None, "segment_ids": None, "dropout": None}
     shared = {"causal": True, "scale": default_scale(None, WIDTH), "distance": "absolute"}
     return Call(**(arrays | options | shared | {"tolerance": "dtype"} | changes))

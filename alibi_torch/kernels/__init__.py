@@ -4,13 +4,14 @@ from functools import partial
 
 from alibi_torch.kernels import aten_flash, blockwise, dense, flash_attn, flex, windowed
 from alibi_torch.kernels.call import Kernel
+from alibi_torch.kernels.finite import guarded
 
 KERNELS = {
-    "flex": Kernel(flex.attention, flex.refuses),
-    "flash_attn": Kernel(flash_attn.attention, flash_attn.refuses),
+    "flex": Kernel(guarded(flex.attention), flex.refuses),
+    "flash_attn": Kernel(guarded(flash_attn.attention), flash_attn.refuses),
     "aten_flash": Kernel(partial(windowed.attention, tiles="aten_flash"), aten_flash.refuses),
     "blockwise": Kernel(partial(windowed.attention, tiles="blockwise"), blockwise.refuses),
-    "dense": Kernel(dense.attention, dense.refuses),
+    "dense": Kernel(guarded(dense.attention), dense.refuses),
 }
 
 # Queries times keys below which "auto" takes dense attention. On one AVX-512 core with 8 heads of

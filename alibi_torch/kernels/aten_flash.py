@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alibi_torch.kernels import blockwise
-from alibi_torch.kernels.call import Call, refuses_bias
+from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
 
+UNIT = 1.0  # the kernel counts logits in powers of e
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
@@ -28,7 +29,7 @@ def refuses(call: Call) -> str | None:
         return "it has no gradient for the slopes"
     if not _IS_AVAILABLE:
         return f"torch {torch.__version__} has no fused CPU kernel that works as expected"
-    return refuses_bias(call)
+    return refuses_dropout(call) or refuses_bias(call)
 
 
 def forward(
@@ -37,6 +38,8 @@ def forward(
     value: Float[Tensor, "tiles heads width head_dim"],
     bias: Float[Tensor, "#tiles #heads rows width"],
     scale: float,
+    dropout: None,  # noqa: ARG001
+    is_ordinary: bool,  # noqa: ARG001
 ) -> tuple[
     Float[Tensor, "tiles heads rows head_dim"],
     Float[Tensor, "tiles heads rows"],
@@ -57,6 +60,8 @@ def backward(
     bias: Float[Tensor, "#tiles #heads rows width"],
     scale: float,
     distance: None,  # noqa: ARG001
+    dropout: None,  # noqa: ARG001
+    is_ordinary: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """As `blockwise.backward`, without the slopes."""
     op = getattr(torch.ops.aten, _BACKWARD)
@@ -79,14 +84,18 @@ def _agrees_with_plain_torch() -> bool:
     )
     bias = torch.where(index < 700, -torch.inf, -0.01 * index)
     bias = bias.as_strided((1, 1, 3, 900), (0, 0, 1, 1))
-    expected = blockwise.forward(query, key, value, bias, 0.5)
-    arguments = (query, query, key, value, *expected, bias, 0.5, None)
-    exact = (*expected, *blockwise.backward(*arguments)[:3])
+    in_its_unit = (bias * blockwise.UNIT, 0.5)
+    attended, log_total = blockwise.forward(query, key, value, *in_its_unit, None, True)
+    arguments = (query, query, key, value, attended)
+    options = (None, None, True)
+    exact = blockwise.backward(*arguments, log_total, *in_its_unit, *options)[:3]
+    log_total = log_total / blockwise.UNIT
     try:
-        found = (*forward(query, key, value, bias, 0.5), *backward(*arguments)[:3])
+        found = forward(query, key, value, bias, 0.5, None, True)
+        found = (*found, *backward(*arguments, log_total, bias, 0.5, *options)[:3])
     except (RuntimeError, TypeError):  # the arguments are others than we know
         return False
-    pairs = zip(found, exact, strict=True)
+    pairs = zip(found, (attended, log_total, *exact), strict=True)
     return all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
 
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from alibi_spec.checks import beyond_windows
+from alibi_torch.kernels.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Call:
     segment_ids: Integer[Tensor, "batch key_len"] | None
     tolerance: str | float
     distance: str
-    dropout: float
-    dropout_rng: torch.Generator | None
+    dropout: Dropout | None
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,13 @@ class Kernel:
 
 
 def refuses_bias(call: Call) -> str | None:
-    """The reason why a kernel that knows only -m |i - j| and no dropout cannot compute a call."""
-    if call.dropout > 0:
-        return "it has no dropout"
+    """The reason why a kernel that knows only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
+
+
+def refuses_dropout(call: Call) -> str | None:
+    """The reason why a kernel without dropout cannot compute a call."""
+    return None if call.dropout is None else "it has no dropout"
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:

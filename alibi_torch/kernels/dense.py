@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels.finite import finite_or_zero, is_broken
 
 
 def biased_logits(
@@ -30,7 +31,10 @@ def biased_logits(
 ) -> Float[Tensor, "batch heads query_len key_len"]:
     """scale · q·k + bias, -inf where a query may not see a key (SPEC.md §3)."""
     visible = _visible_keys(query, key, causal, attention_mask, segment_ids)
-    logits = _logits(query, key, slopes, scale, attention_mask, distance)
+    arrays = (finite_or_zero(query), finite_or_zero(key))  # 0 times infinity would reach gradients
+    logits = _logits(*arrays, slopes, scale, attention_mask, distance)
+    key_is_broken = is_broken(_shared_heads(key, query.shape[1]))
+    logits = logits.masked_fill(is_broken(query)[..., None] | key_is_broken[:, :, None], math.nan)
     return torch.where(visible, logits, -math.inf)
 
 
@@ -48,10 +52,9 @@ def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     no_key = ~visible.any(dim=-1, keepdim=True)
     logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
     probabilities = torch.softmax(torch.where(visible | no_key, logits, -math.inf), dim=-1)
-    if call.dropout > 0:
-        keep = torch.empty_like(probabilities)
-        keep = keep.bernoulli_(1 - call.dropout, generator=call.dropout_rng)
-        probabilities = probabilities * keep / (1 - call.dropout)
+    if call.dropout is not None:
+        scaled = probabilities / (1 - call.dropout.rate)
+        probabilities = torch.where(call.dropout.kept() == 1, scaled, 0.0)
     with _without_autocast(query.device):
         value = _shared_heads(value, query.shape[1])
         attended = torch.matmul(probabilities.to(value.dtype), value)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from alibi_torch.kernels.call import Call, refuses_bias
+from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
@@ -30,7 +30,7 @@ def refuses(call: Call) -> str | None:
         return f"it needs one width up to {_LARGEST_HEAD} for queries, keys and values"
     if call.slopes.requires_grad and torch.is_grad_enabled():
         return "it has no gradient for the slopes"
-    return refuses_bias(call)
+    return refuses_dropout(call) or refuses_bias(call)
 
 
 def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:

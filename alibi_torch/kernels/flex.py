@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from alibi_spec.windows import BLOCK_SIZE
-from alibi_torch.kernels.call import Call, refuses_bias
+from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
 from alibi_torch.kernels.windows import attention_plan
 
 
@@ -30,7 +30,7 @@ def refuses(call: Call) -> str | None:
         return "FlexAttention has no float64"
     if call.slopes.requires_grad and torch.is_grad_enabled():
         return "its gradient of the slopes is a sum in no fixed order"
-    return refuses_bias(call)
+    return refuses_dropout(call) or refuses_bias(call)
 
 
 def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:

@@ -8,15 +8,18 @@ every tile again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int32, Integer
 from torch import Tensor
 
 from alibi_spec.windows import BLOCK_SIZE, tolerance_of
 from alibi_torch.kernels import aten_flash, blockwise
 from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.dropout import Dropout
+from alibi_torch.kernels.finite import are_ordinary, broken_rows, cleaned
 from alibi_torch.kernels.runs import (
     Run,
     add_key_tiles,
@@ -31,6 +34,9 @@ from alibi_torch.kernels.runs import (
 )
 from alibi_torch.kernels.workers import Results, with_workers
 
+# What is held of every pair of a tile at once with dropout, so that runs are shorter and stay in
+# the cache.
+_PASSES = 4
 TILES = {"aten_flash": aten_flash, "blockwise": blockwise}
 
 
@@ -39,11 +45,13 @@ def attention(call: Call, tiles: str) -> Float[Tensor, "batch heads query_len va
     attended, _, _ = _Attend.apply(
         *(call.query, call.key, call.value, call.slopes),
         *(call.attention_mask, call.segment_ids),
+        *((None, None) if call.dropout is None else call.dropout[1:]),
         call.causal,
         call.scale,
         tolerance_of(call.tolerance, str(call.query.dtype).removeprefix("torch.")),
         tiles,
         BLOCK_SIZE,
+        0.0 if call.dropout is None else call.dropout.rate,
     )
     return attended
 
@@ -52,8 +60,8 @@ def attention(call: Call, tiles: str) -> Float[Tensor, "batch heads query_len va
     "alibi_torch::attend",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor value, Tensor slopes, Tensor? attention_mask, "
-    "Tensor? segment_ids, bool causal, float scale, float tolerance, str tiles, int block_size) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes, bool causal, float scale, "
+    "float tolerance, str tiles, int block_size, float dropout) -> (Tensor, Tensor, Tensor)",
 )
 def _attend(
     query: Float[Tensor, "batch heads query_len head_dim"],
@@ -62,17 +70,25 @@ def _attend(
     slopes: Float[Tensor, " heads"],
     attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
     segment_ids: Integer[Tensor, "batch key_len"] | None,
+    query_hashes: Int32[Tensor, "batch heads query_len"] | None,
+    key_hashes: Int32[Tensor, " key_len"] | None,
     causal: bool,
     scale: float,
     tolerance: float,
     tiles: str,
     block_size: int,
+    dropout: float,
 ) -> tuple[
     Float[Tensor, "batch heads query_len value_dim"],
     Float[Tensor, "batch heads query_len"],
     Integer[Tensor, "2 heads query_blocks"],
 ]:
     """Attended values; the logarithm of each softmax's denominator; the windows."""
+    is_ordinary, broken = are_ordinary(query, key, value), None
+    if not is_ordinary:
+        tiles = "blockwise"
+        broken = broken_rows(query, key, value, causal, attention_mask, segment_ids)
+        query, key, value = cleaned(query, key, value, attention_mask)
     key, value = _with_dense_rows(key), _with_dense_rows(value)
 
     def compute(results: Results) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,9 +99,11 @@ def _attend(
             tolerance=tolerance,
             block_size=block_size,
         )
-        bias = _Bias(query, key, slopes, attention_mask, segment_ids, causal)
-        runs, rows = _runs(windows, query, key, block_size)
+        masks = (attention_mask, segment_ids)
+        bias = _Bias(query, key, slopes, *masks, causal, TILES[tiles].UNIT)
+        runs, rows = _runs(windows, query, key, block_size, dropout)
         upended, group = reverse_rows(query, rows), query.shape[1] // key.shape[1]
+        hashes = None if query_hashes is None else reverse_rows(query_hashes, rows)
         attended = value.new_zeros((*query.shape[:3], value.shape[3]))
         log_totals = slopes.new_zeros(query.shape[:3], dtype=bias.dtype)
 
@@ -98,6 +116,8 @@ def _attend(
                 key_tiles(value, run, sequences, group),
                 tile_bias,
                 scale,
+                _dropout(dropout, hashes, key_hashes, run, sequences),
+                is_ordinary,
             )
             if is_empty is not None:
                 tile = tile.masked_fill(is_empty, 0.0)
@@ -106,7 +126,10 @@ def _attend(
 
         for _ in results(compute_run, runs):
             pass  # every run writes its own rows
-        return reverse_rows(attended, rows), reverse_rows(log_totals, rows), windows
+        attended, log_totals = reverse_rows(attended, rows), reverse_rows(log_totals, rows)
+        if broken is not None:
+            attended = attended.masked_fill(broken, math.nan)
+        return attended, log_totals, windows
 
     return with_workers(query.device, compute)
 
@@ -115,8 +138,9 @@ def _attend(
     "alibi_torch::attend_backward",
     mutates_args=(),
     schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor slopes, "
-    "Tensor? attention_mask, Tensor? segment_ids, Tensor attended, Tensor log_totals, "
-    "Tensor windows, bool causal, float scale, str tiles, int block_size, bool needs_slopes) "
+    "Tensor? attention_mask, Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes, "
+    "Tensor attended, Tensor log_totals, Tensor windows, bool causal, float scale, str tiles, "
+    "int block_size, float dropout, bool needs_slopes) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
@@ -127,6 +151,8 @@ def _attend_backward(
     slopes: Float[Tensor, " heads"],
     attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
     segment_ids: Integer[Tensor, "batch key_len"] | None,
+    query_hashes: Int32[Tensor, "batch heads query_len"] | None,
+    key_hashes: Int32[Tensor, " key_len"] | None,
     attended: Float[Tensor, "batch heads query_len value_dim"],
     log_totals: Float[Tensor, "batch heads query_len"],
     windows: Integer[Tensor, "2 heads query_blocks"],
@@ -134,6 +160,7 @@ def _attend_backward(
     scale: float,
     tiles: str,
     block_size: int,
+    dropout: float,
     needs_slopes: bool,
 ) -> tuple[
     Float[Tensor, "batch heads query_len head_dim"],
@@ -142,11 +169,19 @@ def _attend_backward(
     Float[Tensor, " heads"],
 ]:
     """Gradients of query, key, value and slopes; zeros for slopes that need none."""
+    is_ordinary = are_ordinary(query, key, value)  # as in the forward pass
+    if not is_ordinary:
+        tiles = "blockwise"
+        broken = broken_rows(query, key, value, causal, attention_mask, segment_ids)
+        query, key, value = cleaned(query, key, value, attention_mask)
+        gradient, attended = gradient.masked_fill(broken, 0.0), attended.masked_fill(broken, 0.0)
     key, value = _with_dense_rows(key), _with_dense_rows(value)
 
     def compute(results: Results) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        bias = _Bias(query, key, slopes, attention_mask, segment_ids, causal)
-        runs, rows = _runs(windows, query, key, block_size)
+        masks = (attention_mask, segment_ids)
+        bias = _Bias(query, key, slopes, *masks, causal, TILES[tiles].UNIT)
+        runs, rows = _runs(windows, query, key, block_size, dropout)
+        hashes = None if query_hashes is None else reverse_rows(query_hashes, rows)
         upended = [reverse_rows(x, rows) for x in (gradient, query, attended, log_totals)]
         group = query.shape[1] // key.shape[1]
 
@@ -165,6 +200,8 @@ def _attend_backward(
                 tile_bias,
                 scale,
                 bias.distance(run) if needs_slopes else None,
+                _dropout(dropout, hashes, key_hashes, run, sequences),
+                is_ordinary,
             )
 
         of_query = torch.zeros_like(upended[1])
@@ -188,13 +225,14 @@ def _runs(
     query: Float[Tensor, "batch heads query_len head_dim"],
     key: Float[Tensor, "batch kv_heads key_len head_dim"],
     block_size: int,
+    dropout: float,
 ) -> tuple[list[tuple[Run, slice]], Integer[Tensor, " all_rows"]]:
     """Every run with the sequences that it is computed for at once; the order of the rows."""
     batch, heads, query_len, head_dim = query.shape
     runs = runs_of(
         *(windows, query_len, key.shape[2], block_size),
         group=heads // key.shape[1],
-        key_elements=batch * max(head_dim, block_size),
+        key_elements=batch * max(head_dim, block_size) * (_PASSES if dropout > 0 else 1),
     )
     all_at_once, one_by_one = [slice(0, batch)], [slice(b, b + 1) for b in range(batch)]
     pairs = [
@@ -203,13 +241,28 @@ def _runs(
     return pairs, reversed_rows(runs, heads, query_len, query.device)
 
 
+def _dropout(
+    rate: float,
+    hashes: Int32[Tensor, "batch heads query_len"] | None,
+    key_hashes: Int32[Tensor, " key_len"] | None,
+    run: Run,
+    sequences: slice,
+) -> Dropout | None:
+    """The dropout of a run's tiles, whose rows are in reverse order, as those of `hashes`."""
+    if hashes is None or key_hashes is None:
+        return None
+    run, of_query = run._replace(heads=slice(0, 1)), query_tiles(hashes, run, sequences)
+    of_key = key_tiles(key_hashes[None, None], run, slice(0, 1), 1)
+    return Dropout(rate, of_query, of_key)
+
+
 def _with_dense_rows(x: Tensor) -> Tensor:
     # ATen's kernel takes any strides but that of the last axis, which it does not look at.
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Bias:
-    """-m |i - j| for tiles, -inf where a query may not see a key."""
+    """-m |i - j| times a unit, for tiles; -inf where a query may not see a key."""
 
     def __init__(
         self,
@@ -219,9 +272,10 @@ class _Bias:
         attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
         segment_ids: Integer[Tensor, "batch key_len"] | None,
         causal: bool,
+        unit: float,
     ) -> None:
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self._slopes = slopes.to(self.dtype)[:, None]
+        self._slopes = unit * slopes.double()[:, None]
         self._offset = key.shape[2] - query.shape[2]
         self._causal = causal
         self._visible = None if attention_mask is None else attention_mask.to(torch.bool)
@@ -241,7 +295,7 @@ class _Bias:
     ]:
         """The bias, and which queries see no key: these see all of their tile instead."""
         apart = distances(run, self._offset, self._slopes.device)
-        penalty = -self._slopes[run.heads] * apart.abs()
+        penalty = (-self._slopes[run.heads] * apart.abs()).to(self.dtype)  # rounded once
         if self._causal:
             penalty = penalty.masked_fill(apart < 0, -torch.inf)
         bias = on_diagonals(penalty, run)
@@ -288,7 +342,7 @@ def _shapes(
     query: Tensor, _key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, query_len, _ = query.shape
-    dtype, block_size = torch.promote_types(query.dtype, torch.float32), options[-1]
+    dtype, block_size = torch.promote_types(query.dtype, torch.float32), options[-2]
     return (
         value.new_empty((batch, heads, query_len, value.shape[3])),
         query.new_empty((batch, heads, query_len), dtype=dtype),
@@ -326,18 +380,18 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.causal, ctx.scale, _, ctx.tiles, ctx.block_size = inputs
+        *tensors, ctx.causal, ctx.scale, _, ctx.tiles, ctx.block_size, ctx.dropout = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
         needs_slopes = ctx.needs_input_grad[3]
-        options = (ctx.causal, ctx.scale, ctx.tiles, ctx.block_size, needs_slopes)
+        options = (ctx.causal, ctx.scale, ctx.tiles, ctx.block_size, ctx.dropout, needs_slopes)
         # The compiler cannot follow one Function inside another, but needs none of what it adds.
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
         *gradients, of_slopes = differentiate(output_gradients[0], *ctx.saved_tensors, *options)
-        return *gradients, of_slopes if needs_slopes else None, *[None] * 7
+        return *gradients, of_slopes if needs_slopes else None, *[None] * 10
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

@@ -1,0 +1,132 @@
+"""Numbers that are not finite: what a query may not see cannot change its result (SPEC.md §4.2).
+
+0 times such a number is NaN, in results and in all gradients. So they become 0 before anything is
+computed, and the rows that see one become NaN after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from alibi_torch.kernels.call import Call
+
+
+def guarded(
+    attend: Callable[[Call], Float[Tensor, "batch heads query_len value_dim"]],
+) -> Callable[[Call], Float[Tensor, "batch heads query_len value_dim"]]:
+    """A kernel that multiplies what is hidden by 0, made right for any numbers."""
+
+    def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
+        arrays = (call.query, call.key, call.value)
+        if has_values_on_host(*arrays) and are_ordinary(*arrays):
+            return attend(call)
+        broken = broken_rows(*arrays, call.causal, call.attention_mask, call.segment_ids)
+        query, key, value = cleaned(*arrays, call.attention_mask)
+        attended = attend(dataclasses.replace(call, query=query, key=key, value=value))
+        return attended.masked_fill(broken, math.nan)
+
+    return attention
+
+
+def are_ordinary(*arrays: Tensor) -> bool:
+    """Whether no product or sum of these numbers can be too large: this looks at the data."""
+    dtype = torch.promote_types(arrays[0].dtype, torch.float32)
+    limit = 2.0**400 if dtype == torch.float64 else 2.0**50
+    norms = (float(torch.linalg.vector_norm(x.detach(), dtype=dtype)) for x in arrays)
+    return all(norm < limit for norm in norms)
+
+
+def has_values_on_host(*arrays: Tensor) -> bool:
+    """Whether the data of all can be looked at, and without waiting for a device."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        type(x) in (Tensor, torch.nn.Parameter)  # no fake tensor
+        and x.device.type == "cpu"
+        and not is_functorch_wrapped_tensor(x)
+        for x in arrays
+    )
+
+
+def cleaned(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    value: Float[Tensor, "batch kv_heads key_len value_dim"],
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same arrays, 0 where a number is not finite, and all 0 where the mask hides a key."""
+    query, key, value = (finite_or_zero(x) for x in (query, key, value))
+    if attention_mask is None:
+        return query, key, value
+    hidden = ~_shown(key, attention_mask)[..., None]
+    return query, key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+
+
+def finite_or_zero(x: Tensor) -> Tensor:
+    """The same numbers, 0 where one is not finite."""
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def is_broken(x: Float[Tensor, "batch heads seq width"]) -> Bool[Tensor, "batch heads seq"]:
+    """Which positions hold a number that is not finite."""
+    return ~x.isfinite().all(dim=-1)
+
+
+def broken_rows(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    value: Float[Tensor, "batch kv_heads key_len value_dim"],
+    causal: bool,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None,
+) -> Bool[Tensor, "batch heads query_len 1"]:
+    """Which queries see a number that is not finite: in a key or its value, or in themselves.
+
+    A query that sees no key is none of them.
+    """
+    shown = _shown(key, attention_mask)
+    key_is_broken = is_broken(key) | is_broken(value)
+    sees_broken = _counted(key_is_broken & shown, causal, segment_ids) > 0
+    sees_any = _counted(shown, causal, segment_ids) > 0
+    group, query_len = query.shape[1] // key.shape[1], query.shape[2]
+    sees_broken, sees_any = (
+        each[:, :, key.shape[2] - query_len :].repeat_interleave(group, dim=1)
+        for each in (sees_broken, sees_any)
+    )
+    return (sees_broken | (is_broken(query) & sees_any))[..., None]
+
+
+def _shown(
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+) -> Bool[Tensor, "batch 1 key_len"]:
+    if attention_mask is None:
+        return torch.ones_like(key[:, :1, :, 0], dtype=torch.bool)
+    return attention_mask.to(torch.bool)[:, None]
+
+
+def _counted(
+    marks: Bool[Tensor, "batch heads key_len"],
+    causal: bool,
+    segment_ids: Integer[Tensor, "batch key_len"] | None,
+) -> Integer[Tensor, "batch heads key_len"]:
+    """How many of the marked keys a query at each position sees."""
+    if segment_ids is None:
+        return marks.cumsum(-1) if causal else marks.sum(-1, keepdim=True).expand(marks.shape)
+    segments, order = segment_ids.sort(dim=-1, stable=True)
+    order, segments = order[:, None].expand(marks.shape), segments.contiguous()
+    first = torch.searchsorted(segments, segments)
+    last = torch.searchsorted(segments, segments, right=True)
+    if causal:
+        last = torch.arange(1, marks.shape[2] + 1, device=marks.device).expand(first.shape)
+    before = torch.nn.functional.pad(marks.gather(-1, order).cumsum(-1), (1, 0))
+    first, last = (index[:, None].expand(marks.shape) for index in (first, last))
+    counts = before.gather(-1, last) - before.gather(-1, first)
+    return torch.zeros_like(counts).scatter(-1, order, counts)
