@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-Arrays = Mapping[str, Array]
+Arrays = dict[str, Any]  # arrays by name
 
 
 def divided(
@@ -72,7 +72,7 @@ def divided(
         return specs(mesh, shapes)[1]
 
     rule, whole, factor_sizes = _sharding_rule(axes, axes_of_results, kv_heads, group)
-    partitioned = custom_partitioning(local)
+    partitioned: Any = custom_partitioning(local)
     partitioned.def_partition(
         partition,
         infer_sharding_from_operands=inferred,
@@ -133,7 +133,8 @@ def varying(x: Array, axes: frozenset[str]) -> Array:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)  # before JAX 0.8.2
+    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009, before JAX 0.8.2
+    return pvary(x, missing)
 
 
 def shape_of(x: Any, axes: frozenset[str]) -> jax.ShapeDtypeStruct:

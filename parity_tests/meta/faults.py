@@ -476,8 +476,8 @@ FAULTS = (
     Mutant(
         "a Flax model that forgets its tokenizer and ids",
         "alibi_flax/checkpoint.py",
-        ", origin=origin_of(checkpoint)",
-        "",
+        "origin=origin_of(checkpoint)",
+        "origin=None",
         "test_pretrained.py -k along",
     ),
     Mutant(
@@ -790,9 +790,9 @@ FAULTS = (
     ),
     Mutant(
         "dropout left out in silence",
-        "alibi_spec/checks.py",
-        "if dropout > 0:",
-        "if dropout > 1:",
-        "test_flax_kernels.py -k 'auto or refusals'",
+        "alibi_torch/kernels/call.py",
+        'return None if call.dropout is None else "it has no dropout"',
+        "return None",
+        "test_torch_kernels.py -k unbiased",
     ),
 )
