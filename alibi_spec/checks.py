@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from alibi_spec.bias import DISTANCES
 
@@ -130,6 +130,19 @@ def check_attention(
         raise ValueError(f"distance={distance!r} is not valid; expected one of {DISTANCES}")
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale={scale!r} is not valid; expected None or a number above 0")
+
+
+def check_devices(devices: Mapping[str, str]) -> None:
+    """Raise ValueError unless all arrays of one attention call, by name, are on one device."""
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"the arrays of a call are on several devices: {places}; move all to one")
+
+
+def check_slopes(are_finite: bool) -> None:
+    """Raise ValueError unless the slopes are finite."""
+    if not are_finite:
+        raise ValueError("slopes hold a number that is not finite; expected finite slopes")
 
 
 def check_attention_options(

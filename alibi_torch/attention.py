@@ -12,13 +12,16 @@ from alibi_spec.checks import (
     check_attention,
     check_attention_options,
     check_block_size,
+    check_devices,
     check_mask,
+    check_slopes,
     warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
 from alibi_torch.kernels.call import Call, default_scale
 from alibi_torch.kernels.dropout import drawn_dropout
+from alibi_torch.kernels.finite import has_values_on_host
 from alibi_torch.kernels.windows import AttentionPlan
 
 
@@ -46,13 +49,13 @@ def attention(
     Args:
         query, key, value: of one dtype: float16, bfloat16, float32 or float64. Each head of key
             and value serves heads / kv_heads consecutive heads of query.
-        slopes: m for each head, float32.
+        slopes: m for each head, float32; finite.
         causal: queries see no later keys.
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of attention mass per row that an implementation may drop; "dense" drops
-            none.
+        tolerance: share of attention mass per row that an implementation may drop; "dtype" is half
+            an ulp of the dtype, 0 drops none, and implementation="dense" never drops.
         implementation: "auto" or one of `attention_implementations()`.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
@@ -65,8 +68,9 @@ def attention(
         float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown option, or an implementation that cannot
-            compute this call, with the reason.
+        ValueError: shapes that do not fit, arrays on several devices, slopes that are not finite
+            (on the CPU), an unknown option, or an implementation that cannot compute this call,
+            with the reason.
     """
     _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
@@ -192,6 +196,11 @@ def _check_call(
         distance,
         scale,
     )
+    named = {"query": query, "key": key, "value": value, "slopes": slopes}
+    named |= {"attention_mask": attention_mask, "segment_ids": segment_ids}
+    check_devices({name: str(x.device) for name, x in named.items() if x is not None})
+    if has_values_on_host(slopes):
+        check_slopes(bool(slopes.isfinite().all()))
     for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if mask is not None:
             is_integer = not mask.is_floating_point()

@@ -14,6 +14,7 @@ from alibi_convert.tensors import as_numpy, as_torch
 from alibi_spec import visible_keys
 from alibi_spec.budgets import BUDGETS
 from alibi_spec.dropout import is_kept, key_hashes, query_hashes
+from alibi_torch.attention import attention_plan
 from alibi_torch.kernels import KERNELS, aten_flash, windowed
 from alibi_torch.kernels.dropout import drawn_dropout
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
@@ -195,6 +196,34 @@ def test_nor_where_data_cannot_be_looked_at(implementation: str) -> None:
     options = {"implementation": implementation, **masks_of("segments", 90)}
     compiled = torch.compile(alibi_torch.attention, fullgraph=True, backend="aot_eager")
     _assert_seen_alone(compiled, np.nan, options)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ["dense", "aten_flash", "blockwise"])
+def test_large_logits(implementation: str) -> None:
+    """Past what float16 holds they are right; past what float32 holds, empty rows still are."""
+    arrays = {name: 40 * each.half() for name, each in draw(150, 150, dtype="float32").items()}
+    wide, slopes = {name: each.double() for name, each in arrays.items()}, -6 * slopes_of()
+    options = {"scale": 30.0, **masks_of("mask", 150)}
+    exact = with_gradients(wide, slopes.double(), implementation="dense", **options)
+    found = with_gradients(arrays, slopes, implementation=implementation, **options)
+    found = {name: found[name].astype(np.float64) for name in ("attended", *arrays)}
+    exact = {name: exact[name] for name in found}
+    assert_gradients_within(found, exact, BUDGETS["bfloat16", "cpu"].gradient, "beyond float16")
+    options["scale"] = 1e36
+    found = with_gradients(arrays, slopes, implementation=implementation, **options)
+    for name in ("attended", "query"):
+        empty = found[name][0, :, :50]
+        assert_bitwise(np.abs(empty), np.zeros_like(empty), f"{name} of empty rows")
+
+
+def test_slopes_that_are_not_finite_are_refused() -> None:
+    arrays = draw(3, 3)
+    for number in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="slopes hold a number that is not finite"):
+            alibi_torch.attention(**arrays, slopes=slopes_of() * number)
+        with pytest.raises(ValueError, match="slopes hold a number that is not finite"):
+            attention_plan(arrays["query"], arrays["key"], slopes_of() * number)
 
 
 def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -> None:

@@ -107,6 +107,21 @@ def test_shapes_alone_on_the_meta_device() -> None:
     assert attended.device.type == "meta"
 
 
+@pytest.mark.parametrize("name", ["key", "slopes", "attention_mask", "segment_ids"])
+def test_arrays_on_two_devices_are_refused(name: str) -> None:
+    """They gave memory that nobody had written."""
+    ids = {
+        each: torch.ones(2, 300, dtype=torch.int64) for each in ("attention_mask", "segment_ids")
+    }
+    arrays = {**draw(300, 300), "slopes": slopes_of(), **ids}
+    arrays[name] = arrays[name].to("meta")
+    with pytest.raises(ValueError, match=f"several devices: query on cpu, .*{name} on meta"):
+        alibi_torch.attention(**arrays)
+    del arrays["value"]
+    with pytest.raises(ValueError, match=f"several devices: query on cpu, .*{name} on meta"):
+        alibi_torch.biased_logits(**arrays)
+
+
 @each_fused
 def test_strides_do_not_matter(implementation: str) -> None:
     """Heads split by a view, as in the model; and columns that are not adjacent."""

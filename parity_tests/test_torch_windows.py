@@ -79,11 +79,7 @@ def test_no_certificate_means_everything() -> None:
     query, key, _ = draw(130, 130).values()
     spoiled = key.clone()
     spoiled[:, :, 0] = torch.nan
-    for slopes, keys in (
-        (-slopes_of(), key),
-        (slopes_of() * torch.nan, key),
-        (slopes_of(), spoiled),
-    ):
+    for slopes, keys in ((-slopes_of(), key), (slopes_of(), spoiled)):
         assert (attention_plan(query, keys, slopes).share == 1).all()
 
 

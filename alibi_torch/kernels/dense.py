@@ -47,11 +47,12 @@ def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
     query, key, value, attention_mask = call.query, call.key, call.value, call.attention_mask
     visible = _visible_keys(query, key, call.causal, attention_mask, call.segment_ids)
-    # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
-    # end, because softmax of -inf alone is NaN, in gradients too.
+    # A query that sees no key gives zeros. It attends to all keys alike at first and is cleared at
+    # the end, because softmax of -inf alone is NaN, in gradients too.
     no_key = ~visible.any(dim=-1, keepdim=True)
     logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
-    probabilities = torch.softmax(torch.where(visible | no_key, logits, -math.inf), dim=-1)
+    hidden = torch.where(no_key, 0.0, -math.inf).to(logits.dtype)
+    probabilities = torch.softmax(torch.where(visible, logits, hidden), dim=-1)
     if call.dropout is not None:
         scaled = probabilities / (1 - call.dropout.rate)
         probabilities = torch.where(call.dropout.kept() == 1, scaled, 0.0)

@@ -111,7 +111,7 @@ def _attend(
             run, sequences = part
             tile_bias, is_empty = bias.of(run, sequences)
             tile, log_total = TILES[tiles].forward(
-                query_tiles(upended, run, sequences),
+                _cleared(query_tiles(upended, run, sequences), is_empty),
                 key_tiles(key, run, sequences, group),
                 key_tiles(value, run, sequences, group),
                 tile_bias,
@@ -119,9 +119,7 @@ def _attend(
                 _dropout(dropout, hashes, key_hashes, run, sequences),
                 is_ordinary,
             )
-            if is_empty is not None:
-                tile = tile.masked_fill(is_empty, 0.0)
-            query_tiles(attended, run, sequences).copy_(tile)
+            query_tiles(attended, run, sequences).copy_(_cleared(tile, is_empty))
             query_tiles(log_totals, run, sequences).copy_(log_total)
 
         for _ in results(compute_run, runs):
@@ -190,13 +188,13 @@ def _attend_backward(
         ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
             run, sequences = part
             tile_bias, is_empty = bias.of(run, sequences)
-            cotangent, *tile = (query_tiles(x, run, sequences) for x in upended)
+            cotangent, tile_query, *tile = (query_tiles(x, run, sequences) for x in upended)
             return TILES[tiles].backward(
-                cotangent if is_empty is None else cotangent.masked_fill(is_empty, 0.0),
-                tile[0],
+                _cleared(cotangent, is_empty),
+                _cleared(tile_query, is_empty),
                 key_tiles(key, run, sequences, group),
                 key_tiles(value, run, sequences, group),
-                *tile[1:],
+                *tile,
                 tile_bias,
                 scale,
                 bias.distance(run) if needs_slopes else None,
@@ -254,6 +252,13 @@ def _dropout(
     run, of_query = run._replace(heads=slice(0, 1)), query_tiles(hashes, run, sequences)
     of_key = key_tiles(key_hashes[None, None], run, slice(0, 1), 1)
     return Dropout(rate, of_query, of_key)
+
+
+def _cleared(
+    x: Float[Tensor, "tiles heads rows width"], is_empty: Bool[Tensor, "tiles 1 rows 1"] | None
+) -> Float[Tensor, "tiles heads rows width"]:
+    """0 where a query sees no key, so that nothing can overflow there."""
+    return x if is_empty is None else x.masked_fill(is_empty, 0.0)
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

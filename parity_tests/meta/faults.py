@@ -607,6 +607,20 @@ FAULTS = (
         "test_torch_kernels.py -k looked",
     ),
     Mutant(
+        "torch does not ask where arrays are",
+        "alibi_torch/attention.py",
+        "    check_devices({name: str(x.device) for name, x in named.items() if x is not None})\n",
+        "",
+        "test_torch_transforms.py -k two_devices",
+    ),
+    Mutant(
+        "logits of empty rows overflow",
+        "alibi_torch/kernels/dense.py",
+        "torch.where(visible, logits, hidden)",
+        "torch.where(visible | no_key, logits, hidden)",
+        "test_torch_kernels.py -k large_logits",
+    ),
+    Mutant(
         "dropout: the sign shifted into torch's hash",
         "alibi_torch/kernels/dropout.py",
         "    shifted &= 2 ** (32 - bits) - 1\n",
