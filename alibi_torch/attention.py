@@ -161,6 +161,8 @@ def attention_plan(
 
 def _chosen(call: Call, implementation: str) -> str:
     """The implementation that is named, or for "auto" the first that pays and does not refuse."""
+    if 0 in call.query.shape[:3]:  # there is nothing to compute, and no block to cut it into
+        return "dense"
     if implementation == "auto":
         if call.query.shape[2] * call.key.shape[2] < DENSE_PAYS_BELOW:
             return "dense"

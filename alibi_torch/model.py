@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table, slopes
 from alibi_spec.bias import interpolation
@@ -41,6 +40,7 @@ from alibi_torch.attention import (
     biased_logits,
 )
 from alibi_torch.checkpoint import PretrainedModule
+from alibi_torch.kernels.finite import has_values_on_host
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
 
@@ -474,15 +474,9 @@ def checked_tokens(
     check_array("tokens", tokens, (Tensor,), "a torch.Tensor of token ids")
     check_tokens(tokens.shape, not tokens.is_floating_point() and tokens.dtype != torch.bool)
     tokens = tokens.long()
-    if _has_values_on_host(tokens) and tokens.numel():
+    if has_values_on_host(tokens) and tokens.numel():
         check_token_range(int(tokens.min()), int(tokens.max()), vocab_size, what)
     return tokens
-
-
-def _has_values_on_host(tokens: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(tokens) is not Tensor:  # fake tensors, for one
-        return False
-    return tokens.device.type == "cpu" and not is_functorch_wrapped_tensor(tokens)  # under vmap
 
 
 def _placed_like(parameter: Tensor, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, model_slopes
 from alibi_torch import ALiBiTransformer
 from benchmarks.compare import goals, write
 from benchmarks.memory import peak_of_process, print_peak
@@ -47,17 +47,18 @@ class SeedAttention(nn.Module):
         super().__init__()
         self.heads, self.scale = config.num_heads, math.sqrt(config.d_model)
         self.kqv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.register_buffer("slopes", torch.from_numpy(model_slopes(config)[0]))
         position = torch.arange(seq)
         self.register_buffer("distance", (position[None, :] - position[:, None]).float())
         self.register_buffer("mask", torch.ones(seq, seq).tril())
 
-    def forward(self, x: Tensor, slopes: Tensor, _mask: None = None) -> Tensor:
+    def forward(self, x: Tensor, _slope_factor: float = 1.0, _mask: None = None) -> Tensor:
         """[batch, seq, d_model], before and after."""
         key, query, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in self.kqv(x).chunk(3, dim=-1)
         )
-        score = query @ key.mT / self.scale + slopes[:, None, None] * self.distance
+        score = query @ key.mT / self.scale + self.slopes[:, None, None] * self.distance
         score = score.masked_fill(self.mask == 0, -torch.inf)
         return (score.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
 

@@ -229,6 +229,13 @@ def test_gradients_of_empty_rows_are_finite() -> None:
 
 
 @each_backend
+@pytest.mark.parametrize(("batch", "query_len"), [(0, 600), (BATCH, 0)])
+def test_nothing_to_compute(attention: Attention, batch: int, query_len: int) -> None:
+    query, key = np.zeros((batch, HEADS, query_len, 4)), np.zeros((batch, HEADS, 600, 4))
+    assert attention(query, key, key, SLOPES).shape == query.shape
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_dtypes_follow_the_values(attention: Attention, dtype: str) -> None:
     query, key, value = _draw(4, dtype)
