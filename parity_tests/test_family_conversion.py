@@ -270,7 +270,7 @@ def test_a_config_json_of_a_family_for_files_without(
         for name, array in expected.tensors.items():
             assert_bitwise(found.tensors[name], array, name)
         config = str(source / "config.json")
-        arguments = [str(path), str(path.with_suffix("")), "--config", config, "--no-verify"]
+        arguments = [str(path), str(path.with_suffix("")), "--config", config, "--verify", "none"]
         assert main(["convert", *arguments]) == 0
         model = alibi_torch.ALiBiLM.from_pretrained(path, config=values)
         assert model.config == alibi_flax.from_pretrained(path, config=values)[0].config
@@ -279,7 +279,7 @@ def test_a_config_json_of_a_family_for_files_without(
         open_checkpoint(source, config=values | {"layer_norm_epsilon": 0.1})
     with pytest.raises(CheckpointError, match=r"given is of no known family \(model_type 'gpt2'"):
         open_checkpoint(ours, config={"model_type": "gpt2"})
-    convert(tmp_path / "theirs", tmp_path / "back", to="bloom", verify=False)
+    convert(tmp_path / "theirs", tmp_path / "back", to="bloom", verify="none")
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["eos_token_id"] == IDS["eos_token_id"]
     capsys.readouterr()

@@ -377,7 +377,9 @@ def check_other(
                 assert_bitwise(tensors[key], as_numpy(tensor), key)
 
 
-@hypothesis.settings(deadline=None, max_examples=200)
+# The event loops of orbax's failed reads are cleared away late, and say so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@hypothesis.settings(deadline=None, max_examples=100)
 @hypothesis.given(OTHER_DAMAGES)
 def test_damage_in_other_formats(case: Any) -> None:
     check_other(*case)
@@ -385,6 +387,7 @@ def test_damage_in_other_formats(case: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @hypothesis.settings(deadline=None, max_examples=10_000)
 @hypothesis.given(OTHER_DAMAGES)
 def test_much_damage_in_other_formats(case: Any) -> None:

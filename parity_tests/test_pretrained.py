@@ -136,7 +136,7 @@ def test_what_a_model_had_comes_along(tmp_path: Path, backend: str) -> None:
     ):
         assert (tmp_path / "twice" / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / "twice" / "README.md").exists()
-    convert(tmp_path / "twice", tmp_path / "back", to="falcon", verify=False)
+    convert(tmp_path / "twice", tmp_path / "back", to="falcon", verify="none")
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {name: back[name] for name in IDS} == IDS
     before, after = (open_checkpoint(tmp_path / each).tensors for each in ("source", "back"))

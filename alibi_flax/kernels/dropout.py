@@ -32,7 +32,7 @@ class Dropout(NamedTuple):
 
 
 def is_kept(
-    rate: float, hashes: Int32[Array, "*shape"], others: Int32[Array, "*shape"]
+    rate: float, hashes: Int32[Array, "#*shape"], others: Int32[Array, "#*shape"]
 ) -> Bool[Array, "*shape"]:
     """Which probabilities stay, to be divided by 1 - rate, by the hashes of query and key."""
     x = jnp.bitwise_xor(hashes, others) * _signed(FACTORS[0])

@@ -103,7 +103,7 @@ def test_gradients_see_a_missing_and_a_wrong_parameter() -> None:
 def test_logits_are_not_judged_by_their_bias() -> None:
     """A q·k that is off by a percent is seen beside a bias that is a thousand times larger."""
     query, key = np.random.default_rng(0).standard_normal((2, 1, 2, 900, 4))
-    slopes = model_slopes(CONFIG) * 50
+    slopes = model_slopes(CONFIG)[0] * 50
     right = biased_logits(query, key, slopes)
     config = ALiBiConfig(d_model=8, num_heads=2, slopes=tuple(slopes.tolist()))
     name = "layers.0.biased_logits"
