@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Integer, Key
 
 from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
-from alibi_flax.kernels.call import Call, default_scale
+from alibi_flax.kernels.call import Call, default_scale, has_values_on_host
 from alibi_flax.kernels.dropout import drawn_dropout
 from alibi_flax.kernels.windows import AttentionPlan
 from alibi_spec.checks import (
@@ -17,6 +18,7 @@ from alibi_spec.checks import (
     check_attention_options,
     check_block_size,
     check_mask,
+    check_slopes,
     warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
@@ -46,7 +48,7 @@ def attention(
     Args:
         query, key, value: of one dtype: float16, bfloat16, float32 or float64. Each head of key
             and value serves heads / kv_heads consecutive heads of query.
-        slopes: m for each head, float32.
+        slopes: m for each head, float32; finite.
         causal: queries see no later keys.
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
@@ -64,8 +66,9 @@ def attention(
         float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown option, or an implementation that cannot
-            compute this call, with the reason.
+        ValueError: shapes that do not fit, slopes that are not finite (on the CPU, outside of
+            `jit`), an unknown option, or an implementation that cannot compute this call, with the
+            reason.
     """
     _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
@@ -199,6 +202,8 @@ def _check_call(
         distance,
         scale,
     )
+    if has_values_on_host(slopes):
+        check_slopes(bool(np.isfinite(slopes).all()))
     for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if mask is not None:
             is_integer = not jnp.issubdtype(mask.dtype, jnp.floating)

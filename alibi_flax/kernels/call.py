@@ -71,3 +71,14 @@ def default_scale(scale: float | None, head_dim: int) -> float:
 def wide_dtype(array: Float[Array, "..."]) -> Any:
     """Of logits, sums and norms: float64 for float64 inputs, else float32."""
     return jnp.float64 if array.dtype == jnp.float64 else jnp.float32
+
+
+def has_values_on_host(x: Array) -> bool:
+    """Whether the data can be looked at, and without waiting for a device."""
+    if not isinstance(x, Array):  # of NumPy
+        return True
+    return (
+        not isinstance(x, Tracer)
+        and x.is_fully_addressable
+        and all(device.platform == "cpu" for device in x.devices())
+    )

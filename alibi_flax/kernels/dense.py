@@ -44,11 +44,12 @@ def attention(call: Call) -> Float[Array, "batch query_len heads value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
     query, key, value, attention_mask = call.query, call.key, call.value, call.attention_mask
     visible = _visible_keys(query, key, call.causal, attention_mask, call.segment_ids)
-    # A query that sees no key gives zeros. It attends to everything at first and is cleared at the
-    # end, because softmax of -inf alone is NaN, in gradients too.
+    # A query that sees no key gives zeros. It attends to all keys alike at first and is cleared at
+    # the end, because softmax of -inf alone is NaN, in gradients too.
     no_key = ~visible.any(axis=-1, keepdims=True)
     logits = _logits(query, key, call.slopes, call.scale, attention_mask, call.distance)
-    probabilities = jax.nn.softmax(jnp.where(visible | no_key, logits, -math.inf), axis=-1)
+    hidden = jnp.where(no_key, 0.0, -math.inf).astype(logits.dtype)
+    probabilities = jax.nn.softmax(jnp.where(visible, logits, hidden), axis=-1)
     if call.dropout is not None:
         rate, hashes, of_keys = call.dropout
         kept = is_kept(rate, hashes.swapaxes(1, 2)[..., None], of_keys[None, None, None])

@@ -809,4 +809,18 @@ FAULTS = (
         "return None",
         "test_torch_kernels.py -k unbiased",
     ),
+    Mutant(
+        "the future added to the logits in JAX",
+        "alibi_flax/kernels/blockwise.py",
+        "logits = jnp.where(relative <= 0, logits, -math.inf)",
+        "logits = logits + jnp.where(relative <= 0, 0.0, -math.inf)",
+        "test_flax_kernels.py -k hidden_keys",
+    ),
+    Mutant(
+        "rows without keys that keep their logits in JAX",
+        "alibi_flax/kernels/dense.py",
+        "jnp.where(visible, logits, hidden)",
+        "jnp.where(visible | no_key, logits, -math.inf)",
+        "test_flax_kernels.py -k large_logits",
+    ),
 )
