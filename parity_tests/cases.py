@@ -14,16 +14,17 @@ BATCH, SEQ = 3, 300  # past 256, where bfloat16 stops counting
 
 _SMALL: dict[str, Any] = {"num_layers": 2, "d_model": 48, "max_len": 64, "expansion_factor": 2}
 
+# Most have the same widths and three heads: JAX compiles an operator once for each shape.
 CONFIGS: dict[str, ALiBiConfig] = {
-    "decoder": ALiBiConfig(**_SMALL, num_heads=4),
-    "encoder": ALiBiConfig(**_SMALL, num_heads=4, causal=False),
-    "lm-tied": ALiBiConfig(**_SMALL, num_heads=6, vocab_size=101),
+    "decoder": ALiBiConfig(**_SMALL, num_heads=3),
+    "encoder": ALiBiConfig(**_SMALL, num_heads=3, causal=False),
+    "lm-tied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101),
     "lm-untied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101, tie_embeddings=False),
     "odd-heads": ALiBiConfig(num_layers=2, d_model=7 * 5, num_heads=7),
     "one-head": ALiBiConfig(num_layers=1, d_model=5, num_heads=1, causal=False, bias_max=3.0),
     "bare": ALiBiConfig(
         **_SMALL,
-        num_heads=4,
+        num_heads=3,
         attention_bias=False,
         output_projection=False,
         final_norm=False,
@@ -54,14 +55,14 @@ CONFIGS: dict[str, ALiBiConfig] = {
     "gated-rms": ALiBiConfig(
         num_layers=2,
         d_model=48,
-        num_heads=4,
+        num_heads=3,
         vocab_size=101,
         tie_embeddings=False,
         norm="rms",
         norm_bias=False,
         gated_ffn=True,
         activation="silu",
-        feed_forward_dim=67,
+        feed_forward_dim=96,
         embedding_scale=3.0,
         slope_interpolation=130,
     ),
@@ -79,7 +80,7 @@ CONFIGS: dict[str, ALiBiConfig] = {
     ),
     "headless": ALiBiConfig(
         **_SMALL,
-        num_heads=4,
+        num_heads=3,
         causal=False,
         vocab_size=101,
         head="none",
@@ -90,13 +91,13 @@ CONFIGS: dict[str, ALiBiConfig] = {
         type_vocab_size=3,
     ),
     "adaptive": ALiBiConfig(
-        **_SMALL, num_heads=4, vocab_size=101, tie_embeddings=False, adaptive_cutoffs=(20, 60)
+        **_SMALL, num_heads=3, vocab_size=101, tie_embeddings=False, adaptive_cutoffs=(20, 60)
     ),
     "learned-slopes": ALiBiConfig(
-        **_SMALL, num_heads=6, vocab_size=101, slopes="learned", slope_interpolation=130
+        **_SMALL, num_heads=3, vocab_size=101, slopes="learned", slope_interpolation=130
     ),
-    "rounded-bias": ALiBiConfig(**_SMALL, num_heads=6, distance="bfloat16"),
-    "jaketae-decoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=6),
+    "rounded-bias": ALiBiConfig(**_SMALL, num_heads=3, distance="bfloat16"),
+    "jaketae-decoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=4),
     "jaketae-encoder": ALiBiConfig.jaketae(num_layers=2, d_model=48, num_heads=3, causal=False),
 }
 
@@ -108,25 +109,15 @@ PADDINGS: dict[str, tuple[tuple[int, slice], ...]] = {  # sequence and positions
     "both-and-empty": (_LEFT, _EMPTY, _RIGHT),
 }
 
-# Options that padding does not touch are tried without any and with all of it.
-OPTIONS = (
-    "bloom-like",
-    "grouped",
-    "gated-rms",
-    "masked-lm",
-    "headless",
-    "adaptive",
-    "learned-slopes",
-)
-
 each_config = pytest.mark.parametrize("config_name", CONFIGS)
+# Every kind of padding at once; each kind alone, and none, for two that differ in all else.
 each_padded_config = pytest.mark.parametrize(
     ("config_name", "padding"),
     [
         (config_name, padding)
         for config_name in CONFIGS
         for padding in PADDINGS
-        if config_name not in OPTIONS or padding in ("unpadded", "both-and-empty")
+        if padding == "both-and-empty" or config_name in ("encoder", "lm-tied")
     ],
 )
 

@@ -16,6 +16,10 @@ from parity_tests.implementations import IMPLEMENTATIONS, absences
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the tests run in parallel processes
+ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         os.environ[option.upper()] = str(value)
         jax.config.update(option, value)
+    os.environ.update(ONE_THREAD)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -192,9 +192,11 @@ def test_torch_under_fsdp() -> None:
 
 
 _FSDP = """
+    import warnings
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     import alibi_torch
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -214,8 +216,35 @@ _FSDP = """
         assert logits.dtype == torch.bfloat16 and logits.isfinite().all(), logits
         logits.float().square().mean().backward()
         assert all(each.grad is not None for each in model.parameters())
+    warnings.simplefilter("ignore")  # a group of one shards nothing
+    precision = MixedPrecision(param_dtype=torch.bfloat16)
+    older = FullyShardedDataParallel(
+        alibi_torch.ALiBiLM(config), device_id=torch.device("cpu"), mixed_precision=precision
+    )
+    logits = older(torch.arange(10)[None])
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all(), logits
+    logits.float().square().mean().backward()
     dist.destroy_process_group()
 """
+
+
+@pytest.mark.parametrize("slopes", ["paper", "learned"])
+def test_torch_replicas_without_parameters(slopes: str) -> None:
+    """DataParallel's modules hold plain tensors: their `parameters()` are empty."""
+    model = alibi_torch.ALiBiLM(dataclasses.replace(CONFIG, slopes=slopes)).eval()
+    tokens = torch.from_numpy(TOKENS)
+    replicas = {each: each._replicate_for_data_parallel() for each in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.detach().clone())
+    assert not list(replicas[model].parameters())
+    found, expected = replicas[model](tokens), model(tokens)
+    assert_bitwise(as_numpy(found.detach()), as_numpy(expected.detach()), "logits")
 
 
 def test_torch_on_the_meta_device() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,21 @@ def test_what_another_family_cannot_express(
     assert not plan(source, destination, to=to).possible
     assert main(["plan", str(source), str(destination), "--to", to]) == 3
     assert f"problem: {to} cannot express" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", [*SIZES, "jaketae"])
+def test_slopes_that_no_family_has(tmp_path: Path, to: str) -> None:
+    """Learned, or given: the family's own are what its library would compute with."""
+    config = ALiBiConfig.jaketae(num_layers=2, d_model=24, num_heads=3)
+    if to != "jaketae":
+        config = open_checkpoint(published(tmp_path / "published", to)).config
+    own = ((0.5, 0.25, 0.1),) * config.num_layers
+    destination = tmp_path / ("out.pt" if to == "jaketae" else "out")
+    for number, slopes in enumerate(("learned", own[0], own)):
+        source = write(tmp_path / str(number), config=replace(config, slopes=slopes))
+        with pytest.raises(CheckpointError, match=rf"{to} cannot express slopes="):
+            convert(source, destination, to=to)
+    convert(write(tmp_path / "plain", config=config), destination, to=to, verify="none")
 
 
 def test_the_seed_there_and_back(tmp_path: Path) -> None:

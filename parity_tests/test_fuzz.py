@@ -394,7 +394,7 @@ def test_much_damage_in_other_formats(case: Any) -> None:
     check_other(*case)
 
 
-@hypothesis.settings(deadline=None, max_examples=2000)
+@hypothesis.settings(deadline=None, max_examples=500)
 @hypothesis.given(DAMAGES)
 def test_damaged_checkpoints(damages: list[Damage]) -> None:
     check(damages)

@@ -10,7 +10,13 @@ import pytest
 
 from alibi_spec import reference_forward
 from alibi_spec.budgets import BUDGETS
-from parity_tests.cases import CONFIGS, OPTIONS, draw_inputs, draw_mask, draw_parameters
+from parity_tests.cases import (
+    CONFIGS,
+    draw_inputs,
+    draw_mask,
+    draw_parameters,
+    each_padded_config,
+)
 from parity_tests.compare import assert_comparable, assert_gradients_within
 from parity_tests.implementations import (
     IMPLEMENTATIONS,
@@ -20,15 +26,6 @@ from parity_tests.implementations import (
 )
 
 TORCH_CPU = IMPLEMENTATIONS[0]
-each_padded_config = pytest.mark.parametrize(
-    ("config_name", "padding"),
-    [
-        (config_name, padding)
-        for config_name in CONFIGS
-        for padding in ("unpadded", "both-and-empty")
-        if config_name not in OPTIONS or padding == "both-and-empty"
-    ],
-)
 
 
 @each_implementation(("cpu", "gpu"), besides=TORCH_CPU)

@@ -63,10 +63,12 @@ def _exported(function: Any, dtype: str, head_dim: int) -> str:
 
 
 @pytest.mark.usefixtures("gpu_calls")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @each_width
-def test_lowers_for_cuda(dtype: str, head_dim: int) -> None:
-    attend = partial(alibi_flax.attention, implementation="pallas_gpu")
-    gradients = jax.grad(partial(_total, "pallas_gpu"), argnums=(0, 1, 2, 3))
+def test_lowers_for_cuda(dtype: str, head_dim: int, dropout: float) -> None:
+    options: Any = {"dropout": dropout, "dropout_rng": jax.random.key(0)}
+    attend = partial(alibi_flax.attention, implementation="pallas_gpu", **options)
+    gradients = jax.grad(partial(_total, "pallas_gpu", **options), argnums=(0, 1, 2, 3))
     for function, kernels in ((attend, 1), (gradients, 3)):
         assert _exported(function, dtype, head_dim).count("@__gpu$xla.gpu.triton") == kernels
 

@@ -19,7 +19,7 @@ import alibi_torch
 from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.rules import canonical_tensors
 from alibi_convert.store import write_folder
-from alibi_convert.tensors import Tensors, as_numpy
+from alibi_convert.tensors import Tensors, as_numpy, as_torch
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table
 from parity_tests.cases import CONFIGS, draw_parameters, each_config
 from parity_tests.checkpoints import make_folder, write
@@ -53,6 +53,23 @@ def test_torch_device_and_slopes(tmp_path: Path) -> None:
     assert_bitwise(as_numpy(found), model_slopes(config), "slopes")
     empty = alibi_torch.ALiBiLM.from_pretrained(folder, device="meta")
     assert {each.device.type for each in (*empty.parameters(), *empty.buffers())} == {"meta"}
+
+
+def test_implementation_of_what_is_loaded(tmp_path: Path) -> None:
+    """It reaches attention: this one refuses the rounded bias of the checkpoint."""
+    folder, tokens = published(tmp_path / "model", "falcon"), np.zeros((1, 5), np.int64)
+    dense = alibi_torch.ALiBiLM.from_pretrained(folder, implementation="dense")
+    model, params = alibi_flax.from_pretrained(folder, implementation="dense")
+    assert dense(as_torch(tokens)).shape == model.apply({"params": params}, tokens).shape
+    fused = alibi_torch.ALiBiLM.from_pretrained(folder, implementation="blockwise")
+    with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no rounded bias"):
+        fused(as_torch(tokens))
+    model, params = alibi_flax.from_pretrained(folder, implementation="blockwise")
+    with pytest.raises(ValueError, match="'blockwise' cannot compute this: it has no rounded bias"):
+        model.apply({"params": params}, tokens)
+    for load in (alibi_torch.ALiBiLM.from_pretrained, alibi_flax.from_pretrained):
+        with pytest.raises(ValueError, match="implementation='fast' is not known"):
+            load(folder, implementation="fast")
 
 
 def test_files_may_change_afterwards(tmp_path: Path) -> None:

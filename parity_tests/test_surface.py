@@ -114,6 +114,7 @@ def test_verify_says_which_backend_is_missing(tmp_path: object) -> None:
 def test_annotated_shapes_hold() -> None:
     """Every jaxtyping annotation of both backends, checked at run time over whole models."""
     _run("""
+        from functools import partial
         from jaxtyping import TypeCheckError, install_import_hook
         modules = ("attention", "kernels", "model", "generate", "plans", "trace")
         checked = [f"{wing}.{name}" for wing in ("alibi_torch", "alibi_flax") for name in modules]
@@ -140,11 +141,12 @@ def test_annotated_shapes_hold() -> None:
             alibi_torch.generate(ours, torch.from_numpy(tokens), 2)
             theirs = alibi_flax.ALiBiLM(config)
             tokens, mask_ = jax.numpy.asarray(tokens), jax.numpy.asarray(mask)
-            params = theirs.init(jax.random.key(0), tokens)["params"]
-            alibi_flax.trace(theirs, params, tokens, mask_)
-            alibi_flax.generate(theirs, params, tokens, 2)
-            rngs = {"dropout": jax.random.key(1)}
-            theirs.apply({"params": params}, tokens, mask_, deterministic=False, rngs=rngs)
+            params = jax.eval_shape(theirs.init, jax.random.key(0), tokens)["params"]
+            jax.eval_shape(partial(alibi_flax.trace, theirs), params, tokens, mask_)
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+            alibi_flax.generate(theirs, zeros, tokens, 2)
+            train = partial(theirs.apply, deterministic=False, rngs={"dropout": jax.random.key(1)})
+            jax.eval_shape(train, {"params": params}, tokens, mask_)
         array, ids = torch.randn(2, 4, 300, 8).requires_grad_(), torch.arange(300).expand(2, -1)
         for implementation in ("aten_flash", "blockwise"):
             for masks in ({}, {"attention_mask": ids > 70, "segment_ids": ids // 90}):

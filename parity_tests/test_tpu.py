@@ -68,12 +68,14 @@ MODEL = """
     model = alibi_flax.ALiBiLM(config, dtype=jnp.bfloat16)
     optimizer = optax.adamw(1e-3)
 
-    def forward(params, tokens):
-        return model.apply({"params": params}, tokens)
+    def forward(params, tokens, **options):
+        return model.apply({"params": params}, tokens, **options)
 
     def train_step(params, state, tokens):
+        training = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
+
         def loss(params):
-            logits = forward(params, tokens[:, :-1]).astype(jnp.float32)
+            logits = forward(params, tokens[:, :-1], **training).astype(jnp.float32)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
             return losses.mean()
 

@@ -17,11 +17,13 @@ from flax import serialization
 from flax.training.train_state import TrainState
 from safetensors.torch import save_file
 
+import alibi_flax
+import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, inspect, open_checkpoint
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.rules import flax_tree
-from alibi_convert.tensors import Tensors, as_torch
+from alibi_convert.tensors import Tensors, as_numpy, as_torch
 from alibi_spec import ALiBiConfig
 from parity_tests.cases import draw_parameters
 from parity_tests.checkpoints import write
@@ -78,6 +80,16 @@ def test_orbax_checkpoint_managers(runs: Path, place: str, wanted: int | None, s
     beside = {"state": {"opt_state", "step"}}.get(place.split("/")[0], set())
     assert set(found.derived) == beside
     assert_step(open_checkpoint(found.path, config=CONFIG), step)
+
+
+def test_both_backends_load_a_step(runs: Path) -> None:
+    name = "transformer.final_norm.weight"
+    expected = PARAMETERS[name] * np.float32(9)
+    options: Any = {"config": CONFIG, "step": 9}
+    model = alibi_torch.ALiBiLM.from_pretrained(runs / "state", **options)
+    assert_bitwise(as_numpy(model.get_parameter(name)), expected, "torch")
+    _, params = alibi_flax.from_pretrained(runs / "state", **options)
+    assert_bitwise(np.asarray(params["transformer"]["final_norm"]["scale"]), expected, "flax")
 
 
 def test_steps_that_are_not_there(runs: Path, tmp_path: Path) -> None:
