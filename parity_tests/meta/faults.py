@@ -670,6 +670,27 @@ FAULTS = (
         "test_torch_threads.py",
     ),
     Mutant(
+        "callers of attention wait for each other",
+        "alibi_torch/kernels/workers.py",
+        "        return _leaders, _workers\n",
+        "        return _workers, _workers\n",
+        "test_torch_threads.py -k many_callers",
+    ),
+    Mutant(
+        "worker threads that end with the main one",
+        "alibi_torch/kernels/workers.py",
+        "atexit.register(_end)\n",
+        "threading._register_atexit(_end)\n",
+        "test_torch_threads.py -k outlive",
+    ),
+    Mutant(
+        "a process that waits for its workers for ever",
+        "alibi_torch/kernels/workers.py",
+        "args=(ready,), daemon=True)",
+        "args=(ready,))",
+        "test_torch_threads.py -k outlive",
+    ),
+    Mutant(
         "unknown operators taken on trust",
         "alibi_torch/kernels/aten_flash.py",
         "return all(torch.allclose",
