@@ -91,9 +91,9 @@ def test_windows_refuse_symbolic_lengths() -> None:
         )
 
 
-def _model(causal: bool = True) -> tuple[alibi_flax.ALiBiLM, Any]:
+def _model(**options: Any) -> tuple[alibi_flax.ALiBiLM, Any]:
     config = ALiBiConfig(
-        num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=VOCAB, causal=causal
+        num_layers=1, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=VOCAB, **options
     )
     model = alibi_flax.ALiBiLM(config)
     return model, model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
@@ -104,8 +104,9 @@ def _tokens(length: int) -> Array:
     return jnp.asarray(tokens, jnp.int32)
 
 
-def test_models_are_exported_for_any_length() -> None:
-    model, params = _model()
+@pytest.mark.parametrize("limit", [None, 256], ids=["plain", "interpolated"])
+def test_models_are_exported_for_any_length(limit: int | None) -> None:
+    model, params = _model(slope_interpolation=limit)
 
     def logits(tokens: Array, mask: Array) -> Any:
         return model.apply(params, tokens, mask)
@@ -115,8 +116,8 @@ def test_models_are_exported_for_any_length() -> None:
     for length in (SHORT, LONG):
         arguments = (_tokens(length), _mask(length))
         expected = np.asarray(logits(*arguments))
-        limit = BUDGETS["float32", "cpu"].forward
-        assert_within(np.asarray(program(*arguments)), expected, limit, f"{length} tokens")
+        budget = BUDGETS["float32", "cpu"].forward
+        assert_within(np.asarray(program(*arguments)), expected, budget, f"{length} tokens")
 
 
 def test_windows_have_no_forward_mode_derivative() -> None:
@@ -143,7 +144,7 @@ def test_forward_mode_of_dense_attention() -> None:
 
 def _loss_of(causal: bool, length: int) -> tuple[Any, Any]:
     """The loss of a model on padded sequences, as a function of its parameters; these."""
-    model, params = _model(causal)
+    model, params = _model(causal=causal)
     tokens, mask = _tokens(length), _mask(length)
     targets = jax.nn.one_hot(tokens[:, 1:], VOCAB)
 

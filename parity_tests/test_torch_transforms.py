@@ -84,7 +84,14 @@ class _Attention(torch.nn.Module):
 
 def _model() -> alibi_torch.ALiBiLM:
     torch.manual_seed(0)
-    config = ALiBiConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=23)
+    config = ALiBiConfig(
+        num_layers=2,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=23,
+        slope_interpolation=256,
+    )
     return alibi_torch.ALiBiLM(config).double().eval()
 
 

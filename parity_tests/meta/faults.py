@@ -775,6 +775,13 @@ FAULTS = (
         "test_flax_transforms.py -k refuse_symbolic",
     ),
     Mutant(
+        "slopes of a symbolic length are not interpolated",
+        "alibi_flax/model.py",
+        "    return limit / jnp.maximum(limit, seq)\n",
+        "    return 1.0\n",
+        "test_flax_transforms.py -k models_are_exported",
+    ),
+    Mutant(
         "gradients in windows count the sequences",
         "alibi_flax/kernels/windows.py",
         "(jnp.arange(size, dtype=jnp.int32) for size in first.shape[:2])",
