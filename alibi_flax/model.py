@@ -489,12 +489,12 @@ def _norm(
     return LayerNorm(use_bias=config.norm_bias, **options)
 
 
-def _slope_factor(config: ALiBiConfig, seq: int) -> SlopeFactor:
+def _slope_factor(config: ALiBiConfig, seq: Any) -> SlopeFactor:
     """`interpolation`, for symbolic lengths of `jax.export`, too, which cannot be compared."""
     limit = config.slope_interpolation
-    if limit is None or not is_symbolic_dim(seq):
-        return interpolation(config, seq)
-    return limit / jnp.maximum(limit, seq)
+    if limit is not None and is_symbolic_dim(seq):
+        return limit / jnp.maximum(limit, jnp.asarray(seq))
+    return interpolation(config, seq)
 
 
 def _initial_slopes(_: Array, config: ALiBiConfig, dtype: Any) -> Float[Array, " heads"]:

@@ -92,7 +92,7 @@ def _attend(
 ) -> tuple[
     Float[Tensor, "batch heads query_len value_dim"],
     Float[Tensor, "batch heads query_len"],
-    Integer[Tensor, "2 heads query_blocks+1"],
+    Integer[Tensor, "2 heads query_blocks_and_one"],
 ]:
     """Attended values; the logarithm of each softmax's denominator; the windows, the last empty."""
     is_ordinary, broken = are_ordinary(query, key, value), None
@@ -165,7 +165,7 @@ def _attend_backward(
     key_hashes: Int32[Tensor, " key_len"] | None,
     attended: Float[Tensor, "batch heads query_len value_dim"],
     log_totals: Float[Tensor, "batch heads query_len"],
-    windows: Integer[Tensor, "2 heads query_blocks"],
+    windows: Integer[Tensor, "2 heads query_blocks_and_one"],
     causal: bool,
     scale: float,
     tiles: str,
@@ -231,7 +231,7 @@ def _attend_backward(
 
 
 def _runs(
-    windows: Integer[Tensor, "2 heads query_blocks"],
+    windows: Integer[Tensor, "2 heads query_blocks_and_one"],
     query: Float[Tensor, "batch heads query_len head_dim"],
     key: Float[Tensor, "batch kv_heads key_len head_dim"],
     block_size: int,

@@ -666,21 +666,14 @@ FAULTS = (
         "all later threads compute with one",
         "alibi_torch/kernels/workers.py",
         "            torch.set_num_threads(threads)\n",
-        "",
+        "            pass\n",
         "test_torch_threads.py",
-    ),
-    Mutant(
-        "callers of attention wait for each other",
-        "alibi_torch/kernels/workers.py",
-        "        return _leaders, _workers\n",
-        "        return _workers, _workers\n",
-        "test_torch_threads.py -k many_callers",
     ),
     Mutant(
         "worker threads that end with the main one",
         "alibi_torch/kernels/workers.py",
-        "atexit.register(_end)\n",
-        "threading._register_atexit(_end)\n",
+        "        future: Future[Result] = Future()\n",
+        "        assert threading.main_thread().is_alive()\n        future: Any = Future()\n",
         "test_torch_threads.py -k outlive",
     ),
     Mutant(
@@ -777,8 +770,8 @@ FAULTS = (
     Mutant(
         "slopes of a symbolic length are not interpolated",
         "alibi_flax/model.py",
-        "    return limit / jnp.maximum(limit, seq)\n",
-        "    return 1.0\n",
+        "return limit / jnp.maximum(limit, jnp.asarray(seq))",
+        "return 1.0",
         "test_flax_transforms.py -k models_are_exported",
     ),
     Mutant(
