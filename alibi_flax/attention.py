@@ -7,6 +7,7 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer, Key
 
 from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
@@ -22,6 +23,12 @@ from alibi_spec.checks import (
     warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
+
+_WARNING_OF_SYMBOLIC_LENGTHS = (
+    "attention of a symbolic length is computed whole: the exported program costs the square of "
+    "the length, whatever the length; export one program for each length, with shapes that are "
+    "numbers, and the cost grows linearly"
+)
 
 
 def attention(
@@ -55,7 +62,9 @@ def attention(
         segment_ids: queries see keys of their own segment only (packed sequences).
         tolerance: share of attention mass per row that an implementation may drop; "dtype" is
             half an ulp of the inputs, 0 drops none.
-        implementation: "auto" or one of `attention_implementations()`.
+        implementation: "auto" or one of `attention_implementations()`. All have first derivatives
+            in reverse mode; "dense" has second ones and those in forward mode (jvp), too. For a
+            symbolic length of `jax.export`, "auto" is "dense", which alone computes it.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities (SPEC.md §4.1).
@@ -165,14 +174,24 @@ def _chosen(call: Call, implementation: str) -> str:
     """The implementation that is named, or for "auto" the first that pays and does not refuse."""
     if 0 in call.query.shape[:3]:  # there is nothing to compute, and no block to cut it into
         return "dense"
+    query_len, key_len = call.query.shape[1], call.key.shape[1]
+    is_symbolic = is_symbolic_dim(query_len) or is_symbolic_dim(key_len)
     if implementation == "auto":
-        if call.query.shape[1] * call.key.shape[1] < DENSE_PAYS_BELOW:
+        if is_symbolic:
+            warnings.warn(_WARNING_OF_SYMBOLIC_LENGTHS, stacklevel=3)
+            return "dense"
+        if query_len * key_len < DENSE_PAYS_BELOW:
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None:
             text = warning_of_dense_dropout(call.distance, call.causal)
             warnings.warn(text, stacklevel=3)  # once for each caller, as warnings are
         return name
+    if is_symbolic and implementation != "dense":
+        raise ValueError(
+            f"implementation={implementation!r} needs lengths that are numbers, and here are "
+            f"{query_len} queries and {key_len} keys; use 'dense', or export one program per length"
+        )
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:
         able = [name for name, kernel in KERNELS.items() if kernel.refuses(call) is None]

@@ -24,6 +24,7 @@ from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from jax import Array
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.attention import (
@@ -332,7 +333,7 @@ class ALiBiTransformer(nn.Module):
             check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
             is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
             check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
-        slope_factor = interpolation(self.config, x.shape[1])
+        slope_factor = _slope_factor(self.config, x.shape[1])
         return self.hidden_states(x, slope_factor, attention_mask, deterministic)
 
     def hidden_states(
@@ -486,6 +487,14 @@ def _norm(
         return RMSNorm(**options)
     # Linen's fast variance loses everything when the mean is far from zero.
     return LayerNorm(use_bias=config.norm_bias, **options)
+
+
+def _slope_factor(config: ALiBiConfig, seq: Any) -> SlopeFactor:
+    """`interpolation`, for symbolic lengths of `jax.export`, too, which cannot be compared."""
+    limit = config.slope_interpolation
+    if limit is not None and is_symbolic_dim(seq):
+        return limit / jnp.maximum(limit, jnp.asarray(seq))
+    return interpolation(config, seq)
 
 
 def _initial_slopes(_: Array, config: ALiBiConfig, dtype: Any) -> Float[Array, " heads"]:

@@ -101,7 +101,7 @@ def check_attention(
         if shape is not None and len(shape) != 4:
             raise ValueError(f"{name} has {len(shape)} axes; expected 4")
     batch, heads, query_len, head_dim = query_shape
-    if list(slopes_shape) == [query_len] != [heads]:
+    if [heads] != list(slopes_shape) == [query_len]:
         raise ValueError(
             f"query has {heads} heads and {query_len} positions, and there are {query_len} slopes; "
             "it seems to be in the other backend's layout: torch takes "

@@ -32,7 +32,7 @@ class AttentionPlan:
     Attributes:
         first, last: half-open ranges of key blocks, integers [batch, heads, query_blocks].
         share: of the blocks that masks allow a causal (or any) query to see, how many are computed:
-            [batch, heads].
+            [batch, heads]; 0 where there are no queries.
         block_size: positions in a block.
     """
 
@@ -103,7 +103,8 @@ def attention_plan(
     last = np.maximum.reduceat(np.where(sees_nothing, 0, last), edges, axis=2)
     last = np.maximum(first, last)
     allowed = np.maximum.reduceat(own_block, edges) + 1 if causal else np.full(len(edges), blocks)
-    return AttentionPlan(first, last, (last - first).sum(axis=-1) / allowed.sum(), block_size)
+    share = (last - first).sum(axis=-1) / max(1, allowed.sum())
+    return AttentionPlan(first, last, share, block_size)
 
 
 @dataclass(frozen=True)

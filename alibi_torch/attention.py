@@ -7,6 +7,7 @@ import warnings
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from alibi_spec.checks import (
     check_attention,
@@ -56,7 +57,8 @@ def attention(
         segment_ids: queries see keys of their own segment only (packed sequences).
         tolerance: share of attention mass per row that an implementation may drop; "dtype" is half
             an ulp of the dtype, 0 drops none, and implementation="dense" never drops.
-        implementation: "auto" or one of `attention_implementations()`.
+        implementation: "auto" or one of `attention_implementations()`. All have first derivatives
+            in reverse mode; "dense" has second ones and those in forward mode (jvp), too.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities (SPEC.md §4.1).
@@ -161,10 +163,13 @@ def attention_plan(
 
 def _chosen(call: Call, implementation: str) -> str:
     """The implementation that is named, or for "auto" the first that pays and does not refuse."""
-    if 0 in call.query.shape[:3]:  # there is nothing to compute, and no block to cut it into
+    batch, heads, query_len, _ = call.query.shape
+    # There is nothing to compute, and no block to cut it into.
+    if any(_is_known(size == 0) for size in (batch, heads, query_len)):
         return "dense"
     if implementation == "auto":
-        if call.query.shape[2] * call.key.shape[2] < DENSE_PAYS_BELOW:
+        # A program that is exported for any length must not cost the square of it.
+        if _is_known(query_len * call.key.shape[2] < DENSE_PAYS_BELOW):
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():
@@ -179,6 +184,11 @@ def _chosen(call: Call, implementation: str) -> str:
             f"expected one of {('auto', *able)}"
         )
     return implementation
+
+
+def _is_known(fact: bool) -> bool:
+    """Whether it holds: torch.export would keep it as a condition on all later shapes."""
+    return statically_known_true(fact) if torch.compiler.is_exporting() else bool(fact)
 
 
 def _check_call(

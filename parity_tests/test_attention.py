@@ -209,6 +209,26 @@ def test_a_query_without_keys_gives_zeros(attention: Attention, mask_dtype: str)
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(("batch", "query_len"), [(0, 7), (2, 0), (0, 0)])
+def test_logits_of_nothing(batch: int, query_len: int, dtype: str) -> None:
+    shapes = (batch, HEADS, query_len, HEAD_DIM), (batch, HEADS, 9, HEAD_DIM)
+    mask = np.ones((batch, 9), np.int64)
+    wide = "float64" if dtype == "float64" else "float32"
+    query, key = (torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes)
+    found = alibi_torch.biased_logits(
+        *(query, key, as_torch(SLOPES)), attention_mask=as_torch(mask)
+    )
+    assert found.shape == (batch, HEADS, query_len, 9)
+    assert found.dtype == getattr(torch, wide)
+    query, key = (jnp.zeros(shape, dtype).swapaxes(1, 2) for shape in shapes)
+    logits = alibi_flax.biased_logits(
+        *(query, key, jnp.asarray(SLOPES)), attention_mask=jnp.asarray(mask)
+    )
+    assert logits.shape == (batch, HEADS, query_len, 9)
+    assert logits.dtype == wide
+
+
 def test_gradients_of_empty_rows_are_finite() -> None:
     """Zeros in, and no NaN out of the softmax of nothing."""
     query, key, value = _draw()

@@ -61,7 +61,7 @@ def test_bits_do_not_depend_on_threads(implementation: str, dropout: float) -> N
 @pytest.mark.usefixtures("three_threads")
 def test_threads_of_others_keep_their_number() -> None:
     """Workers compute with one thread each, and nobody else does."""
-    workers._teams.clear()
+    workers._end()
     seen: list[int] = []
 
     def record(device: torch.device) -> None:
@@ -78,6 +78,18 @@ def test_threads_of_others_keep_their_number() -> None:
     late.start()
     late.join()
     assert [seen[-1], torch.get_num_threads()] == [3, 3]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_more_threads_join_the_first() -> None:
+    workers._end()
+    _, few = workers._team_of(2)
+    first = set(few._threads)
+    _, more = workers._team_of(3)
+    _, again = workers._team_of(2)
+    assert more is few is again
+    assert first < set(more._threads)
+    assert len(more._threads) == 3
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -121,3 +133,32 @@ def test_forked_processes_have_their_own_workers() -> None:
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     subprocess.run(command, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first call", "later call"])
+def test_threads_outlive_the_main_one(is_first: bool) -> None:
+    """Python ends the pools of its own library when the main thread does."""
+    code = f"""
+        import threading, torch, alibi_torch
+        torch.set_num_threads(2)
+        array = torch.randn(1, 2, 300, 8, dtype=torch.float64)
+
+        def attend(implementation):
+            leaf = array.clone().requires_grad_()
+            options = {{"implementation": implementation}}
+            attended = alibi_torch.attention(leaf, leaf, leaf, torch.ones(2), **options)
+            return attended, *torch.autograd.grad(attended.square().sum(), leaf)
+
+        def attend_late():
+            threading.main_thread().join()
+            for ours, dense in zip(attend("aten_flash"), attend("dense"), strict=True):
+                torch.testing.assert_close(ours, dense)
+            print("attended")
+
+        if not {is_first}:
+            attend("aten_flash")
+        threading.Thread(target=attend_late).start()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout == "attended\n", done.stderr

@@ -1,4 +1,4 @@
-"""What torch does to functions, done to its kernels: compiling, mapping, checkpointing."""
+"""What torch does to functions, done to its kernels: compiling, exporting, mapping, and so on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.export import Dim, export
 from torch.utils.checkpoint import checkpoint
 
 import alibi_torch
 from alibi_convert.tensors import as_numpy
+from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS
+from alibi_torch.kernels import DENSE_PAYS_BELOW
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.torch_calls import (
     WIDTH,
@@ -23,6 +27,9 @@ from parity_tests.torch_calls import (
 )
 
 SLOPES = slopes_of()
+forward_mode = pytest.mark.filterwarnings(  # torch's own
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)
 
 
 def _loss(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
@@ -42,6 +49,79 @@ def test_compiles_into_one_graph(implementation: str, dropout: float) -> None:
     found = torch.autograd.grad(compiled(*arrays, **options), arrays)
     for ours, theirs in zip(found, exact, strict=True):
         assert_bitwise(as_numpy(ours), as_numpy(theirs), "gradient")
+
+
+@each_fused
+def test_compiles_without_gradients(implementation: str) -> None:
+    arrays = list(draw(300, 300, dtype="float32").values())
+
+    def attend(*arrays: torch.Tensor) -> torch.Tensor:
+        return alibi_torch.attention(*arrays, SLOPES, implementation=implementation)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert_bitwise(as_numpy(compiled(*arrays)), as_numpy(attend(*arrays)), "attended")
+
+
+@pytest.mark.parametrize("masks", ["none", "mask"])
+def test_compiles_for_any_length(masks: str) -> None:
+    """Each side of the threshold keeps the kernel that pays there."""
+
+    def attend(arrays: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> torch.Tensor:
+        return alibi_torch.attention(**arrays, slopes=SLOPES, **masks)
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, dynamic=True, fullgraph=True, backend="aot_eager")
+    for length in (100, 600, 40, 511):
+        call = (draw(length, length), masks_of(masks, length))
+        assert_bitwise(as_numpy(compiled(*call)), as_numpy(attend(*call)), f"{length} tokens")
+
+
+class _Attention(torch.nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        heads = x.unflatten(-1, (4, WIDTH)).transpose(1, 2)
+        return alibi_torch.attention(heads, heads, heads, SLOPES, attention_mask=mask)
+
+
+def _model() -> alibi_torch.ALiBiLM:
+    torch.manual_seed(0)
+    config = ALiBiConfig(
+        num_layers=2,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=23,
+        slope_interpolation=256,
+    )
+    return alibi_torch.ALiBiLM(config).double().eval()
+
+
+@pytest.mark.parametrize("traced_length", [100, 600])
+@pytest.mark.parametrize("is_masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("module", [_Attention(), _model()], ids=["attention", "model"])
+def test_exports_for_any_length(module: Any, is_masked: bool, traced_length: int) -> None:
+    def call(batch: int, length: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(length)
+        inputs = torch.randint(23, (batch, length), generator=generator)
+        if isinstance(module, _Attention):
+            inputs = torch.randn(batch, length, 4 * WIDTH, generator=generator).double()
+        mask = torch.arange(length) >= torch.arange(batch)[:, None] * (length // 3)
+        return (inputs, mask) if is_masked else (inputs,)
+
+    axes = {0: Dim("batch", min=1, max=8), 1: Dim("seq", min=2, max=4096)}
+    arguments = call(3, traced_length)
+    program = export(module, arguments, dynamic_shapes=(axes,) * len(arguments)).module()
+    for batch, length in ((1, 100), (3, 255), (2, 511), (3, 600), (1, 2)):
+        assert (length**2 < DENSE_PAYS_BELOW) == (length < 256)
+        arguments = call(batch, length)
+        found, expected = (as_numpy(each(*arguments).detach()) for each in (program, module))
+        assert_within(found, expected, BUDGETS["float64", "cpu"].forward, f"{length} tokens")
+
+
+def test_exports_one_length_as_it_runs() -> None:
+    """Where lengths are known, the exported program takes the kernel that pays."""
+    for length, has_windows in ((100, False), (300, True)):
+        program = export(_Attention(), (torch.randn(2, length, 4 * WIDTH),))
+        assert ("alibi_torch.attend" in program.graph_module.code) == has_windows
 
 
 @each_windowed
@@ -88,6 +168,65 @@ def test_no_second_derivative(implementation: str) -> None:
     (gradient,) = torch.autograd.grad(loss, arrays[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative; use implementation='dense'"):
         torch.autograd.grad(gradient.square().sum(), arrays)
+
+
+@forward_mode
+@each_fused
+def test_no_forward_mode_derivative(implementation: str) -> None:
+    """Under torch.func, with plain dual numbers, and compiled, where it would be 0."""
+    arrays = tuple(draw(300, 300).values())
+
+    def attend(*arrays: torch.Tensor) -> torch.Tensor:
+        return alibi_torch.attention(*arrays, SLOPES, implementation=implementation)
+
+    def with_dual_numbers(*arrays: torch.Tensor) -> torch.Tensor:
+        with forward_ad.dual_level():
+            return attend(*(forward_ad.make_dual(each, each) for each in arrays))
+
+    def derivative(*arrays: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(attend, arrays, arrays)[1]
+
+    def mapped(*arrays: torch.Tensor) -> torch.Tensor:
+        arrays = tuple(each[:, None] for each in arrays)
+        return torch.func.jvp(torch.func.vmap(attend), arrays, arrays)[1]
+
+    compiled = torch.compile(derivative, backend="aot_eager")
+    for function in (derivative, mapped, with_dual_numbers, compiled):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative; use implementation="):
+            function(*arrays)
+
+
+@forward_mode
+def test_what_has_no_tangent_may_stand_beside() -> None:
+    query, key, value = draw(300, 300).values()
+    expected = alibi_torch.attention(query, key, value, SLOPES)
+
+    def scaled(factor: torch.Tensor) -> torch.Tensor:
+        return factor * alibi_torch.attention(query, key, value, SLOPES)
+
+    two = torch.tensor(2.0, dtype=torch.float64)
+    _, tangent = torch.func.jvp(scaled, (two,), (two,))
+    assert_bitwise(as_numpy(tangent), as_numpy(2 * expected), "tangent")
+
+
+@forward_mode
+@pytest.mark.parametrize("masks", ["none", "mask-segments"])
+def test_forward_mode_of_dense_attention(masks: str) -> None:
+    """<w, J v> is <Jᵀ w, v>."""
+    arrays = tuple(draw(40, 50).values())
+    torch.manual_seed(1)
+    tangents = tuple(torch.randn_like(each) for each in arrays)
+
+    def attend(*arrays: torch.Tensor) -> torch.Tensor:
+        options = {"implementation": "dense", **masks_of(masks, 50)}
+        return alibi_torch.attention(*arrays, SLOPES, **options)
+
+    attended, forwards = torch.func.jvp(attend, arrays, tangents)
+    cotangent = torch.randn_like(attended)
+    _, pull_back = torch.func.vjp(attend, *arrays)
+    pairs = zip(pull_back(cotangent), tangents, strict=True)
+    backwards = sum((gradient * tangent).sum() for gradient, tangent in pairs)
+    torch.testing.assert_close((cotangent * forwards).sum(), backwards, rtol=1e-12, atol=0)
 
 
 @each_fused

@@ -34,7 +34,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks.
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed.
+        share: of the blocks that masks allow a causal (or any) query to see, how many are computed;
+            0 where there are no queries.
         block_size: positions in a block.
     """
 
@@ -58,6 +59,10 @@ def attention_plan(
     block_size: int = BLOCK_SIZE,
 ) -> AttentionPlan:
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
+    batch, query_len, heads, _ = query.shape
+    if 0 in (batch, query_len, heads):
+        none = jnp.zeros((batch, heads, -(-query_len // block_size)), jnp.int32)
+        return AttentionPlan(none, none, none.sum(axis=-1) / 1, block_size)
     allowed_mass = tolerance_of(tolerance, str(query.dtype))
     visible = None if attention_mask is None else attention_mask.astype(jnp.bool_)
     scale = default_scale(scale, query.shape[-1])
@@ -107,8 +112,8 @@ def query_block_ranges(
     """
     blocks = first.shape[2]
     block = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), first.shape)
-    sequence, head = jnp.indices(first.shape[:2], dtype=jnp.int32, sparse=True)
-    where = (sequence[..., None], head[..., None])
+    sequence, head = (jnp.arange(size, dtype=jnp.int32) for size in first.shape[:2])
+    where = (sequence[:, None, None], head[:, None])
     shape = (*first.shape[:2], key_blocks)
     is_empty = first >= last
     # A block of keys needs no queries after the last that begins at or before it, nor before the

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int32, Integer
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from alibi_spec.windows import BLOCK_SIZE, tolerance_of
 from alibi_torch.kernels import aten_flash, blockwise
@@ -37,13 +39,22 @@ from alibi_torch.kernels.workers import Results, with_workers
 # What is held of every pair of a tile at once with dropout, so that runs are shorter and stay in
 # the cache.
 _PASSES = 4
+_NO_TANGENTS = "attention over windows has no forward-mode derivative; use implementation='dense'"
 TILES = {"aten_flash": aten_flash, "blockwise": blockwise}
 
 
 def attention(call: Call, tiles: str) -> Float[Tensor, "batch heads query_len value_dim"]:
     """Attention of one call, its tiles computed by one of `TILES`."""
-    attended, _, _ = _Attend.apply(
-        *(call.query, call.key, call.value, call.slopes),
+    arrays = (call.query, call.key, call.value, call.slopes)
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or not any(map(is_functorch_wrapped_tensor, arrays)):
+        _refuse_tangents(*arrays)  # torch.func asks `jvp` below
+    attend: Any = _AttendEagerly.apply
+    if is_compiling:  # and a Function may only be where there are gradients
+        has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
+        attend = _Attend.apply if has_gradients else _attend
+    attended, _, _ = attend(
+        *arrays,
         *(call.attention_mask, call.segment_ids),
         *((None, None) if call.dropout is None else call.dropout[1:]),
         call.causal,
@@ -81,9 +92,9 @@ def _attend(
 ) -> tuple[
     Float[Tensor, "batch heads query_len value_dim"],
     Float[Tensor, "batch heads query_len"],
-    Integer[Tensor, "2 heads query_blocks"],
+    Integer[Tensor, "2 heads query_blocks_and_one"],
 ]:
-    """Attended values; the logarithm of each softmax's denominator; the windows."""
+    """Attended values; the logarithm of each softmax's denominator; the windows, the last empty."""
     is_ordinary, broken = are_ordinary(query, key, value), None
     if not is_ordinary:
         tiles = "blockwise"
@@ -99,6 +110,7 @@ def _attend(
             tolerance=tolerance,
             block_size=block_size,
         )
+        windows = torch.nn.functional.pad(windows, (0, 1))  # as `_shapes` says
         masks = (attention_mask, segment_ids)
         bias = _Bias(query, key, slopes, *masks, causal, TILES[tiles].UNIT)
         runs, rows = _runs(windows, query, key, block_size, dropout)
@@ -153,7 +165,7 @@ def _attend_backward(
     key_hashes: Int32[Tensor, " key_len"] | None,
     attended: Float[Tensor, "batch heads query_len value_dim"],
     log_totals: Float[Tensor, "batch heads query_len"],
-    windows: Integer[Tensor, "2 heads query_blocks"],
+    windows: Integer[Tensor, "2 heads query_blocks_and_one"],
     causal: bool,
     scale: float,
     tiles: str,
@@ -219,7 +231,7 @@ def _attend_backward(
 
 
 def _runs(
-    windows: Integer[Tensor, "2 heads query_blocks"],
+    windows: Integer[Tensor, "2 heads query_blocks_and_one"],
     query: Float[Tensor, "batch heads query_len head_dim"],
     key: Float[Tensor, "batch kv_heads key_len head_dim"],
     block_size: int,
@@ -351,7 +363,8 @@ def _shapes(
     return (
         value.new_empty((batch, heads, query_len, value.shape[3])),
         query.new_empty((batch, heads, query_len), dtype=dtype),
-        query.new_empty((2, heads, -(-query_len // block_size)), dtype=torch.int64),
+        # An empty block more: torch.export goes by its example where a size may be 1.
+        query.new_empty((2, heads, -(-query_len // block_size) + 1), dtype=torch.int64),
     )
 
 
@@ -377,7 +390,7 @@ def _one_by_one(
 
 
 class _Attend(torch.autograd.Function):
-    """`_attend` with its gradient, in the form that torch.func can differentiate."""
+    """`_attend` with its gradient."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,9 +411,22 @@ class _Attend(torch.autograd.Function):
         *gradients, of_slopes = differentiate(output_gradients[0], *ctx.saved_tensors, *options)
         return *gradients, of_slopes if needs_slopes else None, *[None] * 10
 
+
+def _refuse_tangents(*arrays: Tensor) -> None:
+    if any(unpack_dual(x).tangent is not None for x in arrays):
+        raise RuntimeError(_NO_TANGENTS)
+
+
+class _AttendEagerly(_Attend):
+    """`_Attend` with what torch.func asks for besides, and the compiler refuses."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: ARG004
+        raise RuntimeError(_NO_TANGENTS)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _one_by_one(_Attend, info, in_dims, *arguments)
+        return _one_by_one(_AttendEagerly, info, in_dims, *arguments)
 
 
 class _AttendBackward(torch.autograd.Function):

@@ -28,7 +28,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks.
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed.
+        share: of the blocks that masks allow a causal (or any) query to see, how many are computed;
+            0 where there are no queries.
         block_size: positions in a block.
     """
 
@@ -53,6 +54,9 @@ def attention_plan(
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
     allowed_mass = tolerance_of(tolerance, str(query.dtype).removeprefix("torch."))
     query_len, key_len, device = query.shape[2], key.shape[2], query.device
+    if 0 in query.shape[:3]:
+        none = torch.zeros((*query.shape[:2], -(-query_len // block_size)), device=device)
+        return AttentionPlan(none.long(), none.long(), none.sum(dim=-1), block_size)
     position = torch.arange(key_len - query_len, key_len, device=device)
     visible = None if attention_mask is None else attention_mask.to(torch.bool)
     anchor = None if visible is None else _anchors(visible, causal)[:, position]

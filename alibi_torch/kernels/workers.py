@@ -7,14 +7,15 @@ milliseconds. These threads take one tile after another and meet once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,14 +37,14 @@ def with_workers(device: torch.device, function: Callable[[Results], Result]) ->
     if device.type != "cpu" or threads == 1 or not _HAS_OWN_COUNTS:
         with torch.no_grad(), _without_autocast(device):
             return function(_one_by_one)
-    team = _team_of(threads)
+    leaders, workers = _team_of(threads)
 
     def results(
         compute: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result]]:
-        return _ahead(team.workers, threads, compute, items)
+        return _ahead(workers, threads, compute, items)
 
-    return team.leaders.submit(function, results).result()
+    return leaders.submit(function, results).result()
 
 
 def _one_by_one(
@@ -53,7 +54,7 @@ def _one_by_one(
 
 
 def _ahead(
-    workers: Executor, count: int, compute: Callable[[Item], Result], items: Iterable[Item]
+    workers: _Pool, count: int, compute: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
     begun: deque[tuple[Item, Future[Result]]] = deque()
     for item in items:
@@ -70,52 +71,84 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-@dataclass(frozen=True)
-class _Team:
-    """Leaders wait for workers, who wait for nobody: many calls at once cannot block each other."""
+class _Pool:
+    """Threads that take tasks from one queue.
 
-    size: int
-    leaders: Executor
-    workers: Executor
+    They are daemons, so that they still serve a thread that outlives the main one.
+    """
 
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = SimpleQueue()
 
-_teams: list[_Team] = []
-_lock = threading.Lock()
+    def submit(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+        """What `function` of `item` will be."""
+        future: Future[Result] = Future()
+        self._tasks.put((future, function, item))
+        return future
 
+    def grow(self, size: int) -> bool:
+        """Have at least so many threads, all of which have begun; whether that took new ones."""
+        missing = max(0, size - len(self._threads))
+        ready = threading.Barrier(missing + 1)
+        for _ in range(missing):
+            self._threads.append(threading.Thread(target=self._work, args=(ready,), daemon=True))
+            self._threads[-1].start()
+        ready.wait()
+        return missing > 0
 
-def _team_of(threads: int) -> _Team:
-    """A team of at least so many workers; the last one that was made, if it is large enough."""
-    with _lock:
-        if not _teams or _teams[-1].size < threads:
-            _teams[:] = [_Team(threads, _pool(threads), _pool(threads))]
-            # A thread that begins later takes the number that was set last.
-            torch.set_num_threads(threads)
-        return _teams[-1]
+    def end(self) -> None:
+        """Let the threads finish what they were asked for."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
 
-
-def _pool(size: int) -> Executor:
-    """Threads, all of which have begun."""
-    ready = threading.Barrier(size + 1)
-
-    def begin() -> None:  # what is set here is set for this thread
+    def _work(self, ready: threading.Barrier) -> None:
+        # What is set here is set for this thread.
         torch.get_num_threads()  # the first question makes it take everybody's number
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         ready.wait()
+        while (task := self._tasks.get()) is not None:
+            _perform(*task)
+            del task  # or its arrays stay until the next one
 
-    pool = ThreadPoolExecutor(size, thread_name_prefix="alibi_torch")
-    for _ in range(size):
-        pool.submit(begin)
-    ready.wait()
-    return pool
+
+def _perform(future: Future[Result], function: Callable[[Item], Result], item: Item) -> None:
+    try:
+        future.set_result(function(item))
+    except BaseException as error:  # raised again where the result is asked for
+        future.set_exception(error)
+
+
+# Leaders wait for workers, who wait for nobody: many calls at once cannot block each other.
+_leaders, _workers = _Pool(), _Pool()
+_lock = threading.Lock()
+
+
+def _team_of(threads: int) -> tuple[_Pool, _Pool]:
+    """At least so many leaders and so many workers."""
+    with _lock:
+        if _leaders.grow(threads) | _workers.grow(threads):
+            # A thread that begins later takes the number that was set last.
+            torch.set_num_threads(threads)
+        return _leaders, _workers
 
 
 def _forget() -> None:
     """A forked process has none of these threads."""
-    global _lock
-    _lock = threading.Lock()
-    _teams.clear()
+    global _leaders, _workers, _lock
+    _leaders, _workers, _lock = _Pool(), _Pool(), threading.Lock()
 
 
+def _end() -> None:
+    """Python would cut off daemons in the middle of torch; by now no other thread is left."""
+    _leaders.end()
+    _workers.end()
+    _forget()
+
+
+atexit.register(_end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
