@@ -16,7 +16,7 @@ _SMALL: dict[str, Any] = {"num_layers": 2, "d_model": 48, "max_len": 64, "expans
 
 # Most have the same widths and three heads: JAX compiles an operator once for each shape.
 CONFIGS: dict[str, ALiBiConfig] = {
-    "decoder": ALiBiConfig(**_SMALL, num_heads=3),
+    "decoder": ALiBiConfig(**_SMALL, num_heads=4),
     "encoder": ALiBiConfig(**_SMALL, num_heads=3, causal=False),
     "lm-tied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101),
     "lm-untied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101, tie_embeddings=False),
