@@ -50,17 +50,18 @@ def flax_attention(
 
 # Every implementation of either backend is held to every test below, but those that need a GPU or a
 # TPU (test_torch_kernels.py and test_flax_kernels.py assert that these refuse the CPU; they,
-# test_torch_gpu.py and test_pallas_gpu.py test what can be tested there).
+# test_torch_gpu.py and test_pallas_gpu.py test what can be tested there). "auto" is dense attention
+# in JAX at these lengths.
 ON_ACCELERATORS = ("flex", "flash_attn", "pallas_tpu", "pallas_gpu")
 each_backend = pytest.mark.parametrize(
     "attention",
     [
         pytest.param(partial(call, implementation=name), id=f"{backend}-{name}")
         for backend, call, names in (
-            ("torch", torch_attention, alibi_torch.attention_implementations()),
+            ("torch", torch_attention, ("auto", *alibi_torch.attention_implementations())),
             ("flax", flax_attention, alibi_flax.attention_implementations()),
         )
-        for name in ("auto", *names)
+        for name in names
         if name not in ON_ACCELERATORS
     ],
 )
