@@ -32,7 +32,8 @@ bench: setup  ## how fast and in how much memory 8 GB convert; results in benchm
 
 bench-attention: setup  ## attention of both backends beside its peers, on the CPU; with pictures
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m benchmarks.seed_torch
+	$(BIN)/python -m benchmarks.training_torch
+	$(BIN)/python -m benchmarks.training_flax
 	$(BIN)/python -m benchmarks.attention_torch
 	$(BIN)/python -m benchmarks.attention_flax
 	$(BIN)/python -m benchmarks.plot benchmarks/results/attention_torch.json benchmarks/results/attention_flax.json

@@ -1,6 +1,6 @@
 """Training steps of default models: jaketae/alibi's and ours, and ours without dropout.
 
-`python -m benchmarks.seed_torch` says how fast they are and what memory they need (six minutes).
+`python -m benchmarks.training_torch` says how fast they are and what memory they need: two minutes.
 
 jaketae/alibi's model is run with its own attention and with ours; ours, which drops probabilities
 too, beside the same model that does not. The seed's attention is written down here again from its
@@ -28,7 +28,7 @@ from alibi_torch import ALiBiTransformer
 from benchmarks.compare import goals, write
 from benchmarks.memory import peak_of_process, print_peak
 
-RESULTS = Path(__file__).parent / "results" / "seed_torch.json"
+RESULTS = Path(__file__).parent / "results" / "training_torch.json"
 SEQ, LONG, LONGEST = 2048, 4096, 16_384
 ROUNDS = 7
 # Steps by name: the model, and the length at which it is timed.
@@ -85,7 +85,7 @@ def training_step(name: str, seq: int) -> Callable[[], float]:
 
 def peak(name: str, seq: int) -> int:
     """The bytes that a step of this length adds at its peak."""
-    return peak_of_process("benchmarks.seed_torch", name, str(seq))
+    return peak_of_process("benchmarks.training_torch", name, str(seq))
 
 
 def profile(step: Callable[[], float]) -> dict[str, float]:
