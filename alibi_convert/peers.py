@@ -11,7 +11,6 @@ import numpy as np
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.extras import is_installed
 from alibi_convert.families import FAMILIES, Source
-from alibi_convert.families.keys import plain_form
 from alibi_convert.store import read_tensors
 from alibi_convert.tensors import Tensors
 
@@ -91,7 +90,7 @@ def _misunderstood(checkpoint: Checkpoint) -> str | None:
     except (*errors, StrictDataclassError) as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"transformers does not read this folder: {cause}"
-    if plain_form(config) != plain_form(checkpoint.config):
+    if config != checkpoint.config:
         return "transformers reads another configuration in this folder"
     expected = {name for name, _ in model.named_parameters()}
     named = {name for origin in checkpoint.origins.values() for name in origin}

@@ -7,12 +7,29 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
 from typing import Any
 
-from alibi_spec.bias import DISTANCES, SLOPE_RULES
+from alibi_spec.bias import DISTANCES
+from alibi_spec.options import (
+    COUNT,
+    CUTOFFS,
+    EXPONENT,
+    FLAG,
+    POSITIVE,
+    RATE,
+    SLOPES,
+    is_count,
+    kind_of,
+    meaning_of,
+    one_of,
+    option,
+    or_none,
+    plain,
+    plain_tuple,
+)
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORMS = ("layer", "rms")
@@ -42,8 +59,16 @@ _ELSEWHERE = {
 }
 
 
-def _naming_unknown_fields(config_class: type[ALiBiConfig]) -> type[ALiBiConfig]:
-    """Have the constructor say which field was meant; Python's own error does not."""
+# Options that may be lists or arrays.
+_TUPLES = ("slopes", "adaptive_cutoffs")
+
+
+def _with_options_documented(config_class: type[ALiBiConfig]) -> type[ALiBiConfig]:
+    """List the options in the docstring, and have the constructor say which one was meant."""
+    lines = [f"{field.name}: {meaning_of(field)}" for field in fields(config_class)]
+    listed = [textwrap.fill(line, 96, subsequent_indent="    ") for line in lines]
+    attributes = textwrap.indent("\n".join(listed), 8 * " ")
+    config_class.__doc__ = f"{config_class.__doc__}\n    Attributes:\n{attributes}\n"
     make = config_class.__init__
 
     @functools.wraps(make)
@@ -55,7 +80,7 @@ def _naming_unknown_fields(config_class: type[ALiBiConfig]) -> type[ALiBiConfig]
     return config_class
 
 
-@_naming_unknown_fields
+@_with_options_documented
 @dataclass(frozen=True)
 class ALiBiConfig:
     """What a model computes, independent of framework, dtype and device.
@@ -64,106 +89,147 @@ class ALiBiConfig:
     Press et al. 2021. `ALiBiConfig.jaketae` restores that repository's own mathematics. Fields from
     `num_kv_heads` on are what the published families need beyond it.
 
-    Attributes:
-        num_layers: residual blocks, at least 1.
-        d_model: width of the residual stream; a multiple of `num_heads`.
-        num_heads: attention heads, any number.
-        max_len: longest sequence seen in training. A record only: longer sequences simply work.
-        dropout: rate on the output of each residual branch, in [0, 1).
-        causal: True for a decoder, False for an encoder.
-        expansion_factor: hidden width of the feed-forward layers over `d_model`.
-        vocab_size: tokens known to an `ALiBiLM`; None describes a bare `ALiBiTransformer`.
-        tie_embeddings: the head of an `ALiBiLM` is its token embedding.
-        slopes: "paper" (Press et al. 2021), "geometric" (jaketae/alibi), one float per head, one
-            such tuple per layer, or "learned": a parameter of each layer that starts as "paper".
-        bias_max: the exponent M of the paper's slopes 2^(-M k / heads).
-        distance: "absolute" biases by -m |i - j|; "signed" by m (j - i), also for future keys;
-            "bfloat16" by scale · m j with m and the product rounded to bfloat16 (Falcon-RW).
-        attention_scale: factor on q·k; None is 1/sqrt(head_dim).
-        attention_dropout: rate on the attention probabilities; None is `dropout`.
-        attention_bias: the query, key, value and output projections have biases.
-        output_projection: attention ends in a linear map.
-        final_norm: a norm follows the last block.
-        norm_eps: epsilon inside every norm.
-        init_std: standard deviation of initial weights.
-        num_kv_heads: heads of keys and values, each shared by a group of query heads; None is
-            `num_heads`.
-        slope_interpolation: sequences of n positions, more than this many, use slopes m · this / n.
-        qkv_clip: queries, keys and values are clamped to ± this.
-        qk_norm: a norm over the full width of queries and of keys.
-        feed_forward_dim: hidden width of the feed-forward layers; None is
-            `d_model` · `expansion_factor`.
-        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        gated_ffn: the activation of a third linear map multiplies the hidden units.
-        ffn_bias: the feed-forward layers have biases.
-        norm: "layer" or "rms" (no mean, no bias).
-        norm_bias: LayerNorms have biases.
-        norm_placement: "pre" normalises what enters a branch; "post" the sum behind it (BERT);
-            "pre_residual" what enters the branch and the residual stream (BLOOM's option).
-        attention_output_norm: attention's input is added to its output, and normalised, before
-            that joins the residual stream (Jina's code model).
-        embedding_norm: a norm follows the embedding.
-        embedding_scale: factor on token embeddings.
-        embedding_dropout: rate on what enters the first block.
-        type_vocab_size: number of token types, whose embeddings are added; None is none.
-        head: of an `ALiBiLM`: "linear", "masked_lm" (linear map, activation, norm, then the tied
-            embedding and a bias) or "none" (hidden states).
-        logit_scale: factor on the logits.
-        adaptive_cutoffs: ends of all clusters of the vocabulary but the last; the logits are then
-            the log-probabilities of an adaptive softmax. None is an ordinary head.
+    `help(ALiBiConfig)` lists the options. Those that follow others are None unless they differ: a
+    model has one configuration, however it was said, and equal models compare equal.
 
     Raises:
         ValueError: a field has an impossible value, or there is none of that name; the message
             names it and the mend.
     """
 
-    num_layers: int = 6
-    d_model: int = 256
-    num_heads: int = 8
-    max_len: int = 256
-    dropout: float = 0.1
-    causal: bool = True
-    expansion_factor: int = 1
-    vocab_size: int | None = None
-    tie_embeddings: bool = True
-    slopes: str | tuple[float, ...] | tuple[tuple[float, ...], ...] = "paper"
-    bias_max: float = 8.0
-    distance: str = "absolute"
-    attention_scale: float | None = None
-    attention_dropout: float | None = None
-    attention_bias: bool = True
-    output_projection: bool = True
-    final_norm: bool = True
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
-    num_kv_heads: int | None = None
-    slope_interpolation: int | None = None
-    qkv_clip: float | None = None
-    qk_norm: bool = False
-    feed_forward_dim: int | None = None
-    activation: str = "gelu"
-    gated_ffn: bool = False
-    ffn_bias: bool = True
-    norm: str = "layer"
-    norm_bias: bool = True
-    norm_placement: str = "pre"
-    attention_output_norm: bool = False
-    embedding_norm: bool = False
-    embedding_scale: float = 1.0
-    embedding_dropout: float = 0.0
-    type_vocab_size: int | None = None
-    head: str = "linear"
-    logit_scale: float = 1.0
-    adaptive_cutoffs: tuple[int, ...] | None = None
+    num_layers: int = option(6, COUNT, "residual blocks, at least 1.")
+    d_model: int = option(256, COUNT, "width of the residual stream; a multiple of `num_heads`.")
+    num_heads: int = option(8, COUNT, "attention heads, any number.")
+    max_len: int = option(
+        256,
+        COUNT,
+        "longest sequence seen in training. A record only: longer sequences simply work.",
+    )
+    dropout: float = option(0.1, RATE, "rate on the output of each residual branch, in [0, 1).")
+    causal: bool = option(True, FLAG, "True for a decoder, False for an encoder.")
+    expansion_factor: int = option(
+        1,
+        COUNT,
+        "hidden width of the feed-forward layers over `d_model`.",
+    )
+    vocab_size: int | None = option(
+        None,
+        or_none(COUNT),
+        "tokens known to an `ALiBiLM`; None describes a bare `ALiBiTransformer`.",
+    )
+    tie_embeddings: bool = option(True, FLAG, "the head of an `ALiBiLM` is its token embedding.")
+    slopes: str | tuple[float, ...] | tuple[tuple[float, ...], ...] = option(
+        "paper",
+        SLOPES,
+        '"paper" (Press et al. 2021), "geometric" (jaketae/alibi), one float per head, one '
+        'such tuple per layer, or "learned": a parameter of each layer that starts as '
+        '"paper".',
+    )
+    bias_max: float = option(
+        8.0,
+        EXPONENT,
+        "the exponent M of the paper's slopes 2^(-M k / heads).",
+    )
+    distance: str = option(
+        "absolute",
+        one_of(DISTANCES),
+        '"absolute" biases by -m |i - j|; "signed" by m (j - i), also for future keys; '
+        '"bfloat16" by scale · m j with m and the product rounded to bfloat16 (Falcon-RW).',
+    )
+    attention_scale: float | None = option(
+        None,
+        or_none(POSITIVE),
+        "factor on q·k; None is 1/sqrt(head_dim).",
+    )
+    attention_dropout: float | None = option(
+        None,
+        or_none(RATE),
+        "rate on the attention probabilities; None is `dropout`.",
+    )
+    attention_bias: bool = option(
+        True,
+        FLAG,
+        "the query, key, value and output projections have biases.",
+    )
+    output_projection: bool = option(True, FLAG, "attention ends in a linear map.")
+    final_norm: bool = option(True, FLAG, "a norm follows the last block.")
+    norm_eps: float = option(1e-5, POSITIVE, "epsilon inside every norm.")
+    init_std: float = option(0.02, POSITIVE, "standard deviation of initial weights.")
+    num_kv_heads: int | None = option(
+        None,
+        or_none(COUNT),
+        "heads of keys and values, each shared by a group of query heads; None is `num_heads`.",
+    )
+    slope_interpolation: int | None = option(
+        None,
+        or_none(COUNT),
+        "sequences of n positions, more than this many, use slopes m · this / n.",
+    )
+    qkv_clip: float | None = option(
+        None,
+        or_none(POSITIVE),
+        "queries, keys and values are clamped to ± this.",
+    )
+    qk_norm: bool = option(False, FLAG, "a norm over the full width of queries and of keys.")
+    feed_forward_dim: int | None = option(
+        None,
+        or_none(COUNT),
+        "hidden width of the feed-forward layers; None is `d_model` · `expansion_factor`.",
+    )
+    activation: str = option(
+        "gelu",
+        one_of(ACTIVATIONS),
+        '"gelu" (exact), "gelu_tanh", "relu" or "silu".',
+    )
+    gated_ffn: bool = option(
+        False,
+        FLAG,
+        "the activation of a third linear map multiplies the hidden units.",
+    )
+    ffn_bias: bool = option(True, FLAG, "the feed-forward layers have biases.")
+    norm: str = option("layer", one_of(NORMS), '"layer" or "rms" (no mean, no bias).')
+    norm_bias: bool = option(True, FLAG, "LayerNorms have biases.")
+    norm_placement: str = option(
+        "pre",
+        one_of(NORM_PLACEMENTS),
+        '"pre" normalises what enters a branch; "post" the sum behind it (BERT); '
+        '"pre_residual" what enters the branch and the residual stream (BLOOM\'s option).',
+    )
+    attention_output_norm: bool = option(
+        False,
+        FLAG,
+        "attention's input is added to its output, and normalised, before that joins the "
+        "residual stream (Jina's code model).",
+    )
+    embedding_norm: bool = option(False, FLAG, "a norm follows the embedding.")
+    embedding_scale: float = option(1.0, POSITIVE, "factor on token embeddings.")
+    embedding_dropout: float = option(0.0, RATE, "rate on what enters the first block.")
+    type_vocab_size: int | None = option(
+        None,
+        or_none(COUNT),
+        "number of token types, whose embeddings are added; None is none.",
+    )
+    head: str = option(
+        "linear",
+        one_of(HEADS),
+        'of an `ALiBiLM`: "linear", "masked_lm" (linear map, activation, norm, then the tied '
+        'embedding and a bias) or "none" (hidden states).',
+    )
+    logit_scale: float = option(1.0, POSITIVE, "factor on the logits.")
+    adaptive_cutoffs: tuple[int, ...] | None = option(
+        None,
+        or_none(CUTOFFS),
+        "ends of all clusters of the vocabulary but the last; the logits are then the log- "
+        "probabilities of an adaptive softmax. None is an ordinary head.",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("slopes", "adaptive_cutoffs"):
-            object.__setattr__(self, name, _plain_tuple(getattr(self, name)))
-        for name, (is_valid, expected) in _FIELD_RULES.items():
-            value = _plain(getattr(self, name))
-            if not is_valid(value):
-                raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
-            object.__setattr__(self, name, value)
+        for field in fields(self):
+            value, kind = getattr(self, field.name), kind_of(field)
+            value = plain_tuple(value) if field.name in _TUPLES else plain(value)
+            if not kind.is_valid(value):
+                raise ValueError(f"{field.name}={value!r} is not valid; expected {kind.expected}")
+            object.__setattr__(self, field.name, value)
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
@@ -174,6 +240,21 @@ class ALiBiConfig:
         for is_wrong, problem in self._contradictions():
             if is_wrong:
                 raise ValueError(problem)
+        for name, value in self._canonical():
+            object.__setattr__(self, name, value)
+
+    def _canonical(self) -> Iterator[tuple[str, Any]]:
+        """Options that say what others imply."""
+        if self.num_kv_heads == self.num_heads:
+            yield "num_kv_heads", None
+        if self.attention_scale == 1 / math.sqrt(self.head_dim):
+            yield "attention_scale", None
+        if self.attention_dropout == self.dropout:
+            yield "attention_dropout", None
+        if self.feed_forward_dim is not None:
+            factor, rest = divmod(self.feed_forward_dim, self.d_model)
+            yield "expansion_factor", ALiBiConfig.expansion_factor if rest else factor
+            yield "feed_forward_dim", self.feed_forward_dim if rest else None
 
     def _check_slopes(self, slopes: tuple[Any, ...]) -> None:
         if not isinstance(slopes[0], tuple):
@@ -236,7 +317,7 @@ class ALiBiConfig:
             "output_projection": False,
             "final_norm": False,
         }
-        if _is_count(d_model):  # otherwise the constructor says what is wrong with it
+        if is_count(d_model):  # otherwise the constructor says what is wrong with it
             quirks["attention_scale"] = 1 / math.sqrt(d_model)
         return cls.from_dict(quirks | overrides)
 
@@ -325,120 +406,11 @@ def _refuse_unknown(names: Iterable[Any]) -> None:
             raise ValueError(f"unknown option {name!r} in the configuration{hint}")
 
 
-def _plain_tuple(values: Any) -> Any:
-    """Lists, arrays and tuples, also of one another, as tuples of plain numbers."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        return _plain(values)
-    return tuple(map(_plain_tuple, values))
-
-
 def _as_list(value: Any) -> Any:
     return list(map(_as_list, value)) if isinstance(value, tuple) else value
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which have no dtype to leak into a model."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool | int) else value
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < 2.0**100  # well inside float32; NaN is not
-
-
-def _is_rate(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_cutoffs(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(map(_is_count, value))
-
-
-def _is_slopes(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in SLOPE_RULES
-    if not isinstance(value, tuple) or not value:
-        return False
-    if all(isinstance(row, tuple) for row in value):
-        return all(row and all(map(_is_slope, row)) for row in value)
-    return all(map(_is_slope, value))
-
-
-def _is_slope(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_valid(value)
-
-
-def _one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in choices, f"one of {choices}"
 
 
 def _nearest_divisor(config: ALiBiConfig) -> int:
     nearby = range(max(1, config.num_heads - 1000), config.num_heads + 1000)
     divisors = [n for n in nearby if config.d_model % n == 0]
     return min(divisors, key=lambda n: abs(n - config.num_heads), default=1)
-
-
-_COUNT = (_is_count, "an integer of at least 1")
-_RATE = (_is_rate, "a number in [0, 1)")
-_FLAG = (lambda value: isinstance(value, bool), "True or False")
-_POSITIVE = (_is_positive, "a number above 0")
-_COUNT_OR_NONE = (_or_none(_is_count), "None or an integer of at least 1")
-_POSITIVE_OR_NONE = (_or_none(_is_positive), "None or a number above 0")
-
-_FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_layers": _COUNT,
-    "d_model": _COUNT,
-    "num_heads": _COUNT,
-    "max_len": _COUNT,
-    "dropout": _RATE,
-    "causal": _FLAG,
-    "expansion_factor": _COUNT,
-    "vocab_size": _COUNT_OR_NONE,
-    "tie_embeddings": _FLAG,
-    "slopes": (
-        _is_slopes,
-        f"one of {SLOPE_RULES}, one finite number >= 0 per head, or one such tuple per layer",
-    ),
-    "bias_max": (lambda value: _is_positive(value) and value <= 100, "a number in (0, 100]"),
-    "distance": _one_of(DISTANCES),
-    "attention_scale": _POSITIVE_OR_NONE,
-    "attention_dropout": (_or_none(_is_rate), "None or a number in [0, 1)"),
-    "attention_bias": _FLAG,
-    "output_projection": _FLAG,
-    "final_norm": _FLAG,
-    "norm_eps": _POSITIVE,
-    "init_std": _POSITIVE,
-    "num_kv_heads": _COUNT_OR_NONE,
-    "slope_interpolation": _COUNT_OR_NONE,
-    "qkv_clip": _POSITIVE_OR_NONE,
-    "qk_norm": _FLAG,
-    "feed_forward_dim": _COUNT_OR_NONE,
-    "activation": _one_of(ACTIVATIONS),
-    "gated_ffn": _FLAG,
-    "ffn_bias": _FLAG,
-    "norm": _one_of(NORMS),
-    "norm_bias": _FLAG,
-    "norm_placement": _one_of(NORM_PLACEMENTS),
-    "attention_output_norm": _FLAG,
-    "embedding_norm": _FLAG,
-    "embedding_scale": _POSITIVE,
-    "embedding_dropout": _RATE,
-    "type_vocab_size": _COUNT_OR_NONE,
-    "head": _one_of(HEADS),
-    "logit_scale": _POSITIVE,
-    "adaptive_cutoffs": (_or_none(_is_cutoffs), "None or rising integers of at least 1"),
-}

@@ -41,6 +41,39 @@ def test_jaketae_is_the_seed() -> None:
     assert ALiBiConfig.jaketae(final_norm=True).final_norm
 
 
+@pytest.mark.parametrize(
+    ("said", "canonical"),
+    [
+        ({"num_kv_heads": 8}, {}),
+        ({"num_kv_heads": 4}, {"num_kv_heads": 4}),
+        ({"attention_scale": 1 / math.sqrt(32)}, {}),
+        ({"attention_dropout": 0.1}, {}),
+        ({"attention_dropout": 0.0}, {"attention_dropout": 0.0}),
+        ({"feed_forward_dim": 1024}, {"expansion_factor": 4}),
+        ({"feed_forward_dim": 512, "expansion_factor": 3}, {"expansion_factor": 2}),
+        ({"feed_forward_dim": 500, "expansion_factor": 3}, {"feed_forward_dim": 500}),
+    ],
+)
+def test_equal_models_compare_equal(said: dict[str, Any], canonical: dict[str, Any]) -> None:
+    """Whatever is said that others imply; and what follows an option goes on following it."""
+    config, plain = ALiBiConfig(**said), ALiBiConfig(**canonical)
+    assert config == plain
+    assert hash(config) == hash(plain)
+    assert config.to_dict() == plain.to_dict() == ALiBiConfig().to_dict() | canonical
+    width = canonical.get("feed_forward_dim", 256 * canonical.get("expansion_factor", 1))
+    assert config.ffn_dim == width
+    assert dataclasses.replace(config, dropout=0.3).probability_dropout == canonical.get(
+        "attention_dropout", 0.3
+    )
+
+
+def test_every_option_is_documented() -> None:
+    """In the class's own help, once each."""
+    listed = str(ALiBiConfig.__doc__).split("Attributes:")[1]
+    for field in dataclasses.fields(ALiBiConfig):
+        assert listed.count(f"\n        {field.name}: ") == 1
+
+
 @each_config
 def test_json_round_trip(config_name: str) -> None:
     config = CONFIGS[config_name]

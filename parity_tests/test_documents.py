@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from alibi_spec import ALiBiConfig
+from alibi_spec.options import kind_of, meaning_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +38,16 @@ def test_links_and_paths(document: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in targets, target
+
+
+def test_table_of_options() -> None:
+    """SPEC.md §1 lists what `ALiBiConfig` says of its options: put there what this expects."""
+    lines = ["| option | default | expected | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(ALiBiConfig):
+        default, expected = json.dumps(field.default), kind_of(field).expected
+        text = f"`{field.name}` | {default} | {expected} | {meaning_of(field)}"
+        lines.append(f"| {text.replace('|i - j|', 'abs(i - j)')} |")
+    assert "\n".join(lines) in (ROOT / "docs/SPEC.md").read_text(encoding="utf-8")
 
 
 def test_sections_that_the_code_cites_exist() -> None:

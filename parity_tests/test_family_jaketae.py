@@ -46,7 +46,7 @@ JAKETAE = ALiBiConfig.jaketae(num_layers=2, d_model=36, num_heads=6)
         ({"final_norm": True}, "final_norm=True"),
         ({"output_projection": True}, "output_projection=True"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"attention_dropout": 0.2}, "attention_dropout=0.2"),
         ({"vocab_size": 50}, "vocab_size=50"),
         ({"feed_forward_dim": 50}, "feed_forward_dim=50"),
         ({"activation": "relu"}, "activation='relu'"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alibi_convert.families.family import Derived, Family, Source
-from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, feed_forward_fields, one_of
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, one_of
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
 
@@ -25,9 +25,7 @@ def _refine(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
             f"num_kv_heads={fields['num_kv_heads']!r}, but multi_query=False has as many as "
             f"num_attention_heads={fields['num_heads']!r}"
         )
-    if fields["feed_forward_dim"] is not None:
-        fields |= feed_forward_fields(fields["feed_forward_dim"], fields["d_model"])
-    return fields | {"num_kv_heads": None}
+    return fields
 
 
 _KEYS = KeyTable(

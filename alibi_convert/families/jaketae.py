@@ -14,7 +14,6 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families.family import Derived, Family, Source
-from alibi_convert.families.keys import plain_form
 from alibi_convert.rules import Row
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, geometric_slopes
@@ -103,9 +102,9 @@ def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
 
 def _write_config(config: ALiBiConfig) -> dict[str, Any]:
     """Nothing, as the file holds no configuration; but the model must be one of jaketae/alibi's."""
-    ours = plain_form(config)
-    theirs = plain_form(ALiBiConfig.jaketae(**{name: getattr(ours, name) for name in _OWN_FIELDS}))
-    for name, value in dataclasses.asdict(ours).items():
+    own = {name: getattr(config, name) for name in _OWN_FIELDS}
+    theirs = ALiBiConfig.jaketae(**own)
+    for name, value in dataclasses.asdict(config).items():
         wanted = getattr(theirs, name)
         if value != wanted and name != "init_std":
             raise CheckpointError(

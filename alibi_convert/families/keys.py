@@ -7,7 +7,6 @@ what is computed (`Neutral`). A key that no line names is refused by name.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -280,7 +279,6 @@ class KeyTable:
         Raises:
             CheckpointError: naming a field that the family cannot express.
         """
-        config = plain_form(config)
         expressed = {line.field for line in self.lines if isinstance(line, Key)}
         defaults = {field.name: field.default for field in dataclasses.fields(ALiBiConfig)}
         for name, value in dataclasses.asdict(config).items():
@@ -298,8 +296,8 @@ class KeyTable:
                 _store(foreign, line.foreign, self._foreign_value(line, config))
             elif isinstance(line, Only) and line.written:
                 _store(foreign, line.foreign, line.values[0])
-        kept = plain_form(_without(config, self.unsaid))
-        for name, value in dataclasses.asdict(plain_form(self.read(foreign))).items():
+        kept = _without(config, self.unsaid)
+        for name, value in dataclasses.asdict(self.read(foreign)).items():
             if value != getattr(kept, name):
                 raise CheckpointError(
                     f"{self.family} cannot express {name}={getattr(kept, name)!r} together with "
@@ -309,6 +307,8 @@ class KeyTable:
 
     def _foreign_value(self, line: Key, config: ALiBiConfig) -> Any:
         value = getattr(config, line.field)
+        if line.field == "attention_dropout":  # there None is no dropout, or another's default
+            value = config.probability_dropout
         if value is None and line.default is REQUIRED:
             raise CheckpointError(f"{self.family} cannot express {line.field}=None")
         try:
@@ -365,24 +365,6 @@ class KeyTable:
                 f"{', '.join(sorted(unknown))}; if they change nothing about what the model "
                 "computes, pass ignore_keys=(…) (--ignore-key NAME)"
             )
-
-
-def plain_form(config: ALiBiConfig) -> ALiBiConfig:
-    """The same model, said in one way: defaults left to themselves, both dropout rates named."""
-    changes: dict[str, Any] = {"attention_dropout": config.probability_dropout}
-    if config.num_kv_heads == config.num_heads:
-        changes["num_kv_heads"] = None
-    if config.attention_scale == 1 / math.sqrt(config.head_dim):
-        changes["attention_scale"] = None
-    changes |= feed_forward_fields(config.ffn_dim, config.d_model)
-    return dataclasses.replace(config, **changes)
-
-
-def feed_forward_fields(width: Any, d_model: Any) -> dict[str, Any]:
-    """The fields that say the hidden width of the feed-forward layers: a multiple where it is."""
-    if isinstance(width, int) and isinstance(d_model, int) and width % d_model == 0:
-        return {"expansion_factor": width // d_model, "feed_forward_dim": None}
-    return {"expansion_factor": ALiBiConfig.expansion_factor, "feed_forward_dim": width}
 
 
 def _without(config: ALiBiConfig, unsaid: tuple[str, ...]) -> ALiBiConfig:

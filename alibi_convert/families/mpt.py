@@ -18,7 +18,6 @@ from alibi_convert.families.keys import (
     KeyTable,
     Neutral,
     Only,
-    feed_forward_fields,
     flag,
     one_of,
 )
@@ -96,11 +95,11 @@ def _grouped_heads(num_kv_heads: int | None) -> int | None:
 def _kv_heads(attention: Mapping[str, Any], num_heads: int) -> int | None:
     kind, given = attention.get("attn_type", "multihead_attention"), attention.get("kv_n_heads")
     if kind == "grouped_query_attention" and given is not None:
-        return None if given == num_heads else given
+        return given
     meant = {"multihead_attention": num_heads, "multiquery_attention": 1}.get(kind)
     if meant is None or given not in (None, meant):
         raise ValueError(f"attn_type={kind!r} with kv_n_heads={given!r} cannot be honoured")
-    return None if meant == num_heads else meant
+    return meant
 
 
 def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any
             raise ValueError(f"expansion_ratio={ratio!r} times d_model={d_model} is not an integer")
         width = int(ratio * d_model)
     if width is not None:
-        fields |= feed_forward_fields(width, d_model)
+        fields |= {"expansion_factor": 1, "feed_forward_dim": width}
     if foreign.get("attention_bias", False) and foreign.get("no_bias", True):
         raise ValueError("attention_bias=True beside no_bias=True cannot be honoured")
     attention = foreign.get("attn_config") or {}

@@ -949,4 +949,11 @@ FAULTS = (
         "jnp.where(visible | no_key, logits, -math.inf)",
         "test_flax_kernels.py -k large_logits",
     ),
+    Mutant(
+        "equal models with other configurations",
+        "alibi_spec/config.py",
+        "if self.num_kv_heads == self.num_heads:",
+        "if self.num_kv_heads == 0:",
+        "test_config.py -k equal_models",
+    ),
 )
