@@ -162,8 +162,8 @@ FAMILY_FAULTS = (
     Mutant(
         "MPT's grouped keys read as one",
         "alibi_convert/families/mpt.py",
-        "return None if given == num_heads else given",
-        "return 1",
+        "        return given\n",
+        "        return 1\n",
         "test_family_mpt.py -k foundry",
     ),
     Mutant(

@@ -71,7 +71,7 @@ FAULTS = (
         "alibi_flax/model.py",
         "model_slopes(config)[self.layer]",
         "model_slopes(config)[0]",
-        "test_outputs.py -k grouped-unpadded",
+        "test_outputs.py -k grouped-both",
     ),
     Mutant(
         "generation takes the slopes of the final length",
