@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
+    for name in ("absl", "asyncio"):  # orbax's: they log, with tracebacks, what is raised as well
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with _interruptible():
             code = options.run(options)
@@ -174,7 +177,11 @@ class _Version(argparse.Action):
     """Looked up when it is asked for: a checkout need not be installed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"alibi-duo {importlib.metadata.version('alibi-duo')}")
+        try:
+            version = importlib.metadata.version("alibi-duo")
+        except importlib.metadata.PackageNotFoundError:
+            version = "of a checkout that is not installed"
+        print(f"alibi-duo {version}")
         parser.exit()
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.comparison import require_same
 from alibi_convert.destination import building
-from alibi_convert.formats import FORMATS, ORBAX_SUFFIX, UNWRITTEN_SUFFIXES
+from alibi_convert.formats import FORMATS, ORBAX_SUFFIX, SUFFIXES_WITH_DIGITS
 from alibi_convert.hashing import file_xxh3, hashing
 from alibi_convert.layout import companions, copy_companion, left_behind
 from alibi_convert.logits import compare_logits
@@ -212,7 +212,8 @@ def _format_of(destination: Path) -> str:
     by_suffix = {kind.suffix: name for name, kind in reversed(FORMATS.items()) if kind.suffix}
     by_suffix[ORBAX_SUFFIX] = "orbax"
     suffix = destination.suffix
-    if suffix not in by_suffix and suffix.lower() in {*UNWRITTEN_SUFFIXES, *by_suffix}:
+    asks_for_format = suffix[1:].isalpha() or suffix.lower() in SUFFIXES_WITH_DIGITS
+    if suffix not in by_suffix and asks_for_format:
         raise ValueError(
             f"{destination}: {suffix} is not written; expected {', '.join(sorted(by_suffix))} or a "
             'folder\'s name; to="alibi" (--to alibi) makes a folder of this one'

@@ -34,15 +34,9 @@ from alibi_convert.train_state import find_params
 from alibi_spec import ALiBiConfig
 
 ORBAX_SUFFIX = ".orbax"  # a folder's name may say what is in it
-# These ask for a format that is not written. Any other dot is part of a folder's name, as in v1.5.
-UNWRITTEN_SUFFIXES = frozenset(
-    (
-        *(".bin", ".ckpt", ".flax", ".ggml", ".gguf", ".h5", ".hdf5", ".joblib", ".keras"),
-        *(".mlmodel", ".mlpackage", ".nemo", ".npy", ".npz", ".onnx", ".pb", ".pickle", ".pkl"),
-        *(".pt2", ".pte", ".pth", ".tflite", ".torchscript", ".zarr"),
-        *(".gz", ".json", ".tar", ".tgz", ".txt", ".zip", ".zst"),
-    )
-)
+# A suffix of letters asks for a format, and so do these. Any other dot is part of a folder's name,
+# as in v1.5.
+SUFFIXES_WITH_DIGITS = frozenset((".h5", ".hdf5", ".pt2"))
 
 
 class Write(Protocol):

@@ -17,7 +17,15 @@ from alibi_convert.strict_json import without_duplicates
 # The types that flax adds to msgpack.
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED = "__msgpack_chunked_array__"  # marks an array of more than a gigabyte, in pieces
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # beyond NumPy's names
+# The arrays that JAX has, by the names that flax writes.
+_DTYPES = {
+    str(np.dtype(kind)).encode(): np.dtype(kind)
+    for kind in (
+        *(np.bool_, np.float16, np.float32, np.float64, np.complex64, np.complex128),
+        *(np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+        *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.int4),
+    )
+}
 
 
 def load_msgpack(path: Path) -> Any:
@@ -54,9 +62,9 @@ def _unpack(code: int, data: bytes) -> Any:
     if code in (_ARRAY, _SCALAR):
         shape, name, buffer = msgpack.unpackb(data, raw=True)
         _require_sizes(shape)
-        name = name.decode("ascii")
-        array = np.frombuffer(buffer, _DTYPES.get(name) or np.dtype(name))
-        return array.reshape(shape)
+        if not isinstance(name, bytes) or name not in _DTYPES:
+            raise ValueError(f"an array has the dtype {name!r}")
+        return np.frombuffer(buffer, _DTYPES[name]).reshape(shape)
     if code == _COMPLEX:
         real, imaginary = msgpack.unpackb(data)
         return complex(real, imaginary)

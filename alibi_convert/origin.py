@@ -72,6 +72,7 @@ def save_folder(
     Raises:
         CheckpointError: as for `replacing` and `write_folder`.
     """
+    folder = folder.expanduser()
     kept = _kept(folder)
     with replacing(folder, overwrite, kept=kept) as temporary:
         temporary.mkdir()

@@ -18,7 +18,13 @@ _ANYWHERE = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 # Where training runs keep the state dict in their pickles.
-_ENTRIES = (("state_dict",), ("state", "model"), ("model_state_dict",))
+_ENTRIES = (
+    ("state_dict",),
+    ("model_state_dict",),
+    ("state", "model"),
+    ("state",),
+    ("model",),
+)
 
 
 def unwrapped(tensors: Tensors) -> tuple[Tensors, list[str]]:

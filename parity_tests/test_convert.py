@@ -404,11 +404,19 @@ def test_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--version"])
     assert done.value.code == 0
     assert capsys.readouterr().out == f"alibi-duo {importlib.metadata.version('alibi-duo')}\n"
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == "alibi-duo of a checkout that is not installed\n"
 
 
 @pytest.mark.parametrize(
@@ -425,6 +433,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("model.bin", None),
         ("model.GGUF", None),
         ("model.Safetensors", None),
+        ("model.safetensor", None),
+        ("model.eqx", None),
     ],
 )
 def test_suffixes_name_formats(tmp_path: Path, name: str, to: str | None) -> None:

@@ -48,8 +48,8 @@ def test_pickles_need_consent_and_stay_harmless(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a plain state dict"):
         open_checkpoint(tmp_path / "attack.pt", allow_pt=True)
     assert not (tmp_path / "attacked").exists()
-    torch.save({"model": {"weight": torch.zeros(1)}, "step": 3}, tmp_path / "nested.pt")
-    with pytest.raises(CheckpointError, match=r"more than tensors \(model, step\); save the"):
+    torch.save({"generator": {"weight": torch.zeros(1)}, "step": 3}, tmp_path / "nested.pt")
+    with pytest.raises(CheckpointError, match=r"more than tensors \(generator, step\); save the"):
         open_checkpoint(tmp_path / "nested.pt", allow_pt=True)
 
 
@@ -400,6 +400,11 @@ def test_msgpack_that_contradicts_itself(tmp_path: Path) -> None:
     ):
         path.write_bytes(serialization.msgpack_serialize({"a": pieces | change}))
         with pytest.raises(CheckpointError, match=r"is truncated or not Flax msgpack: .* array"):
+            open_checkpoint(path, config=CONFIG)
+    for dtype in (5, "(1,2,f4", "f4,,", "f4,f4", "O", "V4"):
+        packed = msgpack.ExtType(1, msgpack.packb([[2], dtype, bytes(8)]))
+        path.write_bytes(msgpack.packb({"a": packed}))
+        with pytest.raises(CheckpointError, match=r"not Flax msgpack: an array has the dtype"):
             open_checkpoint(path, config=CONFIG)
     twice = msgpack.packb({"a": 1, "b": 2}).replace(b"b", b"a")
     for contents, cause in ((twice, "duplicate key 'a'"), (b"\x80\x80", "something follows")):

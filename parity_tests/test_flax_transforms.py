@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -124,6 +125,22 @@ def test_windows_have_no_forward_mode_derivative() -> None:
     arrays = tuple(_draw(LONG))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda *arrays: _attend(*arrays, _mask(LONG)), arrays, arrays)
+
+
+def test_windows_have_no_second_derivative() -> None:
+    query, key, value = _draw(LONG)
+
+    def gradient(query: Array, **options: Any) -> Array:
+        attend = partial(_attend, **options)
+        return jax.grad(lambda query: attend(query, key, value, _mask(LONG)).sum())(query)
+
+    for differentiate in (
+        lambda query: jax.grad(lambda query: (gradient(query) ** 2).sum())(query),
+        lambda query: jax.jvp(jax.jit(gradient), (query,), (query,)),
+    ):
+        with pytest.raises(NotImplementedError, match="no second derivative; use implementation="):
+            differentiate(query)
+    jax.jvp(partial(gradient, implementation="dense"), (query,), (query,))
 
 
 def test_forward_mode_of_dense_attention() -> None:

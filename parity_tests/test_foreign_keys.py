@@ -219,6 +219,12 @@ def test_attention_biases_are_there_anyway() -> None:
         ("mpt", attention(nope=True), r"attn_config\.nope=True"),
         (
             "mpt",
+            attention(add_cross_attention=True),
+            r"not known: attn_config\.add_cross_attention",
+        ),
+        ("mpt", attention(pruned_heads={"0": [1]}), r"not known: attn_config\.pruned_heads"),
+        (
+            "mpt",
             attention(attn_temperature_tuning={"floor_scale": 8192, "attn_scale": 0.1}),
             r"attn_config\.attn_temperature_tuning\.attn_scale=0\.1 .* by their position",
         ),

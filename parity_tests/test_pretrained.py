@@ -188,6 +188,22 @@ def test_saving_where_it_came_from(tmp_path: Path, backend: str) -> None:
 
 
 @each_backend
+def test_saving_in_the_users_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = write(tmp_path / "source")
+    for overwrite in (False, True):
+        tune(backend, source, Path("~/tuned"), overwrite)
+        for name in ("tokenizer.json", "notes.txt"):
+            (tmp_path / "tuned" / name).write_text(name)
+    tune(backend, source, Path("~/tuned"), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "tuned"}
+    for name in ("tokenizer.json", "notes.txt"):
+        assert (tmp_path / "tuned" / name).read_text() == name
+
+
+@each_backend
 def test_what_cannot_come_along_is_named(tmp_path: Path, backend: str) -> None:
     source = write(tmp_path / "source")
     (source / "tokenizer.json").write_text("{}")

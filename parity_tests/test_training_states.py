@@ -153,6 +153,8 @@ def test_wrapped_state_dicts(tmp_path: Path, state: State, wrappers: list[str] |
         (lambda state: {"state_dict": state, "epoch": 3, "callbacks": {}}, ["state_dict"]),
         (lambda state: {"state": {"model": state, "timestamp": 1}, "rng": 2}, ["state", "model"]),
         (lambda state: {"model_state_dict": state, "loss": 0.1}, ["model_state_dict"]),
+        (lambda state: {"model": state, "optimizer": {"state": {}}, "step": 3}, ["model"]),
+        (lambda state: {"state": state, "epoch": 3}, ["state"]),
     ],
 )
 def test_files_of_training_runs(

@@ -207,9 +207,20 @@ _COMMON_ONLY = (
     ),
 )
 # What transformers keeps in every object of a configuration, nested ones included.
-GENERAL_KEYS = frozenset(
-    ("model_type", "tie_word_embeddings", *COMMON_NEUTRAL, *(each.foreign for each in _COMMON_ONLY))
-)
+_GENERAL_KEYS = frozenset(("model_type", "tie_word_embeddings", *COMMON_NEUTRAL))
+
+
+def without_general_keys(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested object of a configuration without what transformers keeps there a second time.
+
+    Values that could not be honoured stay, and are refused as keys that are not known.
+    """
+    inert = {each.foreign: each.values for each in _COMMON_ONLY}
+    return {
+        name: value
+        for name, value in nested.items()
+        if name not in _GENERAL_KEYS and value not in inert.get(name, ())
+    }
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 from alibi_convert.families.family import Derived, Family, Source
 from alibi_convert.families.keys import (
-    GENERAL_KEYS,
     Key,
     KeyTable,
     Neutral,
     Only,
     flag,
     one_of,
+    without_general_keys,
 )
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
@@ -269,8 +269,7 @@ def _nested(foreign: Mapping[str, Any]) -> dict[str, Any]:
             attention["attn_type"] = "multiquery_attention"
         foreign = {name: value for name, value in foreign.items() if name not in _FLAT}
         foreign.pop("multiquery_attention", None)
-    # transformers keeps its general keys in it a second time.
-    own = {name: value for name, value in (attention or {}).items() if name not in GENERAL_KEYS}
+    own = without_general_keys(attention or {})
     # Its MPT has ALiBi where nothing is said; that of llm-foundry, without these keys, has not.
     if not is_flat and {"initializer_range", "layer_norm_epsilon"} <= foreign.keys():
         own = {"alibi": True, **own}

@@ -9,6 +9,7 @@ attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -212,9 +213,7 @@ def _forward(
     options: _Options, arrays: Arrays
 ) -> tuple[Float[Array, "batch query_len heads value_dim"], Arrays]:
     results = ("attended", "log_total", "first", "last")
-    found = divided(
-        partial(_forward_here, options), LAYOUTS, tuple(LAYOUTS[name] for name in results), arrays
-    )
+    found = _divided(partial(_forward_here, options), results, arrays)
     residuals = dict(zip(results, found, strict=True))
     return residuals["attended"], arrays | residuals
 
@@ -223,11 +222,8 @@ def _backward(
     options: _Options, residuals: Arrays, gradient: Float[Array, "batch query_len heads value_dim"]
 ) -> tuple[Arrays]:
     results = ("query", "of_keys", "of_values", "of_slopes")
-    of_query, of_key, of_value, of_slopes = divided(
-        partial(_backward_here, options),
-        LAYOUTS,
-        tuple(LAYOUTS[name] for name in results),
-        residuals | {"gradient": gradient},
+    of_query, of_key, of_value, of_slopes = _divided(
+        partial(_backward_here, options), results, residuals | {"gradient": gradient}
     )
 
     def grouped(x: Float[Array, "batch heads keys width"], like: Array) -> Array:
@@ -245,6 +241,20 @@ def _backward(
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _divided(
+    function: Callable[[Arrays], tuple[Array, ...]], results: tuple[str, ...], arrays: Arrays
+) -> tuple[Array, ...]:
+    return divided(function, LAYOUTS, tuple(LAYOUTS[name] for name in results), arrays)
+
+
+@_divided.defjvp
+def _(*_: Any) -> Any:
+    raise NotImplementedError(
+        "attention over windows has no second derivative; use implementation='dense'"
+    )
 
 
 def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
