@@ -168,6 +168,18 @@ def test_windows_are_not_wasteful() -> None:
     assert (kept <= 3 * least).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_of_other_segments_prove_nothing(causal: bool) -> None:
+    """A query whose own key is hidden sees far keys alone; one of another segment lies beside it."""
+    query, key, slopes = np.ones((1, 1, 64, 2)), np.ones((1, 1, 64, 2)), np.ones(1, np.float32)
+    segments = np.where(np.arange(64) < 16, 0, 1)[None]
+    segments[0, 63] = 0
+    masks: dict[str, Any] = {"segment_ids": segments, "attention_mask": np.arange(64)[None] < 63}
+    plan = attention_plan(query, key, slopes, causal=causal, **masks, block_size=8)
+    mass = dropped_mass(plan, query, key, slopes, causal=causal, **masks)
+    assert (mass <= TOLERANCES["float64"]).all()
+
+
 def test_padding_costs_nothing() -> None:
     """Queries that see no key need no blocks, and a zero tolerance drops nothing else."""
     query, key, _ = _draw(np.random.default_rng(2), 4, 4, SEQ)
