@@ -252,7 +252,7 @@ def test_keys_that_nobody_knows_may_be_ignored() -> None:
     config = MPT_7B | attention(mystery=1)
     assert read("mpt", config, "attn_config.mystery") == read("mpt", MPT_7B)
     config = MPT_7B | attention(prefix_lm=True)
-    for name in ("attn_config.prefix_lm", "attn_config.alibi", "d_model"):
+    for name in ("attn_config.prefix_lm", "attn_config.alibi", "attn_config", "d_model"):
         with pytest.raises(CheckpointError, match=f"{name} .* cannot be ignored"):
             read("mpt", config, name)
 

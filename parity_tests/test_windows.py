@@ -170,7 +170,7 @@ def test_windows_are_not_wasteful() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_keys_of_other_segments_prove_nothing(causal: bool) -> None:
-    """A query whose own key is hidden sees far keys alone; one of another segment lies beside it."""
+    """A query whose own key is hidden, with a key of another segment beside it, sees far ones."""
     query, key, slopes = np.ones((1, 1, 64, 2)), np.ones((1, 1, 64, 2)), np.ones(1, np.float32)
     segments = np.where(np.arange(64) < 16, 0, 1)[None]
     segments[0, 63] = 0

@@ -361,14 +361,14 @@ class KeyTable:
             else:
                 meant.add(line.foreign)
                 meant.update(line.aliases if isinstance(line, Key) else ())
-        for name in sorted(ignored & meant - {_QUANTISED}):
+        nested = {name[:dot] for name in meant for dot in _dots(name)}
+        for name in sorted(ignored & (meant | nested) - {_QUANTISED}):
             if is_there(foreign, name):
                 raise CheckpointError(
                     f"{name} in the {self.family} configuration cannot be ignored: what the model "
                     "computes depends on it"
                 )
         known = meant | neutral | ignored
-        nested = {name[:dot] for name in meant for dot in _dots(name)}
         unknown = [name for name in _flat_names(foreign, nested) if name not in known]
         if unknown:
             raise CheckpointError(
