@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,10 +28,8 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.attention import (
-    AttentionPlan,
     attention,
     attention_implementations,
-    attention_plan,
     biased_logits,
 )
 from alibi_spec import ALiBiConfig, model_slopes, slopes
@@ -80,6 +78,19 @@ class RMSNorm(nn.RMSNorm):
         return normed if self.dtype is not None else normed.astype(x.dtype)
 
 
+class AttentionInputs(TypedDict):
+    """Arguments of `alibi_flax.attention`, which documents them."""
+
+    query: Float[Array, "batch seq heads head_dim"]
+    key: Float[Array, "batch seq kv_heads head_dim"]
+    value: Float[Array, "batch seq kv_heads head_dim"]
+    slopes: Float[Array, " heads"]
+    causal: bool
+    scale: float
+    attention_mask: AttentionMask | None
+    distance: str
+
+
 class Attention(nn.Module):
     """Multi-head attention with linear biases: projections around `alibi_flax.attention`."""
 
@@ -124,19 +135,33 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch seq embed"]:
         dropout = 0.0 if deterministic else self.config.probability_dropout
         attended = attention(
-            *self._query_key_value(x),
-            self._slopes(slope_factor),
-            causal=self.config.causal,
-            scale=self.config.scale,
-            attention_mask=attention_mask,
+            **self.attention_inputs(x, slope_factor, attention_mask),
             implementation=self.implementation,
-            distance=self.config.distance,
             dropout=dropout,
             dropout_rng=self.make_rng("dropout") if dropout > 0 else None,
         )
         if self.config.output_projection:
             return self.output(attended)
         return rearrange(attended, "batch seq heads head_dim -> batch seq (heads head_dim)")
+
+    def attention_inputs(
+        self,
+        x: Float[Array, "batch seq embed"],
+        slope_factor: SlopeFactor = 1.0,
+        attention_mask: AttentionMask | None = None,
+    ) -> AttentionInputs:
+        """What `__call__` attends with."""
+        query, key, value = self._query_key_value(x)
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "slopes": self._slopes(slope_factor),
+            "causal": self.config.causal,
+            "scale": self.config.scale,
+            "attention_mask": attention_mask,
+            "distance": self.config.distance,
+        }
 
     def biased_logits(
         self,
@@ -145,34 +170,9 @@ class Attention(nn.Module):
         attention_mask: AttentionMask | None = None,
     ) -> Float[Array, "batch heads seq seq"]:
         """The logits that `__call__` takes the softmax of."""
-        query, key, _ = self._query_key_value(x)
-        return biased_logits(
-            *(query, key, self._slopes(slope_factor)),
-            causal=self.config.causal,
-            scale=self.config.scale,
-            attention_mask=attention_mask,
-            distance=self.config.distance,
-        )
-
-    def attention_plan(
-        self,
-        x: Float[Array, "batch seq embed"],
-        slope_factor: SlopeFactor = 1.0,
-        attention_mask: AttentionMask | None = None,
-        *,
-        tolerance: str | float,
-        block_size: int,
-    ) -> AttentionPlan:
-        """The blocks of those logits that `__call__` needs."""
-        query, key, _ = self._query_key_value(x)
-        return attention_plan(
-            *(query, key, self._slopes(slope_factor)),
-            causal=self.config.causal,
-            scale=self.config.scale,
-            attention_mask=attention_mask,
-            tolerance=tolerance,
-            block_size=block_size,
-        )
+        inputs: Any = self.attention_inputs(x, slope_factor, attention_mask)
+        del inputs["value"]
+        return biased_logits(**inputs)
 
     def _query_key_value(
         self, x: Float[Array, "batch seq embed"]
@@ -314,6 +314,7 @@ class ALiBiTransformer(nn.Module):
         self,
         x: Float[Array, "batch seq embed"],
         attention_mask: AttentionMask | None = None,
+        *,
         deterministic: bool = True,
     ) -> Float[Array, "batch seq embed"]:
         """Hidden states after the last block (and final norm), in the dtype of the computation.
@@ -403,8 +404,9 @@ class ALiBiLM(nn.Module):
         self,
         tokens: Integer[Array, "batch seq"],
         attention_mask: AttentionMask | None = None,
-        deterministic: bool = True,
+        *,
         token_type_ids: Integer[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
     ) -> Float[Array, "batch seq output"]:
         """Logits over the vocabulary: of the next token, or of this one for a masked LM.
 
@@ -424,7 +426,7 @@ class ALiBiLM(nn.Module):
                 `attention_mask`.
         """
         x = self.embed(tokens, token_type_ids, deterministic)
-        return self.head(self.transformer(x, attention_mask, deterministic))
+        return self.head(self.transformer(x, attention_mask, deterministic=deterministic))
 
     def embed(
         self,

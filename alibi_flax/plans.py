@@ -8,7 +8,7 @@ import flax.linen as nn
 from jax import Array
 from jaxtyping import Integer, Num
 
-from alibi_flax.attention import AttentionPlan
+from alibi_flax.attention import AttentionPlan, attention_plan
 from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask
 from alibi_spec.checks import check_plannable
 from alibi_spec.windows import BLOCK_SIZE
@@ -36,8 +36,9 @@ def model_plans(
     def record(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module: nn.Module = context.module
         if isinstance(module, Attention) and context.method_name == "__call__":
-            plan = module.attention_plan(*args[:3], tolerance=tolerance, block_size=block_size)
-            plans.append(plan)
+            inputs: Any = module.attention_inputs(*args[:3])
+            del inputs["value"], inputs["distance"]
+            plans.append(attention_plan(**inputs, tolerance=tolerance, block_size=block_size))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):

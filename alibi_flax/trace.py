@@ -38,8 +38,7 @@ def trace(
         name = ".".join(part.replace("layers_", "layers.") for part in module.path)
         name = name.removeprefix("transformer.")
         if isinstance(module, Attention):
-            logits = module.biased_logits(*args[:3])
-            values[name.replace("attn", "biased_logits")] = logits
+            values[name.replace("attn", "biased_logits")] = module.biased_logits(*args[:3])
         if isinstance(module, Attention | FeedForward | Block):
             values[name] = output
         if isinstance(module, ALiBiTransformer):

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,8 @@ from alibi_spec.checks import (
     require_vocabulary,
 )
 from alibi_torch.attention import (
-    AttentionPlan,
     attention,
     attention_implementations,
-    attention_plan,
     biased_logits,
 )
 from alibi_torch.checkpoint import PretrainedModule
@@ -76,6 +74,19 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
+class AttentionInputs(TypedDict):
+    """Arguments of `alibi_torch.attention`, which documents them."""
+
+    query: Float[Tensor, "batch heads seq head_dim"]
+    key: Float[Tensor, "batch kv_heads seq head_dim"]
+    value: Float[Tensor, "batch kv_heads seq head_dim"]
+    slopes: Float[Tensor, " heads"]
+    causal: bool
+    scale: float
+    attention_mask: AttentionMask | None
+    distance: str
+
+
 class Attention(nn.Module):
     """Multi-head attention with linear biases: projections around `alibi_torch.attention`."""
 
@@ -108,17 +119,31 @@ class Attention(nn.Module):
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         attended = attention(
-            *self._query_key_value(x),
-            self._slopes(x.device) * slope_factor,
-            causal=self.config.causal,
-            scale=self.config.scale,
-            attention_mask=attention_mask,
+            **self.attention_inputs(x, slope_factor, attention_mask),
             implementation=self.implementation,
-            distance=self.config.distance,
             dropout=self.config.probability_dropout if self.training else 0.0,
         )
         attended = rearrange(attended, "batch heads seq head_dim -> batch seq (heads head_dim)")
         return self.output(attended) if self.config.output_projection else attended
+
+    def attention_inputs(
+        self,
+        x: Float[Tensor, "batch seq embed"],
+        slope_factor: float = 1.0,
+        attention_mask: AttentionMask | None = None,
+    ) -> AttentionInputs:
+        """What `forward` attends with."""
+        query, key, value = self._query_key_value(x)
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "slopes": self._slopes(x.device) * slope_factor,
+            "causal": self.config.causal,
+            "scale": self.config.scale,
+            "attention_mask": attention_mask,
+            "distance": self.config.distance,
+        }
 
     def biased_logits(
         self,
@@ -127,34 +152,9 @@ class Attention(nn.Module):
         attention_mask: AttentionMask | None = None,
     ) -> Float[Tensor, "batch heads seq seq"]:
         """The logits that `forward` takes the softmax of."""
-        query, key, _ = self._query_key_value(x)
-        return biased_logits(
-            *(query, key, self._slopes(x.device) * slope_factor),
-            causal=self.config.causal,
-            scale=self.config.scale,
-            attention_mask=attention_mask,
-            distance=self.config.distance,
-        )
-
-    def attention_plan(
-        self,
-        x: Float[Tensor, "batch seq embed"],
-        slope_factor: float = 1.0,
-        attention_mask: AttentionMask | None = None,
-        *,
-        tolerance: str | float,
-        block_size: int,
-    ) -> AttentionPlan:
-        """The blocks of those logits that `forward` needs."""
-        query, key, _ = self._query_key_value(x)
-        return attention_plan(
-            *(query, key, self._slopes(x.device) * slope_factor),
-            causal=self.config.causal,
-            scale=self.config.scale,
-            attention_mask=attention_mask,
-            tolerance=tolerance,
-            block_size=block_size,
-        )
+        inputs: Any = self.attention_inputs(x, slope_factor, attention_mask)
+        del inputs["value"]
+        return biased_logits(**inputs)
 
     def _query_key_value(
         self, x: Float[Tensor, "batch seq embed"]
@@ -373,6 +373,7 @@ class ALiBiLM(PretrainedModule):
         self,
         tokens: Integer[Tensor, "batch seq"],
         attention_mask: AttentionMask | None = None,
+        *,
         token_type_ids: Integer[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq output"]:
         """Logits over the vocabulary: of the next token, or of this one for a masked LM.

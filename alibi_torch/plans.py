@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alibi_spec.checks import check_plannable
 from alibi_spec.windows import BLOCK_SIZE
-from alibi_torch.attention import AttentionPlan
+from alibi_torch.attention import AttentionPlan, attention_plan
 from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
 
 
@@ -33,7 +33,9 @@ def model_plans(
     plans: list[AttentionPlan] = []
 
     def record(module: Any, args: tuple[Any, ...]) -> None:
-        plans.append(module.attention_plan(*args, tolerance=tolerance, block_size=block_size))
+        inputs: Any = module.attention_inputs(*args)
+        del inputs["value"], inputs["distance"]
+        plans.append(attention_plan(**inputs, tolerance=tolerance, block_size=block_size))
 
     transformer = model.transformer if isinstance(model, ALiBiLM) else model
     layers: Any = transformer.layers

@@ -30,6 +30,19 @@ def test_flax_adds_params_alone(function: str) -> None:
     assert theirs == [ours[0], ("params", ours[0][1], inspect.Parameter.empty), *ours[1:]]
 
 
+@pytest.mark.parametrize("model", ["ALiBiTransformer", "ALiBiLM"])
+def test_models_are_called_alike(model: str) -> None:
+    """What each framework adds is its own: `deterministic`; `device`; `sharding`, params."""
+    ours, theirs = (getattr(each, model) for each in (alibi_torch, alibi_flax))
+    expected = [each for each in _parameters(theirs.__call__) if each[0] != "deterministic"]
+    assert _parameters(ours.forward) == expected
+    assert _without(ours.from_pretrained, "device") == _without(
+        alibi_flax.from_pretrained, "sharding"
+    )
+    saved = _without(alibi_flax.save_pretrained, "model", "params")
+    assert _without(ours.save_pretrained, "self") == saved
+
+
 @pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
 def test_public_names(backend: object) -> None:
     assert set(surface.PUBLIC) <= set(backend.__all__)
@@ -167,6 +180,10 @@ def test_annotated_shapes_hold() -> None:
 def _parameters(function: object) -> list[tuple[str, object, object]]:
     parameters = inspect.signature(function).parameters.values()
     return [(each.name, each.kind, each.default) for each in parameters]
+
+
+def _without(function: object, *names: str) -> list[tuple[str, object, object]]:
+    return [each for each in _parameters(function) if each[0] not in names]
 
 
 def _run(code: str) -> None:
