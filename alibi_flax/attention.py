@@ -10,10 +10,11 @@ from jax import Array
 from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer, Key
 
-from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
-from alibi_flax.kernels.call import Call, default_scale, has_values_on_host
+from alibi_flax.kernels import KERNELS, certificate, dense
+from alibi_flax.kernels.call import Call, has_values_on_host
+from alibi_flax.kernels.certificate import AttentionPlan
 from alibi_flax.kernels.dropout import drawn_dropout
-from alibi_flax.kernels.windows import AttentionPlan
+from alibi_spec.bias import default_scale
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
@@ -60,11 +61,11 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of attention mass per row that an implementation may drop; "dtype" is
+        tolerance: share of a query's mass that an implementation may drop; "dtype" is
             half an ulp of the inputs, 0 drops none.
         implementation: "auto" or one of `attention_implementations()`. All have first derivatives
             in reverse mode; "dense" has second ones and those in forward mode (jvp), too. For a
-            symbolic length of `jax.export`, "auto" is "dense", which alone computes it.
+            symbolic length of `jax.export`, "auto" is "dense", the only one that computes it.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities (SPEC.md §4.1).
@@ -83,9 +84,9 @@ def attention(
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0 and dropout_rng is None:
         raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
-    dropped = None
+    query_start, dropped = _query_start(query, key), None
     if dropout > 0 and dropout_rng is not None:
-        dropped = drawn_dropout(dropout, dropout_rng, query, key)
+        dropped = drawn_dropout(dropout, dropout_rng, query, query_start, key.shape[1])
     call = Call(
         query=query,
         key=key,
@@ -93,6 +94,7 @@ def attention(
         slopes=slopes,
         causal=causal,
         scale=default_scale(scale, query.shape[-1]),
+        query_start=query_start,
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         tolerance=tolerance,
@@ -123,7 +125,8 @@ def biased_logits(
         key,
         slopes,
         causal=causal,
-        scale=scale,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=_query_start(query, key),
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         distance=distance,
@@ -131,7 +134,7 @@ def biased_logits(
 
 
 def attention_implementations() -> tuple[str, ...]:
-    """Names that `attention` accepts as `implementation`, besides "auto"."""
+    """Names that `attention` accepts as `implementation`, apart from "auto"."""
     return tuple(KERNELS)
 
 
@@ -157,17 +160,26 @@ def attention_plan(
     _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
     check_block_size(block_size)
-    return windows.attention_plan(
+    return certificate.attention_plan(
         query,
         key,
         slopes,
         causal=causal,
-        scale=scale,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=_query_start(query, key),
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         tolerance=tolerance,
         block_size=block_size,
     )
+
+
+def _query_start(
+    query: Float[Array, "batch query_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+) -> int:
+    """Where the first query stands among the keys: the last one stands at the last key."""
+    return key.shape[1] - query.shape[1]
 
 
 def _chosen(call: Call, implementation: str) -> str:
@@ -180,7 +192,7 @@ def _chosen(call: Call, implementation: str) -> str:
         if is_symbolic:
             warnings.warn(_WARNING_OF_SYMBOLIC_LENGTHS, stacklevel=3)
             return "dense"
-        if query_len * key_len < DENSE_PAYS_BELOW:
+        if query_len * key_len < dense.PAYS_BELOW:
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from alibi_spec.bias import default_scale
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
@@ -19,11 +20,11 @@ from alibi_spec.checks import (
     warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
-from alibi_torch.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
-from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels import KERNELS, certificate, dense
+from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.certificate import AttentionPlan
 from alibi_torch.kernels.dropout import drawn_dropout
 from alibi_torch.kernels.finite import has_values_on_host
-from alibi_torch.kernels.windows import AttentionPlan
 
 
 def attention(
@@ -55,7 +56,7 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of attention mass per row that an implementation may drop; "dtype" is half
+        tolerance: share of a query's mass that an implementation may drop; "dtype" is half
             an ulp of the dtype, 0 drops none, and implementation="dense" never drops.
         implementation: "auto" or one of `attention_implementations()`. All have first derivatives
             in reverse mode; "dense" has second ones and those in forward mode (jvp), too.
@@ -76,6 +77,9 @@ def attention(
     """
     _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    query_start, dropped = _query_start(query, key), None
+    if dropout > 0:
+        dropped = drawn_dropout(dropout, dropout_rng, query, query_start, key.shape[2])
     call = Call(
         query=query,
         key=key,
@@ -83,11 +87,12 @@ def attention(
         slopes=slopes,
         causal=causal,
         scale=default_scale(scale, query.shape[-1]),
+        query_start=query_start,
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         tolerance=tolerance,
         distance=distance,
-        dropout=drawn_dropout(dropout, dropout_rng, query, key) if dropout > 0 else None,
+        dropout=dropped,
     )
     return KERNELS[_chosen(call, implementation)].run(call)
 
@@ -113,7 +118,8 @@ def biased_logits(
         key,
         slopes,
         causal=causal,
-        scale=scale,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=_query_start(query, key),
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         distance=distance,
@@ -121,7 +127,7 @@ def biased_logits(
 
 
 def attention_implementations() -> tuple[str, ...]:
-    """Names that `attention` accepts as `implementation`, besides "auto"."""
+    """Names that `attention` accepts as `implementation`, apart from "auto"."""
     return tuple(KERNELS)
 
 
@@ -148,17 +154,26 @@ def attention_plan(
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
     check_block_size(block_size)
     with torch.no_grad():
-        return windows.attention_plan(
+        return certificate.attention_plan(
             query,
             key,
             slopes,
             causal=causal,
-            scale=scale,
+            scale=default_scale(scale, query.shape[-1]),
+            query_start=_query_start(query, key),
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             tolerance=tolerance,
             block_size=block_size,
         )
+
+
+def _query_start(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+) -> int:
+    """Where the first query stands among the keys: the last one stands at the last key."""
+    return key.shape[2] - query.shape[2]
 
 
 def _chosen(call: Call, implementation: str) -> str:
@@ -169,7 +184,7 @@ def _chosen(call: Call, implementation: str) -> str:
         return "dense"
     if implementation == "auto":
         # A program that is exported for any length must not cost the square of it.
-        if _is_known(query_len * call.key.shape[2] < DENSE_PAYS_BELOW):
+        if _is_known(query_len * call.key.shape[2] < dense.PAYS_BELOW):
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():

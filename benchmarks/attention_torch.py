@@ -22,7 +22,7 @@ import alibi_torch
 from alibi_spec import slopes as paper_slopes
 from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.attention import attention_plan
-from alibi_torch.kernels.runs import runs_of, windows_of
+from alibi_torch.kernels.windowed.tiles import strips_of, windows_of
 from benchmarks.compare import (
     BOTH,
     FORWARD,
@@ -121,12 +121,13 @@ def computed_products(seq: int) -> int:
         *(query, key, torch.from_numpy(paper_slopes(HEADS)), None, None),
         causal=True,
         scale=HEAD_DIM**-0.5,
+        query_start=0,
         tolerance=2**-24,
         block_size=BLOCK_SIZE,
     )
     width = max(HEAD_DIM, BLOCK_SIZE)
-    runs = runs_of(windows, seq, seq, BLOCK_SIZE, group=1, key_elements=width)
-    return sum(run.products for run in runs)
+    strips = strips_of(windows, 0, seq, seq, BLOCK_SIZE, group=1, key_elements=width)
+    return sum(strip.products for strip in strips)
 
 
 def multiply(width: int) -> Callable[[], Any]:

@@ -1,7 +1,7 @@
 """Numbers that are not finite: what a query may not see cannot change its result (SPEC.md §4.2).
 
 0 times such a number is NaN, in results and in all gradients. So they become 0 before anything is
-computed, and the rows that see one become NaN after it.
+computed, and the queries that see one become NaN after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def guarded(
         arrays = (call.query, call.key, call.value)
         if has_values_on_host(*arrays) and are_ordinary(*arrays):
             return attend(call)
-        broken = broken_rows(*arrays, call.causal, call.attention_mask, call.segment_ids)
+        broken = broken_queries(
+            *arrays, call.causal, call.query_start, call.attention_mask, call.segment_ids
+        )
         query, key, value = cleaned(*arrays, call.attention_mask)
         attended = attend(dataclasses.replace(call, query=query, key=key, value=value))
         return attended.masked_fill(broken, math.nan)
@@ -79,11 +81,12 @@ def is_broken(x: Float[Tensor, "batch heads seq width"]) -> Bool[Tensor, "batch 
     return ~x.isfinite().all(dim=-1)
 
 
-def broken_rows(
+def broken_queries(
     query: Float[Tensor, "batch heads query_len head_dim"],
     key: Float[Tensor, "batch kv_heads key_len head_dim"],
     value: Float[Tensor, "batch kv_heads key_len value_dim"],
     causal: bool,
+    query_start: int,
     attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
     segment_ids: Integer[Tensor, "batch key_len"] | None,
 ) -> Bool[Tensor, "batch heads query_len 1"]:
@@ -95,11 +98,9 @@ def broken_rows(
     key_is_broken = is_broken(key) | is_broken(value)
     sees_broken = _counted(key_is_broken & shown, causal, segment_ids) > 0
     sees_any = _counted(shown, causal, segment_ids) > 0
-    group, query_len = query.shape[1] // key.shape[1], query.shape[2]
-    sees_broken, sees_any = (
-        each[:, :, key.shape[2] - query_len :].repeat_interleave(group, dim=1)
-        for each in (sees_broken, sees_any)
-    )
+    group, query_end = query.shape[1] // key.shape[1], query_start + query.shape[2]
+    sees_broken = sees_broken[:, :, query_start:query_end].repeat_interleave(group, dim=1)
+    sees_any = sees_any[:, :, query_start:query_end]  # the same for all heads
     return (sees_broken | (is_broken(query) & sees_any))[..., None]
 
 
