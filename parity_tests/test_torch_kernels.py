@@ -191,6 +191,14 @@ def test_what_is_hidden_changes_nothing(
     _assert_seen_alone(alibi_torch.attention, poison, options)
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ["dense", "aten_flash", "blockwise"])
+def test_nor_with_shared_keys(implementation: str) -> None:
+    options = {"implementation": implementation, **masks_of("mask", 90)}
+    for kv_heads in (1, 2):
+        _assert_seen_alone(alibi_torch.attention, np.nan, options, kv_heads)
+
+
 @pytest.mark.parametrize("implementation", ["dense", "blockwise"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_nor_where_data_cannot_be_looked_at(implementation: str) -> None:
@@ -227,8 +235,10 @@ def test_slopes_that_are_not_finite_are_refused() -> None:
             attention_plan(arrays["query"], arrays["key"], slopes_of() * number)
 
 
-def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -> None:
-    """NaN or infinity makes NaN of the rows that see it, and reaches no other, nor a gradient."""
+def _assert_seen_alone(
+    attention: Any, poison: float, options: dict[str, Any], kv_heads: int = 4
+) -> None:
+    """NaN or infinity makes NaN of the queries that see it; others and gradients do not change."""
     in_numpy = {
         name: as_numpy(each) if isinstance(each, torch.Tensor) else each
         for name, each in options.items()
@@ -240,7 +250,7 @@ def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -
     is_broken[:, :, 20] |= visible[:, :, 20].any(axis=-1)
     found = []
     for number in (0.0, poison):
-        leaves = draw(37, 90)
+        leaves = draw(37, 90, kv_heads=kv_heads)
         for name, position in {"key": 7, "value": 61, "query": 20}.items():
             leaves[name][:, :, position, 1] = number
         for each in leaves.values():

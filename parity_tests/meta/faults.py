@@ -600,6 +600,13 @@ FAULTS = (
         "test_torch_kernels.py -k hidden",
     ),
     Mutant(
+        "what is seen is counted for every head of keys",
+        "alibi_torch/kernels/finite.py",
+        "sees_any = sees_any[:, :, query_start:query_end]",
+        "sees_any = sees_any[:, :, query_start:query_end].repeat_interleave(group, dim=1)",
+        "test_torch_kernels.py -k nor_with_shared",
+    ),
+    Mutant(
         "torch asks where compiled data is finite",
         "alibi_torch/kernels/finite.py",
         "if has_values_on_host(*arrays) and are_ordinary(*arrays):",
