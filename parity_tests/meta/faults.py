@@ -777,7 +777,7 @@ FAULTS = (
     Mutant(
         "slopes of a symbolic length are not interpolated",
         "alibi_flax/model.py",
-        "return limit / jnp.maximum(limit, jnp.asarray(seq))",
+        "return limit / jnp.maximum(limit, jnp.asarray(key_len))",
         "return 1.0",
         "test_flax_transforms.py -k models_are_exported",
     ),

@@ -65,6 +65,7 @@ class Bias:
             of_key = self._segments[:, None, :, None]
             of_query = query_tiles(of_key[:, :, self._query_start :], strip, sequences).flip(2)
             visible = visible & (of_query == key_tiles(of_key, strip, sequences, 1).mT)
+        # The softmax of nothing but -inf is NaN: such queries see everything, and become 0 later.
         is_empty = ~visible.any(dim=-1, keepdim=True)
         return bias.masked_fill(~visible, -torch.inf).masked_fill(is_empty, 0.0), is_empty
 

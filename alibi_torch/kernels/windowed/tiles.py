@@ -185,6 +185,8 @@ class _Cover:
             query = first_query + tiles * self.block_size
             needed += end - first
             reach = max(before, start + query - first), max(after, end - (start + query))
+            # All tiles take the widest reach: the first may not begin before the first key, nor the
+            # last end after the last one; and a shorter block of queries is no such tile.
             has_keys = reach[0] <= start + first_query and start + query + reach[1] <= self.key_len
             is_whole = query + self.block_size <= self.query_len
             fits = (tiles + 1) * sum(reach) <= self._limit(needed)
@@ -274,11 +276,11 @@ def add_key_tiles(total: Tensor, tiles: Tensor, strip: Strip, sequences: slice, 
     total, start = total[sequences, _key_heads(strip, group)], strip.first_key
     if strip.tiles == 1:
         total[:, :, start : start + strip.width] += tiles
-    elif strip.width > strip.queries:  # one tile after another
+    elif strip.width > strip.queries:  # fewer tiles than parts: one tile after another
         for tile in tiles:
             total[0, :, start : start + strip.width] += tile
             start += strip.height
-    else:  # all tiles at once, as many keys of each as do not overlap
+    else:  # one part of all tiles after another: parts of one step do not overlap
         for part in tiles.split(strip.height, dim=2):
             end = start + (strip.tiles - 1) * strip.height + part.shape[2]
             _overlapping(total[0, :, start:end], part.shape[2], strip.height).add_(part)
