@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -75,25 +76,14 @@ def attention(
             (on the CPU), an unknown option, or an implementation that cannot compute this call,
             with the reason.
     """
-    _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
-    check_attention_options(tolerance, dropout, implementation, attention_implementations())
-    query_start, dropped = _query_start(query, key), None
-    if dropout > 0:
-        dropped = drawn_dropout(dropout, dropout_rng, query, query_start, key.shape[2])
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        slopes=slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        query_start=query_start,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        distance=distance,
-        dropout=dropped,
+    call = _checked_call(
+        *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, distance),
     )
+    check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    if dropout > 0:
+        drawn = drawn_dropout(dropout, dropout_rng, query, call.query_start, key.shape[2])
+        call = replace(call, dropout=drawn)
     return KERNELS[_chosen(call, implementation)].run(call)
 
 
@@ -112,17 +102,11 @@ def biased_logits(
 
     Arguments and errors are those of `attention`.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, distance, scale)
     return dense.biased_logits(
-        query,
-        key,
-        slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        query_start=_query_start(query, key),
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        distance=distance,
+        _checked_call(
+            *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+            *("dtype", distance),
+        )
     )
 
 
@@ -150,30 +134,14 @@ def attention_plan(
     Args:
         block_size: positions in a block, of queries and of keys.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
+    call = _checked_call(
+        *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, "absolute"),
+    )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
     check_block_size(block_size)
     with torch.no_grad():
-        return certificate.attention_plan(
-            query,
-            key,
-            slopes,
-            causal=causal,
-            scale=default_scale(scale, query.shape[-1]),
-            query_start=_query_start(query, key),
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            tolerance=tolerance,
-            block_size=block_size,
-        )
-
-
-def _query_start(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-) -> int:
-    """Where the first query stands among the keys: the last one stands at the last key."""
-    return key.shape[2] - query.shape[2]
+        return certificate.attention_plan(call, block_size)
 
 
 def _chosen(call: Call, implementation: str) -> str:
@@ -206,16 +174,19 @@ def _is_known(fact: bool) -> bool:
     return statically_known_true(fact) if torch.compiler.is_exporting() else bool(fact)
 
 
-def _check_call(
+def _checked_call(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
     slopes: Tensor,
+    causal: bool,
+    scale: float | None,
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
+    tolerance: str | float,
     distance: str,
-    scale: float | None,
-) -> None:
+) -> Call:
+    """The call that these arguments make, without dropout. Logits and plans need no value."""
     arrays = [query, key] if value is None else [query, key, value]
     check_attention(
         *(query.shape, key.shape, None if value is None else value.shape, slopes.shape),
@@ -232,3 +203,14 @@ def _check_call(
         if mask is not None:
             is_integer = not mask.is_floating_point()
             check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[2])
+    return Call(
+        *(query, key, key if value is None else value, slopes),
+        causal=causal,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=key.shape[2] - query.shape[2],  # the last query stands at the last key
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        distance=distance,
+        dropout=None,
+    )

@@ -16,6 +16,7 @@ from alibi_torch.kernels.windowed import tiles
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.torch_calls import (
     BLOCK,
+    call_of,
     draw,
     masks_of,
     slopes_of,
@@ -138,9 +139,8 @@ def test_strips_cover_every_window_once(
 def _strips(seq: int, heads: int) -> list[tiles.Strip]:
     """The strips of the first so many of eight heads, for normal numbers."""
     array = torch.randn(1, heads, seq, 16, generator=torch.Generator().manual_seed(0))
-    options = {"causal": True, "scale": 0.25, "tolerance": 2**-24}
-    options |= {"query_start": 0, "block_size": 128}
-    windows = tiles.windows_of(array, array, slopes_of(8)[:heads], None, None, **options)
+    arrays = {"query": array, "key": array, "value": array, "slopes": slopes_of(8)[:heads]}
+    windows = tiles.windows_of(call_of(**arrays, scale=0.25, tolerance=2**-24), 128)
     return tiles.strips_of(windows, 0, seq, seq, 128, group=1, key_elements=128)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from alibi_spec.windows import tolerance_of
+from alibi_torch.kernels.call import Call
 
 # Sums over few numbers per query are exact enough in float64 that only norms and products count.
 _BOUND = torch.float64
@@ -38,29 +39,19 @@ class AttentionPlan:
     block_size: int
 
 
-def attention_plan(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    slopes: Float[Tensor, " heads"],
-    *,
-    causal: bool,
-    scale: float,
-    query_start: int,
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
-    tolerance: str | float,
-    block_size: int,
-) -> AttentionPlan:
+def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
-    allowed_mass = tolerance_of(tolerance, str(query.dtype).removeprefix("torch."))
-    query_len, key_len, device = query.shape[2], key.shape[2], query.device
+    query, key, device = call.query, call.key, call.query.device
+    allowed_mass = tolerance_of(call.tolerance, str(query.dtype).removeprefix("torch."))
+    query_len, key_len = query.shape[2], key.shape[2]
     if 0 in query.shape[:3]:
         none = torch.zeros((*query.shape[:2], -(-query_len // block_size)), device=device)
         return AttentionPlan(none.long(), none.long(), none.sum(dim=-1), block_size)
-    position = torch.arange(query_start, query_start + query_len, device=device)
-    visible = None if attention_mask is None else attention_mask.to(torch.bool)
+    causal, mask = call.causal, call.attention_mask
+    position = torch.arange(call.query_start, call.query_start + query_len, device=device)
+    visible = None if mask is None else mask.to(torch.bool)
     anchor = None if visible is None else _anchors(visible, causal)[:, position]
-    queries = _Queries.of(query, key, slopes, scale, query_start, anchor, segment_ids)
+    queries = _Queries.of(call, anchor)
 
     blocks, own_block = -(-key_len // block_size), position // block_size
     largest = _block_norms(key, visible, block_size).repeat_interleave(queries.group, dim=1)
@@ -122,21 +113,14 @@ class _Queries:
     group: int
 
     @classmethod
-    def of(
-        cls,
-        query: Float[Tensor, "batch heads query_len head_dim"],
-        key: Float[Tensor, "batch kv_heads key_len head_dim"],
-        slopes: Float[Tensor, " heads"],
-        scale: float,
-        query_start: int,
-        anchor: Integer[Tensor, "batch query_len"] | None,
-        segments: Integer[Tensor, "batch key_len"] | None,
-    ) -> _Queries:
+    def of(cls, call: Call, anchor: Integer[Tensor, "batch query_len"] | None) -> _Queries:
         """Measured on the arrays of a call; `anchor` is the nearest visible key or -1, None where
         every query sees its own."""
-        query_end, group = query_start + query.shape[2], query.shape[1] // key.shape[1]
+        query, key, segments = call.query, call.key, call.segment_ids
+        query_start, query_end = call.query_start, call.query_start + query.shape[2]
+        group = query.shape[1] // key.shape[1]
         dtype = torch.promote_types(query.dtype, torch.float32)
-        slope = slopes.to(_BOUND)[:, None]
+        slope = call.slopes.to(_BOUND)[:, None]
         penalty, is_anchored, sees_nothing = 0.0, None, None
         if anchor is None:
             anchor_key = key[:, :, query_start:query_end]
@@ -159,7 +143,9 @@ class _Queries:
             some, keys = some.to(dtype), keys[:, :, None].to(dtype)
             logits.append((some * keys).sum(dim=-1).flatten(1, 2))
             reaches.append(torch.linalg.vector_norm(some, dim=-1).flatten(1, 2))
-        logit, reach = (scale * torch.cat(each, dim=1).to(_BOUND) for each in (logits, reaches))
+        logit, reach = (
+            call.scale * torch.cat(each, dim=1).to(_BOUND) for each in (logits, reaches)
+        )
         anchor_norm = torch.linalg.vector_norm(anchor_key, dim=-1, dtype=dtype).to(_BOUND)
         rounding = (query.shape[3] + 8) * torch.finfo(dtype).eps
         ceiling = rounding * reach * anchor_norm.repeat_interleave(group, dim=1)

@@ -65,16 +65,7 @@ def bias_of(call: Call) -> Callable[..., Tensor]:
 def block_mask_of(call: Call) -> BlockMask:
     """The certified windows, and which keys of their blocks a query sees (SPEC.md §4, §9)."""
     with torch.no_grad():
-        plan = attention_plan(
-            *(call.query, call.key, call.slopes),
-            causal=call.causal,
-            scale=call.scale,
-            query_start=call.query_start,
-            attention_mask=call.attention_mask,
-            segment_ids=call.segment_ids,
-            tolerance=call.tolerance,
-            block_size=BLOCK_SIZE,
-        )
+        plan = attention_plan(call, BLOCK_SIZE)
     query_len, key_len = call.query.shape[2], call.key.shape[2]
     # Blocks before `whole` are seen by all of their queries: there the mask need not be asked.
     whole = torch.full_like(plan.first[0, 0], key_len // BLOCK_SIZE)

@@ -27,8 +27,8 @@ FAULTS = (
     Mutant(
         "distance off by one for cached queries",
         "alibi_torch/kernels/dense.py",
-        "torch.arange(query_start, query_start + query.shape[2], device=device)",
-        "torch.arange(query.shape[2], device=device)",
+        "torch.arange(start, start + call.query.shape[2], device=device)",
+        "torch.arange(call.query.shape[2], device=device)",
         "test_attention.py",
     ),
     Mutant(
@@ -111,7 +111,7 @@ FAULTS = (
     Mutant(
         "padding mask ignored",
         "alibi_torch/kernels/dense.py",
-        "visible & attention_mask.to(torch.bool)[:, None, None, :]",
+        "visible & call.attention_mask.to(torch.bool)[:, None, None, :]",
         "visible",
         "test_logits.py",
     ),
@@ -595,15 +595,15 @@ FAULTS = (
     Mutant(
         "torch multiplies hidden NaN by 0",
         "alibi_torch/kernels/windowed/operator.py",
-        "is_ordinary, broken = are_ordinary(query, key, value), None",
-        "is_ordinary, broken = True, None",
+        "self.is_ordinary = are_ordinary(query, key, value)",
+        "self.is_ordinary = True",
         "test_torch_kernels.py -k hidden",
     ),
     Mutant(
         "what is seen is counted for every head of keys",
         "alibi_torch/kernels/finite.py",
-        "sees_any = sees_any[:, :, query_start:query_end]",
-        "sees_any = sees_any[:, :, query_start:query_end].repeat_interleave(group, dim=1)",
+        "sees_any = _counted(shown, call)[:, :, places] > 0",
+        "sees_any = _counted(shown, call).repeat_interleave(2, dim=1)[:, :, places] > 0",
         "test_torch_kernels.py -k nor_with_shared",
     ),
     Mutant(
@@ -644,8 +644,8 @@ FAULTS = (
     Mutant(
         "dropout: hashes of a tile that are not in reverse order",
         "alibi_torch/kernels/windowed/operator.py",
-        "(in_order(hashes[0], self.order), hashes[1])",
-        "hashes",
+        "in_order(dropout[1], self.order)",
+        "dropout[1]",
         "test_torch_kernels.py -k gradients",
     ),
     Mutant(

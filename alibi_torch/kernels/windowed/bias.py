@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.windowed.tiles import (
     Strip,
     distances,
@@ -20,22 +21,14 @@ from alibi_torch.kernels.windowed.tiles import (
 class Bias:
     """-m |i - j| times a unit, for the tiles of one call; -inf where a query may not see a key."""
 
-    def __init__(
-        self,
-        query: Float[Tensor, "batch heads query_len head_dim"],
-        slopes: Float[Tensor, " heads"],
-        attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-        segment_ids: Integer[Tensor, "batch key_len"] | None,
-        causal: bool,
-        query_start: int,
-        unit: float,
-    ) -> None:
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self._slopes = unit * slopes.double()[:, None]
-        self._causal, self._query_start = causal, query_start
-        self._visible = None if attention_mask is None else attention_mask.to(torch.bool)
-        self._segments = segment_ids
-        self._obstacles = _obstacles(self._visible, segment_ids)
+    def __init__(self, call: Call, unit: float) -> None:
+        self.dtype = torch.promote_types(call.query.dtype, torch.float32)
+        self._slopes = unit * call.slopes.double()[:, None]
+        self._causal, self._query_start = call.causal, call.query_start
+        mask = call.attention_mask
+        self._visible = None if mask is None else mask.to(torch.bool)
+        self._segments = call.segment_ids
+        self._obstacles = _obstacles(self._visible, self._segments)
 
     def distance(self, strip: Strip) -> Float[Tensor, "1 1 height width"]:
         """|i - j| for one tile of a strip, which is that of every tile."""

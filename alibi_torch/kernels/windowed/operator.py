@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int32, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -89,91 +89,68 @@ def attention(call: Call, passes: Passes) -> Float[Tensor, "batch heads query_le
         *arrays,
         *(call.attention_mask, call.segment_ids),
         *((None, None) if call.dropout is None else call.dropout[1:]),
-        call.causal,
-        call.scale,
-        call.query_start,
+        *(call.causal, call.scale, call.query_start),
         tolerance_of(call.tolerance, str(call.query.dtype).removeprefix("torch.")),
+        0.0 if call.dropout is None else call.dropout.rate,
         passes.__name__.rpartition(".")[2],
         BLOCK_SIZE,
-        0.0 if call.dropout is None else call.dropout.rate,
     )
     return attended
 
 
 def _passes_named(name: str) -> Passes:
-    """An operator of torch takes no modules, so passes go by the name of their file."""
+    """The file of that name in this folder."""
     module: Any = importlib.import_module(f"{__package__}.{name}")
     return module
+
+
+# An operator of torch takes no objects: `_Work` puts together again what `attention` took apart.
+_ARRAYS = (
+    "Tensor query, Tensor key, Tensor value, Tensor slopes, Tensor? attention_mask, "
+    "Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes"
+)
+_OPTIONS = (
+    "bool causal, float scale, SymInt query_start, float tolerance, float dropout, "
+    "str passes, int block_size"
+)
 
 
 @torch.library.custom_op(
     "alibi_torch::attend",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor slopes, Tensor? attention_mask, "
-    "Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes, bool causal, float scale, "
-    "SymInt query_start, float tolerance, str passes, int block_size, float dropout) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema=f"({_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _attend(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    value: Float[Tensor, "batch kv_heads key_len value_dim"],
-    slopes: Float[Tensor, " heads"],
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
-    query_hashes: Int32[Tensor, "batch heads query_len"] | None,
-    key_hashes: Int32[Tensor, " key_len"] | None,
-    causal: bool,
-    scale: float,
-    query_start: int,
-    tolerance: float,
-    passes: str,
-    block_size: int,
-    dropout: float,
+    *arguments: Any,
 ) -> tuple[
     Float[Tensor, "batch heads query_len value_dim"],
     Float[Tensor, "batch heads query_len"],
     Integer[Tensor, "2 heads query_blocks_and_one"],
 ]:
     """Attended values; the logarithm of each softmax's denominator; the windows, the last empty."""
-    is_ordinary, broken = are_ordinary(query, key, value), None
-    masks = (attention_mask, segment_ids)
-    if not is_ordinary:
-        passes = "plain"
-        broken = broken_queries(query, key, value, causal, query_start, *masks)
-        query, key, value = cleaned(query, key, value, attention_mask)
-    team = Team.of(query.device)
+    work = _Work(*arguments)
+    call, team = work.call, Team.of(work.call.query.device)
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
-        windows = windows_of(
-            *(query, key, slopes, *masks),
-            causal=causal,
-            scale=scale,
-            query_start=query_start,
-            tolerance=tolerance,
-            block_size=block_size,
-        )
-        windows = torch.nn.functional.pad(windows, (0, 1))  # as `_shapes` says
-        hashes = None if query_hashes is None or key_hashes is None else (query_hashes, key_hashes)
-        cut = _Cut(
-            *(query, key, value, slopes, *masks, hashes, windows, causal, scale, query_start),
-            *(_passes_named(passes), block_size, dropout, is_ordinary),
-        )
-        attended = value.new_zeros((*query.shape[:3], value.shape[3]))
-        log_totals = slopes.new_zeros(query.shape[:3], dtype=cut.bias.dtype)
+        windows = torch.nn.functional.pad(
+            windows_of(call, work.block_size), (0, 1)
+        )  # see `_shapes`
+        cut = _Cut(work, windows)
+        attended = call.value.new_zeros((*call.query.shape[:3], call.value.shape[3]))
+        log_totals = call.slopes.new_zeros(call.query.shape[:3], dtype=cut.bias.dtype)
 
         def compute_strip(part: tuple[Strip, slice]) -> None:
             strip, sequences = part
             tiles, is_empty = cut.tiles(strip, sequences)
-            result, log_total = cut.passes.forward(tiles)
+            result, log_total = work.passes.forward(tiles)
             query_tiles(attended, strip, sequences).copy_(_cleared(result, is_empty))
             query_tiles(log_totals, strip, sequences).copy_(log_total)
 
         for _ in team.each(compute_strip, cut.parts):
             pass  # every strip writes its own queries
         attended, log_totals = in_order(attended, cut.order), in_order(log_totals, cut.order)
-        if broken is not None:
-            attended = attended.masked_fill(broken, math.nan)
+        if work.broken is not None:
+            attended = attended.masked_fill(work.broken, math.nan)
         return attended, log_totals, windows
 
     return team.lead(compute)
@@ -182,32 +159,16 @@ def _attend(
 @torch.library.custom_op(
     "alibi_torch::attend_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor slopes, "
-    "Tensor? attention_mask, Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes, "
-    "Tensor attended, Tensor log_totals, Tensor windows, bool causal, float scale, "
-    "SymInt query_start, str passes, int block_size, float dropout, bool needs_slopes) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor gradient, bool needs_slopes, Tensor attended, Tensor log_totals, "
+    f"Tensor windows, {_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
     gradient: Float[Tensor, "batch heads query_len value_dim"],
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    value: Float[Tensor, "batch kv_heads key_len value_dim"],
-    slopes: Float[Tensor, " heads"],
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
-    query_hashes: Int32[Tensor, "batch heads query_len"] | None,
-    key_hashes: Int32[Tensor, " key_len"] | None,
+    needs_slopes: bool,
     attended: Float[Tensor, "batch heads query_len value_dim"],
     log_totals: Float[Tensor, "batch heads query_len"],
     windows: Integer[Tensor, "2 heads query_blocks_and_one"],
-    causal: bool,
-    scale: float,
-    query_start: int,
-    passes: str,
-    block_size: int,
-    dropout: float,
-    needs_slopes: bool,
+    *arguments: Any,
 ) -> tuple[
     Float[Tensor, "batch heads query_len head_dim"],
     Float[Tensor, "batch kv_heads key_len head_dim"],
@@ -215,21 +176,13 @@ def _attend_backward(
     Float[Tensor, " heads"],
 ]:
     """Gradients of query, key, value and slopes; zeros for slopes that need none."""
-    is_ordinary = are_ordinary(query, key, value)  # as in the forward pass
-    masks = (attention_mask, segment_ids)
-    if not is_ordinary:
-        passes = "plain"
-        broken = broken_queries(query, key, value, causal, query_start, *masks)
-        query, key, value = cleaned(query, key, value, attention_mask)
-        gradient, attended = gradient.masked_fill(broken, 0.0), attended.masked_fill(broken, 0.0)
-    team = Team.of(query.device)
+    work = _Work(*arguments)
+    call, team = work.call, Team.of(work.call.query.device)
+    if work.broken is not None:
+        gradient, attended = (x.masked_fill(work.broken, 0.0) for x in (gradient, attended))
 
     def compute() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hashes = None if query_hashes is None or key_hashes is None else (query_hashes, key_hashes)
-        cut = _Cut(
-            *(query, key, value, slopes, *masks, hashes, windows, causal, scale, query_start),
-            *(_passes_named(passes), block_size, dropout, is_ordinary),
-        )
+        cut = _Cut(work, windows)
         reversed_arrays = [in_order(x, cut.order) for x in (gradient, attended, log_totals)]
 
         def compute_strip(part: tuple[Strip, slice]) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -240,12 +193,13 @@ def _attend_backward(
             )
             distance = cut.bias.distance(strip) if needs_slopes else None
             cotangent = _cleared(cotangent, is_empty)
-            return cut.passes.backward(tiles, cotangent, result, log_total, distance)
+            return work.passes.backward(tiles, cotangent, result, log_total, distance)
 
         of_query = torch.zeros_like(cut.query)
         # Tiles overlap in keys: what they add to one is summed in the dtype of the logits.
-        of_key, of_value = (x.new_zeros(x.shape, dtype=cut.bias.dtype) for x in (key, value))
-        of_slopes = slopes.new_zeros(slopes.shape, dtype=cut.bias.dtype)
+        of_key, of_value, of_slopes = (
+            x.new_zeros(x.shape, dtype=cut.bias.dtype) for x in (call.key, call.value, call.slopes)
+        )
         # One strip after another, in their order: so the bits do not depend on the threads.
         for (strip, sequences), of_tiles in team.each(compute_strip, cut.parts):
             query_tiles(of_query, strip, sequences).copy_(of_tiles[0])
@@ -253,10 +207,32 @@ def _attend_backward(
             add_key_tiles(of_value, of_tiles[2], strip, sequences, cut.group)
             if of_tiles[3] is not None:
                 of_slopes[strip.heads] += of_tiles[3]
-        of_query = in_order(of_query, cut.order)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_slopes.to(slopes.dtype)
+        of_query, of_slopes = in_order(of_query, cut.order), of_slopes.to(call.slopes.dtype)
+        return of_query, of_key.to(call.key.dtype), of_value.to(call.value.dtype), of_slopes
 
     return team.lead(compute)
+
+
+class _Work:
+    """What the operators are asked: a call of finite numbers, and how to compute it.
+
+    Attributes:
+        broken: the queries that see a number that is not finite; None where all are ordinary.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        *arrays, query_hashes, key_hashes = arguments[:8]
+        causal, scale, query_start, tolerance, rate, passes, self.block_size = arguments[8:]
+        dropout = None if query_hashes is None else Dropout(rate, query_hashes, key_hashes)
+        query, key, value, slopes, attention_mask, segment_ids = arrays
+        call = Call(
+            *(query, key, value, slopes, causal, scale, query_start, attention_mask, segment_ids),
+            *(tolerance, "absolute", dropout),
+        )
+        self.is_ordinary = are_ordinary(query, key, value)
+        self.broken = None if self.is_ordinary else broken_queries(call)
+        self.call = call if self.is_ordinary else cleaned(call)
+        self.passes = _passes_named(passes if self.is_ordinary else "plain")
 
 
 class _Cut:
@@ -267,73 +243,53 @@ class _Cut:
         order: of the queries, in which those of every tile are reversed.
         query: in that order.
         group: query heads per head of keys.
-        bias, passes: what tiles are computed with.
     """
 
     def __init__(
-        self,
-        query: Float[Tensor, "batch heads query_len head_dim"],
-        key: Float[Tensor, "batch kv_heads key_len head_dim"],
-        value: Float[Tensor, "batch kv_heads key_len value_dim"],
-        slopes: Float[Tensor, " heads"],
-        attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-        segment_ids: Integer[Tensor, "batch key_len"] | None,
-        hashes: tuple[Int32[Tensor, "batch heads query_len"], Int32[Tensor, " key_len"]] | None,
-        windows: Integer[Tensor, "2 heads query_blocks_and_one"],
-        causal: bool,
-        scale: float,
-        query_start: int,
-        passes: Passes,
-        block_size: int,
-        dropout: float,
-        is_ordinary: bool,
+        self, work: _Work, windows: Integer[Tensor, "2 heads query_blocks_and_one"]
     ) -> None:
-        (batch, heads, query_len, head_dim), (kv_heads, key_len) = query.shape, key.shape[1:3]
-        self.passes, self.group = passes, heads // kv_heads
-        self.bias = Bias(
-            *(query, slopes, attention_mask, segment_ids, causal, query_start, passes.UNIT)
-        )
-        arrays = 1 if hashes is None else _ARRAYS_WITH_DROPOUT
+        call, dropout = work.call, work.call.dropout
+        (batch, heads, query_len, head_dim), key_len = call.query.shape, call.key.shape[2]
+        self.group, self.bias = heads // call.key.shape[1], Bias(call, work.passes.UNIT)
+        arrays = 1 if dropout is None else _ARRAYS_WITH_DROPOUT
         strips = strips_of(
-            *(windows, query_start, query_len, key_len, block_size),
+            *(windows, call.query_start, query_len, key_len, work.block_size),
             group=self.group,
-            key_elements=batch * max(head_dim, block_size) * arrays,
+            key_elements=batch * max(head_dim, work.block_size) * arrays,
         )
-        # Several tiles are one after another in a sequence, so only a lone one is in many.
+        # Several tiles lie one after another in a single sequence; only one can lie in many.
         all_at_once, one_by_one = [slice(0, batch)], [slice(b, b + 1) for b in range(batch)]
         self.parts = [
             (strip, each)
             for strip in strips
             for each in (all_at_once if strip.tiles == 1 else one_by_one)
         ]
-        self.order = reversing_order(strips, heads, query_len, query.device)
-        self.query = in_order(query, self.order)
-        self._key, self._value = _with_dense_rows(key), _with_dense_rows(value)
-        self._hashes = None if hashes is None else (in_order(hashes[0], self.order), hashes[1])
-        self._scale, self._rate, self._is_ordinary = scale, dropout, is_ordinary
+        self.order = reversing_order(strips, heads, query_len, call.query.device)
+        self.query = in_order(call.query, self.order)
+        self._key, self._value = _with_dense_rows(call.key), _with_dense_rows(call.value)
+        self._dropout = dropout
+        if dropout is not None:
+            self._dropout = dropout._replace(query_hashes=in_order(dropout[1], self.order))
+        self._scale, self._is_ordinary = call.scale, work.is_ordinary
 
     def tiles(
         self, strip: Strip, sequences: slice
     ) -> tuple[Tiles, Bool[Tensor, "tiles 1 height 1"] | None]:
         """What the passes compute, and which queries see no key: these are 0."""
         bias, is_empty = self.bias.of(strip, sequences)
+        dropout = self._dropout
+        if dropout is not None:
+            first = replace(strip, heads=slice(0, 1))  # keys have one hash for all heads
+            of_key = key_tiles(dropout.key_hashes[None, None], first, slice(0, 1), 1)
+            of_query = query_tiles(dropout.query_hashes, strip, sequences)
+            dropout = Dropout(dropout.rate, of_query, of_key)
         tiles = Tiles(
             _cleared(query_tiles(self.query, strip, sequences), is_empty),
             key_tiles(self._key, strip, sequences, self.group),
             key_tiles(self._value, strip, sequences, self.group),
-            bias,
-            self._scale,
-            self._dropout(strip, sequences),
-            self._is_ordinary,
+            *(bias, self._scale, dropout, self._is_ordinary),
         )
         return tiles, is_empty
-
-    def _dropout(self, strip: Strip, sequences: slice) -> Dropout | None:
-        if self._hashes is None:
-            return None
-        of_query, of_key = self._hashes
-        of_key = key_tiles(of_key[None, None], replace(strip, heads=slice(0, 1)), slice(0, 1), 1)
-        return Dropout(self._rate, query_tiles(of_query, strip, sequences), of_key)
 
 
 def _cleared(
@@ -353,7 +309,7 @@ def _shapes(
     query: Tensor, _key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, query_len, _ = query.shape
-    dtype, block_size = torch.promote_types(query.dtype, torch.float32), options[-2]
+    dtype, block_size = torch.promote_types(query.dtype, torch.float32), options[-1]
     return (
         value.new_empty((batch, heads, query_len, value.shape[3])),
         query.new_empty((batch, heads, query_len), dtype=dtype),
@@ -363,8 +319,8 @@ def _shapes(
 
 
 @_attend_backward.register_fake
-def _backward_shapes(_gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs[:4])
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[5:9])  # query, key, value, slopes
 
 
 def _one_by_one(
@@ -392,19 +348,17 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.causal, ctx.scale, ctx.query_start, _, ctx.passes = inputs[:-2]
-        ctx.block_size, ctx.dropout = inputs[-2:]
-        ctx.save_for_backward(*tensors, *output)
+        ctx.options = inputs[8:]
+        ctx.save_for_backward(*output, *inputs[:8])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
         needs_slopes = ctx.needs_input_grad[3]
-        options = (ctx.causal, ctx.scale, ctx.query_start, ctx.passes, ctx.block_size, ctx.dropout)
         # The compiler cannot follow one Function inside another, but needs none of what it adds.
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
         *gradients, of_slopes = differentiate(
-            output_gradients[0], *ctx.saved_tensors, *options, needs_slopes
+            output_gradients[0], needs_slopes, *ctx.saved_tensors, *ctx.options
         )
         return *gradients, of_slopes if needs_slopes else None, *[None] * 11
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
+from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.certificate import attention_plan
 from alibi_torch.kernels.dropout import Dropout
 
@@ -79,39 +80,18 @@ class Strip(Extent):
         return (self.heads.stop - self.heads.start) * self.queries * self.width
 
 
-def windows_of(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    slopes: Float[Tensor, " heads"],
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
-    *,
-    causal: bool,
-    scale: float,
-    query_start: int,
-    tolerance: float,
-    block_size: int,
-) -> Integer[Tensor, "2 heads query_blocks"]:
+def windows_of(call: Call, block_size: int) -> Integer[Tensor, "2 heads query_blocks"]:
     """First key and end of the keys that each block of queries needs, in any sequence of the batch.
 
     Where the certificate's ranges differ between sequences, all take the widest. A block whose
     queries see no key has an empty window.
     """
-    plan = attention_plan(
-        *(query, key, slopes),
-        causal=causal,
-        scale=scale,
-        query_start=query_start,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        block_size=block_size,
-    )
+    plan, query_len = attention_plan(call, block_size), call.query.shape[2]
     first = plan.first.amin(dim=0) * block_size
     last = torch.where(plan.last > plan.first, plan.last, 0).amax(dim=0) * block_size
-    end = torch.arange(plan.first.shape[2], device=query.device) * block_size + block_size
-    end = end.clamp(max=query.shape[2]) + query_start  # after the position of the last query
-    last = torch.minimum(last, end) if causal else last.clamp(max=key.shape[2])
+    end = torch.arange(1, plan.first.shape[2] + 1, device=call.query.device) * block_size
+    end = end.clamp(max=query_len) + call.query_start  # after the position of the last query
+    last = torch.minimum(last, end) if call.causal else last.clamp(max=call.key.shape[2])
     return torch.stack([first, last])
 
 
