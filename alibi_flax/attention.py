@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,27 +81,16 @@ def attention(
             `jit`), an unknown option, or an implementation that cannot compute this call, with the
             reason.
     """
-    _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
-    check_attention_options(tolerance, dropout, implementation, attention_implementations())
-    if dropout > 0 and dropout_rng is None:
-        raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
-    query_start, dropped = _query_start(query, key), None
-    if dropout > 0 and dropout_rng is not None:
-        dropped = drawn_dropout(dropout, dropout_rng, query, query_start, key.shape[1])
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        slopes=slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        query_start=query_start,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        distance=distance,
-        dropout=dropped,
+    call = _checked_call(
+        *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, distance),
     )
+    check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    if dropout > 0:
+        if dropout_rng is None:
+            raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
+        drawn = drawn_dropout(dropout, dropout_rng, query, call.query_start, key.shape[1])
+        call = replace(call, dropout=drawn)
     return KERNELS[_chosen(call, implementation)].run(call)
 
 
@@ -119,17 +109,11 @@ def biased_logits(
 
     Arguments and errors are those of `attention`.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, distance, scale)
     return dense.biased_logits(
-        query,
-        key,
-        slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        query_start=_query_start(query, key),
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        distance=distance,
+        _checked_call(
+            *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+            *("dtype", distance),
+        )
     )
 
 
@@ -157,29 +141,13 @@ def attention_plan(
     Args:
         block_size: positions in a block, of queries and of keys.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
+    call = _checked_call(
+        *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, "absolute"),
+    )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
     check_block_size(block_size)
-    return certificate.attention_plan(
-        query,
-        key,
-        slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        query_start=_query_start(query, key),
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        block_size=block_size,
-    )
-
-
-def _query_start(
-    query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len kv_heads head_dim"],
-) -> int:
-    """Where the first query stands among the keys: the last one stands at the last key."""
-    return key.shape[1] - query.shape[1]
+    return certificate.attention_plan(call, block_size)
 
 
 def _chosen(call: Call, implementation: str) -> str:
@@ -214,16 +182,19 @@ def _chosen(call: Call, implementation: str) -> str:
     return implementation
 
 
-def _check_call(
+def _checked_call(
     query: Array,
     key: Array,
     value: Array | None,
     slopes: Array,
+    causal: bool,
+    scale: float | None,
     attention_mask: Array | None,
     segment_ids: Array | None,
+    tolerance: str | float,
     distance: str,
-    scale: float | None,
-) -> None:
+) -> Call:
+    """The call that these arguments make, without dropout. Logits and plans need no value."""
     arrays = [query, key] if value is None else [query, key, value]
     check_attention(
         *(_heads_first(query), _heads_first(key)),
@@ -239,6 +210,17 @@ def _check_call(
         if mask is not None:
             is_integer = not jnp.issubdtype(mask.dtype, jnp.floating)
             check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[1])
+    return Call(
+        *(query, key, key if value is None else value, slopes),
+        causal=causal,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=key.shape[1] - query.shape[1],  # the last query stands at the last key
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        distance=distance,
+        dropout=None,
+    )
 
 
 def _heads_first(array: Array) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,11 @@ from alibi_flax.kernels.dropout import Dropout
 from alibi_spec.checks import beyond_windows
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("query", "key", "value", "slopes", "attention_mask", "segment_ids", "dropout"),
+    meta_fields=("causal", "scale", "query_start", "tolerance", "distance"),
+)
 @dataclass(frozen=True)
 class Call:
     """The arguments of `alibi_flax.attention`, which documents them.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import wide_dtype
+from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.partition import varying, varying_axes
 from alibi_spec.windows import tolerance_of
 
@@ -45,32 +45,19 @@ class AttentionPlan:
     block_size: int
 
 
-@partial(jax.jit, static_argnames=("causal", "scale", "query_start", "tolerance", "block_size"))
-def attention_plan(
-    query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len kv_heads head_dim"],
-    slopes: Float[Array, " heads"],
-    *,
-    causal: bool,
-    scale: float,
-    query_start: int,
-    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
-    segment_ids: Integer[Array, "batch key_len"] | None,
-    tolerance: str | float,
-    block_size: int,
-) -> AttentionPlan:
+@partial(jax.jit, static_argnames="block_size")
+def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
+    query, key, causal, mask = call.query, call.key, call.causal, call.attention_mask
     batch, query_len, heads, _ = query.shape
     if 0 in (batch, query_len, heads):
         none = jnp.zeros((batch, heads, -(-query_len // block_size)), jnp.int32)
         return AttentionPlan(none, none, none.sum(axis=-1) / 1, block_size)
-    allowed_mass = tolerance_of(tolerance, str(query.dtype))
-    visible = None if attention_mask is None else attention_mask.astype(jnp.bool_)
-    queries = _Queries.of(
-        *(query, key, slopes, causal, scale, query_start, visible, segment_ids, block_size)
-    )
+    allowed_mass = tolerance_of(call.tolerance, str(query.dtype))
+    visible = None if mask is None else mask.astype(jnp.bool_)
+    queries = _Queries.of(call, visible, block_size)
     norms = _block_norms(key, visible, block_size, query.shape[2])
-    axes = varying_axes(query, key, slopes, visible, segment_ids)
+    axes = varying_axes(query, key, call.slopes, visible, call.segment_ids)
     blocks, own_block = norms.shape[-1], (queries.position // block_size)[None]
     shape = queries.reach.shape[:3]
     lowest = jnp.where(queries.sees_nothing, blocks, own_block).min(axis=-1)[:, None]
@@ -157,26 +144,18 @@ class _Queries:
 
     @classmethod
     def of(
-        cls,
-        query: Float[Array, "batch query_len heads head_dim"],
-        key: Float[Array, "batch key_len kv_heads head_dim"],
-        slopes: Float[Array, " heads"],
-        causal: bool,
-        scale: float,
-        query_start: int,
-        visible: Bool[Array, "batch key_len"] | None,
-        segment_ids: Integer[Array, "batch key_len"] | None,
-        block_size: int,
+        cls, call: Call, visible: Bool[Array, "batch key_len"] | None, block_size: int
     ) -> _Queries:
         """Measured on the arrays of a call."""
+        query, key, segment_ids, scale = call.query, call.key, call.segment_ids, call.scale
         batch, query_len, heads, head_dim = query.shape
+        query_start, query_end = call.query_start, call.query_start + query_len
         dtype = wide_dtype(query)
-        query_end = query_start + query_len
         position = jnp.arange(query_start, query_end, dtype=jnp.int32)
         if visible is None:
             anchor, anchor_key = position[None], key[:, query_start:query_end]
         else:
-            anchor = _anchors(visible, causal)[:, query_start:query_end]
+            anchor = _anchors(visible, call.causal)[:, query_start:query_end]
             anchor_key = jax.vmap(lambda keys, index: keys[index])(key, anchor.clip(0))
         is_anchored = anchor >= 0
         if segment_ids is not None:
@@ -201,7 +180,7 @@ class _Queries:
             anchor_logit=heads_first(scale * product),
             anchor_norm=heads_first(anchor_norm),
             anchor_distance=in_blocks(jnp.abs(position[None] - anchor)),
-            slope=slopes.astype(dtype)[None, :, None, None],
+            slope=call.slopes.astype(dtype)[None, :, None, None],
             is_anchored=in_blocks(is_anchored),
             sees_nothing=in_blocks(anchor < 0, padding=True),
             position=in_blocks(position),

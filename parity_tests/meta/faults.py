@@ -20,8 +20,9 @@ FAULTS = (
     Mutant(
         "bias in bfloat16",
         "alibi_flax/kernels/dense.py",
-        "_bias(slopes.astype(dtype), relative, distance)[None]",
-        "_bias(slopes.astype(jnp.bfloat16), relative, distance)[None].astype(dtype)",
+        "bias = call.slopes.astype(dtype)[:, None, None] * relative.astype(dtype)[None]",
+        "narrow = relative.astype(jnp.bfloat16)[None]\n"
+        "    bias = (call.slopes.astype(jnp.bfloat16)[:, None, None] * narrow).astype(dtype)",
         "test_logits.py",
     ),
     Mutant(
@@ -34,8 +35,8 @@ FAULTS = (
     Mutant(
         "signed distance for every encoder",
         "alibi_flax/kernels/dense.py",
-        'if distance == "absolute":',
-        'if distance == "never":',
+        'if call.distance == "absolute":',
+        'if call.distance == "never":',
         "test_logits.py",
     ),
     Mutant(
@@ -104,8 +105,8 @@ FAULTS = (
     Mutant(
         "strict causal mask",
         "alibi_flax/kernels/dense.py",
-        "relative <= 0 if causal",
-        "relative < 0 if causal",
+        "relative <= 0 if call.causal",
+        "relative < 0 if call.causal",
         "test_logits.py",
     ),
     Mutant(
@@ -118,7 +119,7 @@ FAULTS = (
     Mutant(
         "segments ignored",
         "alibi_flax/kernels/dense.py",
-        "query_segment[:, None, :, None] == segment_ids[:, None, None, :]",
+        "query_segment[:, None, :, None] == segments[:, None, None, :]",
         "query_segment[:, None, :, None] == query_segment[:, None, :, None]",
         "test_attention.py",
     ),

@@ -160,6 +160,7 @@ LAYOUTS = {
 }
 
 
+_NAMES = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")  # of a call
 # Of the arguments.
 NOT_DIFFERENTIATED = ("attention_mask", "segment_ids", "query_hashes", "key_hashes")
 
@@ -175,8 +176,7 @@ def attention(
     options = _Options(
         passes, call.causal, call.scale, call.query_start, call.tolerance, rate, size
     )
-    names = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")
-    arrays = {name: getattr(call, name) for name in names}
+    arrays = {name: getattr(call, name) for name in _NAMES}
     return _in_place(
         options, arrays | dict(zip(("query_hashes", "key_hashes"), hashes, strict=True))
     )
@@ -273,16 +273,17 @@ _attend.defvjp(_forward, _backward)
 
 def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
     """The result, and what the backward pass also needs, of what a device holds."""
-    plan = attention_plan(
-        *(arrays[name] for name in ("query", "key", "slopes")),
+    named: Any = {name: arrays.get(name) for name in _NAMES}
+    call = Call(
+        **named,
         causal=options.causal,
         scale=options.scale,
         query_start=options.query_start,
-        attention_mask=arrays.get("attention_mask"),
-        segment_ids=arrays.get("segment_ids"),
         tolerance=options.tolerance,
-        block_size=options.block_size,
+        distance="absolute",
+        dropout=None,
     )
+    plan = attention_plan(call, options.block_size)
     ranges = {"first": plan.first, "last": plan.last}
     attended, log_total = options.passes.attended(_blocked(options, arrays | ranges))
     return _seq_first(attended, arrays["query"].shape[1]), log_total, plan.first, plan.last
