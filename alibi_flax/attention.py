@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +11,11 @@ from jax import Array
 from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer, Key
 
-from alibi_flax.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
-from alibi_flax.kernels.call import Call, default_scale, has_values_on_host
+from alibi_flax.kernels import KERNELS, certificate, dense
+from alibi_flax.kernels.call import Call, has_values_on_host
+from alibi_flax.kernels.certificate import AttentionPlan
 from alibi_flax.kernels.dropout import drawn_dropout
-from alibi_flax.kernels.windows import AttentionPlan
+from alibi_spec.bias import default_scale
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
@@ -60,11 +62,11 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of attention mass per row that an implementation may drop; "dtype" is
+        tolerance: share of a query's mass that an implementation may drop; "dtype" is
             half an ulp of the inputs, 0 drops none.
         implementation: "auto" or one of `attention_implementations()`. All have first derivatives
             in reverse mode; "dense" has second ones and those in forward mode (jvp), too. For a
-            symbolic length of `jax.export`, "auto" is "dense", which alone computes it.
+            symbolic length of `jax.export`, "auto" is "dense", the only one that computes it.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities (SPEC.md §4.1).
@@ -79,26 +81,16 @@ def attention(
             `jit`), an unknown option, or an implementation that cannot compute this call, with the
             reason.
     """
-    _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
-    check_attention_options(tolerance, dropout, implementation, attention_implementations())
-    if dropout > 0 and dropout_rng is None:
-        raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
-    dropped = None
-    if dropout > 0 and dropout_rng is not None:
-        dropped = drawn_dropout(dropout, dropout_rng, query, key)
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        slopes=slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        distance=distance,
-        dropout=dropped,
+    call = _checked_call(
+        *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, distance),
     )
+    check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    if dropout > 0:
+        if dropout_rng is None:
+            raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
+        drawn = drawn_dropout(dropout, dropout_rng, query, call.query_start, key.shape[1])
+        call = replace(call, dropout=drawn)
     return KERNELS[_chosen(call, implementation)].run(call)
 
 
@@ -117,21 +109,16 @@ def biased_logits(
 
     Arguments and errors are those of `attention`.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, distance, scale)
     return dense.biased_logits(
-        query,
-        key,
-        slopes,
-        causal=causal,
-        scale=scale,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        distance=distance,
+        _checked_call(
+            *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+            *("dtype", distance),
+        )
     )
 
 
 def attention_implementations() -> tuple[str, ...]:
-    """Names that `attention` accepts as `implementation`, besides "auto"."""
+    """Names that `attention` accepts as `implementation`, apart from "auto"."""
     return tuple(KERNELS)
 
 
@@ -154,20 +141,13 @@ def attention_plan(
     Args:
         block_size: positions in a block, of queries and of keys.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
+    call = _checked_call(
+        *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, "absolute"),
+    )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
     check_block_size(block_size)
-    return windows.attention_plan(
-        query,
-        key,
-        slopes,
-        causal=causal,
-        scale=scale,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        block_size=block_size,
-    )
+    return certificate.attention_plan(call, block_size)
 
 
 def _chosen(call: Call, implementation: str) -> str:
@@ -180,7 +160,7 @@ def _chosen(call: Call, implementation: str) -> str:
         if is_symbolic:
             warnings.warn(_WARNING_OF_SYMBOLIC_LENGTHS, stacklevel=3)
             return "dense"
-        if query_len * key_len < DENSE_PAYS_BELOW:
+        if query_len * key_len < dense.PAYS_BELOW:
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None:
@@ -202,16 +182,19 @@ def _chosen(call: Call, implementation: str) -> str:
     return implementation
 
 
-def _check_call(
+def _checked_call(
     query: Array,
     key: Array,
     value: Array | None,
     slopes: Array,
+    causal: bool,
+    scale: float | None,
     attention_mask: Array | None,
     segment_ids: Array | None,
+    tolerance: str | float,
     distance: str,
-    scale: float | None,
-) -> None:
+) -> Call:
+    """The call that these arguments make, without dropout. Logits and plans need no value."""
     arrays = [query, key] if value is None else [query, key, value]
     check_attention(
         *(_heads_first(query), _heads_first(key)),
@@ -227,6 +210,17 @@ def _check_call(
         if mask is not None:
             is_integer = not jnp.issubdtype(mask.dtype, jnp.floating)
             check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[1])
+    return Call(
+        *(query, key, key if value is None else value, slopes),
+        causal=causal,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=key.shape[1] - query.shape[1],  # the last query stands at the last key
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        distance=distance,
+        dropout=None,
+    )
 
 
 def _heads_first(array: Array) -> tuple[int, ...]:

@@ -329,12 +329,13 @@ class ALiBiTransformer(nn.Module):
         """
         check_array("embeddings", x, (Array, np.ndarray), "a JAX or NumPy array")
         check_embeddings(x.shape, jnp.issubdtype(x.dtype, jnp.floating), self.config.d_model)
+        batch, key_len = x.shape[:2]  # these inputs are all the keys there are
         if attention_mask is not None:
             kinds = (Array, np.ndarray)
             check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
             is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
-            check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
-        slope_factor = _slope_factor(self.config, x.shape[1])
+            check_mask("attention_mask", attention_mask.shape, is_integer, batch, key_len)
+        slope_factor = _slope_factor(self.config, key_len)
         return self.hidden_states(x, slope_factor, attention_mask, deterministic)
 
     def hidden_states(
@@ -491,12 +492,12 @@ def _norm(
     return LayerNorm(use_bias=config.norm_bias, **options)
 
 
-def _slope_factor(config: ALiBiConfig, seq: Any) -> SlopeFactor:
+def _slope_factor(config: ALiBiConfig, key_len: Any) -> SlopeFactor:
     """`interpolation`, for symbolic lengths of `jax.export`, too, which cannot be compared."""
     limit = config.slope_interpolation
-    if limit is not None and is_symbolic_dim(seq):
-        return limit / jnp.maximum(limit, jnp.asarray(seq))
-    return interpolation(config, seq)
+    if limit is not None and is_symbolic_dim(key_len):
+        return limit / jnp.maximum(limit, jnp.asarray(key_len))
+    return interpolation(config, key_len)
 
 
 def _initial_slopes(_: Array, config: ALiBiConfig, dtype: Any) -> Float[Array, " heads"]:

@@ -60,14 +60,23 @@ def interpolation(config: ALiBiConfig, key_len: int) -> float:
     return 1.0 if limit is None else limit / max(limit, key_len)
 
 
+def default_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q·k: 1/sqrt(head_dim) unless one is given."""
+    return 1 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def query_positions(query_len: int, key_len: int) -> Int[np.ndarray, " query_len"]:
+    """Where the queries stand among the keys: the last one at the last key."""
+    return np.arange(key_len - query_len, key_len)
+
+
 def relative_position(query_len: int, key_len: int) -> Int[np.ndarray, "query_len key_len"]:
     """j - i for every query i and key j; the last query stands at the last key.
 
     Integers relative to the query: exact, and small where attention is large, so that the product
     with a slope keeps its bits at any sequence length.
     """
-    query_position = np.arange(key_len - query_len, key_len)
-    return np.arange(key_len)[None, :] - query_position[:, None]
+    return np.arange(key_len)[None, :] - query_positions(query_len, key_len)[:, None]
 
 
 def bias(
@@ -111,7 +120,7 @@ def rounded_bias(
 
 
 def _round_to_bfloat16(values: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """To the nearest of 8 significant bits, ties to even; finite values alone."""
+    """To the nearest of 8 significant bits, ties to even; finite values only."""
     bits = values.view(np.uint32)
     bits = bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)
     return (bits & np.uint32(0xFFFF0000)).view(np.float32)

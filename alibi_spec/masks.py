@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alibi_spec.bias import relative_position
+from alibi_spec.bias import query_positions, relative_position
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Integer
@@ -26,7 +26,7 @@ def visible_keys(
     if attention_mask is not None:
         visible = visible & (attention_mask != 0)[:, None, None, :]
     if segment_ids is not None:
-        query_segment = segment_ids[:, key_len - query_len :]
+        query_segment = segment_ids[:, query_positions(query_len, key_len)]
         visible = visible & (query_segment[:, None, :, None] == segment_ids[:, None, None, :])
     return visible
 
@@ -34,7 +34,7 @@ def visible_keys(
 def masked_softmax(
     logits: Float[np.ndarray, "batch heads query_len key_len"],
 ) -> Float[np.ndarray, "batch heads query_len key_len"]:
-    """Softmax over keys, where a row of -inf alone (a query that sees no key) gives zeros."""
+    """Softmax over keys, where a query that sees no key, with nothing but -inf, gives zeros."""
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = np.exp(logits - np.where(np.isfinite(largest), largest, 0))
     total = exponentials.sum(axis=-1, keepdims=True)

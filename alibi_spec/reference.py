@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alibi_spec.bias import bias, interpolation, model_slopes, rounded_bias
+from alibi_spec.bias import bias, default_scale, interpolation, model_slopes, rounded_bias
 from alibi_spec.checks import check_embeddings, check_mask, check_token_range, check_tokens
 from alibi_spec.masks import masked_softmax, visible_keys
 from alibi_spec.parameters import parameter_table
@@ -107,7 +107,7 @@ def biased_logits(
     """scale · q·k + bias, -inf where a query may not see a key (SPEC.md §3)."""
     query, key, slopes = (array.astype(np.float64) for array in (query, key, slopes))
     query_len, key_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = default_scale(scale, head_dim)
     products = query @ shared_heads(key, query.shape[1]).swapaxes(-1, -2)
     if distance == "bfloat16":
         logits = scale * (products + rounded_bias(slopes, key_len, attention_mask))

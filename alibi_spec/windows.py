@@ -6,13 +6,13 @@ with its nearest visible key. Nothing is assumed about their size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alibi_spec.bias import default_scale, query_positions
 from alibi_spec.masks import masked_softmax
 from alibi_spec.reference import biased_logits, shared_heads
 
@@ -69,8 +69,9 @@ def attention_plan(
     visible = np.ones(shape, bool) if attention_mask is None else attention_mask != 0
     segments = np.zeros(shape, np.int64) if segment_ids is None else segment_ids
     key = shared_heads(key, heads)
-    position = np.arange(key_len - query_len, key_len)
-    rows = _Rows.of(query, key, slopes, scale, _anchors(visible, causal)[:, position], segments)
+    position = query_positions(query_len, key_len)
+    anchor = _anchors(visible, causal)[:, position]
+    queries = _Queries.of(query, key, slopes, scale, position, anchor, segments)
 
     blocks, own_block = -(-key_len // block_size), position // block_size
     with np.errstate(over="ignore"):
@@ -81,7 +82,7 @@ def attention_plan(
     def drops_before(block: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
         largest = np.take_along_axis(largest_before, block, axis=2)
         mass = allowed_mass if causal else allowed_mass / 2
-        return rows.may_drop(largest, position - block * block_size + 1, mass)
+        return queries.may_drop(largest, position - block * block_size + 1, mass)
 
     first = _last_true(drops_before, np.broadcast_to(own_block, query.shape[:3]))
     last = np.broadcast_to(own_block + 1, first.shape)
@@ -93,11 +94,11 @@ def attention_plan(
             inside = start.clip(max=key_len - 1)
             largest = np.take_along_axis(largest_from, inside, axis=2)
             largest = np.where(start < key_len, largest, -np.inf)
-            return rows.may_drop(largest, start - position, allowed_mass / 2)
+            return queries.may_drop(largest, start - position, allowed_mass / 2)
 
         highest = np.broadcast_to(blocks - 1 - own_block, first.shape)
         last = blocks - _last_true(drops_after, highest)
-    sees_nothing = rows.sees_nothing[:, None]
+    sees_nothing = queries.sees_nothing[:, None]
     edges = np.arange(0, query_len, block_size)
     first = np.minimum.reduceat(np.where(sees_nothing, blocks, first), edges, axis=2)
     last = np.maximum.reduceat(np.where(sees_nothing, 0, last), edges, axis=2)
@@ -108,7 +109,7 @@ def attention_plan(
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Queries:
     """What the certificate knows of every query.
 
     Attributes:
@@ -136,14 +137,14 @@ class _Rows:
         key: Float[np.ndarray, "batch heads key_len head_dim"],
         slopes: Float[np.ndarray, " heads"],
         scale: float | None,
+        position: Int[np.ndarray, " query_len"],
         anchor: Int[np.ndarray, "batch query_len"],
         segments: Integer[np.ndarray, "batch key_len"],
-    ) -> _Rows:
+    ) -> _Queries:
         """Measured on the arrays of a call; `anchor` is the nearest visible key, or -1."""
         rounding = float(np.finfo(np.promote_types(query.dtype, np.float32)).eps)
-        key_len, head_dim = key.shape[2:]
-        position = np.arange(key_len - query.shape[2], key_len)
-        scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        head_dim = query.shape[3]
+        scale = default_scale(scale, head_dim)
         index = anchor.clip(0)
         query, anchor_key = (
             array.astype(np.float64)
@@ -200,8 +201,8 @@ def dropped_mass(
         segment_ids=segment_ids,
     )
     block = np.arange(key_len) // plan.block_size
-    row = np.arange(query_len) // plan.block_size
-    first, last = plan.first[:, :, row, None], plan.last[:, :, row, None]
+    own = np.arange(query_len) // plan.block_size  # each query's block
+    first, last = plan.first[:, :, own, None], plan.last[:, :, own, None]
     is_outside = (block < first) | (block >= last)
     return np.where(is_outside, masked_softmax(logits), 0.0).sum(axis=-1)
 

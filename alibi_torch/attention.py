@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from alibi_spec.bias import default_scale
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
@@ -19,11 +21,11 @@ from alibi_spec.checks import (
     warning_of_dense_dropout,
 )
 from alibi_spec.windows import BLOCK_SIZE
-from alibi_torch.kernels import DENSE_PAYS_BELOW, KERNELS, dense, windows
-from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels import KERNELS, certificate, dense
+from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.certificate import AttentionPlan
 from alibi_torch.kernels.dropout import drawn_dropout
 from alibi_torch.kernels.finite import has_values_on_host
-from alibi_torch.kernels.windows import AttentionPlan
 
 
 def attention(
@@ -55,7 +57,7 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of attention mass per row that an implementation may drop; "dtype" is half
+        tolerance: share of a query's mass that an implementation may drop; "dtype" is half
             an ulp of the dtype, 0 drops none, and implementation="dense" never drops.
         implementation: "auto" or one of `attention_implementations()`. All have first derivatives
             in reverse mode; "dense" has second ones and those in forward mode (jvp), too.
@@ -74,21 +76,14 @@ def attention(
             (on the CPU), an unknown option, or an implementation that cannot compute this call,
             with the reason.
     """
-    _check_call(query, key, value, slopes, attention_mask, segment_ids, distance, scale)
-    check_attention_options(tolerance, dropout, implementation, attention_implementations())
-    call = Call(
-        query=query,
-        key=key,
-        value=value,
-        slopes=slopes,
-        causal=causal,
-        scale=default_scale(scale, query.shape[-1]),
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        tolerance=tolerance,
-        distance=distance,
-        dropout=drawn_dropout(dropout, dropout_rng, query, key) if dropout > 0 else None,
+    call = _checked_call(
+        *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, distance),
     )
+    check_attention_options(tolerance, dropout, implementation, attention_implementations())
+    if dropout > 0:
+        drawn = drawn_dropout(dropout, dropout_rng, query, call.query_start, key.shape[2])
+        call = replace(call, dropout=drawn)
     return KERNELS[_chosen(call, implementation)].run(call)
 
 
@@ -107,21 +102,16 @@ def biased_logits(
 
     Arguments and errors are those of `attention`.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, distance, scale)
     return dense.biased_logits(
-        query,
-        key,
-        slopes,
-        causal=causal,
-        scale=scale,
-        attention_mask=attention_mask,
-        segment_ids=segment_ids,
-        distance=distance,
+        _checked_call(
+            *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+            *("dtype", distance),
+        )
     )
 
 
 def attention_implementations() -> tuple[str, ...]:
-    """Names that `attention` accepts as `implementation`, besides "auto"."""
+    """Names that `attention` accepts as `implementation`, apart from "auto"."""
     return tuple(KERNELS)
 
 
@@ -144,21 +134,14 @@ def attention_plan(
     Args:
         block_size: positions in a block, of queries and of keys.
     """
-    _check_call(query, key, None, slopes, attention_mask, segment_ids, "absolute", scale)
+    call = _checked_call(
+        *(query, key, None, slopes, causal, scale, attention_mask, segment_ids),
+        *(tolerance, "absolute"),
+    )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
     check_block_size(block_size)
     with torch.no_grad():
-        return windows.attention_plan(
-            query,
-            key,
-            slopes,
-            causal=causal,
-            scale=scale,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            tolerance=tolerance,
-            block_size=block_size,
-        )
+        return certificate.attention_plan(call, block_size)
 
 
 def _chosen(call: Call, implementation: str) -> str:
@@ -169,7 +152,7 @@ def _chosen(call: Call, implementation: str) -> str:
         return "dense"
     if implementation == "auto":
         # A program that is exported for any length must not cost the square of it.
-        if _is_known(query_len * call.key.shape[2] < DENSE_PAYS_BELOW):
+        if _is_known(query_len * call.key.shape[2] < dense.PAYS_BELOW):
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():
@@ -191,16 +174,19 @@ def _is_known(fact: bool) -> bool:
     return statically_known_true(fact) if torch.compiler.is_exporting() else bool(fact)
 
 
-def _check_call(
+def _checked_call(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
     slopes: Tensor,
+    causal: bool,
+    scale: float | None,
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
+    tolerance: str | float,
     distance: str,
-    scale: float | None,
-) -> None:
+) -> Call:
+    """The call that these arguments make, without dropout. Logits and plans need no value."""
     arrays = [query, key] if value is None else [query, key, value]
     check_attention(
         *(query.shape, key.shape, None if value is None else value.shape, slopes.shape),
@@ -217,3 +203,14 @@ def _check_call(
         if mask is not None:
             is_integer = not mask.is_floating_point()
             check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[2])
+    return Call(
+        *(query, key, key if value is None else value, slopes),
+        causal=causal,
+        scale=default_scale(scale, query.shape[-1]),
+        query_start=key.shape[2] - query.shape[2],  # the last query stands at the last key
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        distance=distance,
+        dropout=None,
+    )

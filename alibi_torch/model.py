@@ -322,11 +322,12 @@ class ALiBiTransformer(PretrainedModule):
         """
         check_array("embeddings", x, (Tensor,), "a torch.Tensor")
         check_embeddings(x.shape, x.is_floating_point(), self.config.d_model)
+        batch, key_len = x.shape[:2]  # these inputs are all the keys there are
         if attention_mask is not None:
             check_array("attention_mask", attention_mask, (Tensor,), "a torch.Tensor")
             is_integer = not attention_mask.is_floating_point()
-            check_mask("attention_mask", attention_mask.shape, is_integer, x.shape[0], x.shape[1])
-        slope_factor = interpolation(self.config, x.shape[1])
+            check_mask("attention_mask", attention_mask.shape, is_integer, batch, key_len)
+        slope_factor = interpolation(self.config, key_len)
         for layer in self.layers:
             x = layer(x, slope_factor, attention_mask)
         return self.final_norm(x) if self.config.final_norm else x

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 import alibi_flax
-from alibi_flax.kernels import blockwise
+from alibi_flax.kernels.windowed import xla_loops
 from alibi_spec import slopes as paper_slopes
 from alibi_spec.masks import masked_softmax
 from alibi_spec.reference import biased_logits
@@ -133,7 +133,7 @@ def errors(seq: int, places: int = 8, rows: int = 64) -> dict[str, float]:
 
 def computed_products(seq: int) -> int:
     """Pairs of a query and a key that one call of ours computes, in all heads."""
-    size, slopes = blockwise.BLOCK_SIZE, jnp.asarray(paper_slopes(HEADS))
+    size, slopes = xla_loops.BLOCK_SIZE, jnp.asarray(paper_slopes(HEADS))
     query, key, _ = arrays_of(seq, "float32", "normal")
     plan = alibi_flax.attention_plan(query, key, slopes, block_size=size)
     return int((plan.last - plan.first).sum()) * size**2

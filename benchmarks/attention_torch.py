@@ -22,7 +22,8 @@ import alibi_torch
 from alibi_spec import slopes as paper_slopes
 from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.attention import attention_plan
-from alibi_torch.kernels.runs import runs_of, windows_of
+from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.windowed.tiles import strips_of, windows_of
 from benchmarks.compare import (
     BOTH,
     FORWARD,
@@ -117,16 +118,12 @@ def errors(seq: int, places: int = 8, rows: int = 64) -> dict[str, float]:
 def computed_products(seq: int) -> int:
     """Pairs of a query and a key that one call of ours computes, in all heads."""
     query, key, _ = arrays_of(seq, "float32", "normal")
-    windows = windows_of(
-        *(query, key, torch.from_numpy(paper_slopes(HEADS)), None, None),
-        causal=True,
-        scale=HEAD_DIM**-0.5,
-        tolerance=2**-24,
-        block_size=BLOCK_SIZE,
-    )
+    slopes, options = torch.from_numpy(paper_slopes(HEADS)), (True, HEAD_DIM**-0.5, 0, None, None)
+    call = Call(query, key, key, slopes, *options, 2**-24, "absolute", None)
+    windows = windows_of(call, BLOCK_SIZE)
     width = max(HEAD_DIM, BLOCK_SIZE)
-    runs = runs_of(windows, seq, seq, BLOCK_SIZE, group=1, key_elements=width)
-    return sum(run.products for run in runs)
+    strips = strips_of(windows, 0, seq, seq, BLOCK_SIZE, group=1, key_elements=width)
+    return sum(strip.products for strip in strips)
 
 
 def multiply(width: int) -> Callable[[], Any]:

@@ -19,10 +19,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 import alibi_flax
 from alibi_flax.attention import attention_plan
-from alibi_flax.kernels import DENSE_PAYS_BELOW, blockwise, pallas_gpu, pallas_tpu, windowed
 from alibi_flax.kernels.call import Call
+from alibi_flax.kernels.certificate import query_block_ranges
+from alibi_flax.kernels.dense import PAYS_BELOW
 from alibi_flax.kernels.dropout import drawn_dropout
-from alibi_flax.kernels.windows import query_block_ranges
+from alibi_flax.kernels.windowed import operator, pallas_gpu, pallas_tpu, xla_loops
 from alibi_spec import dropout, visible_keys
 from alibi_spec import windows as spec
 from alibi_spec.budgets import BUDGETS
@@ -50,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 each_passes = pytest.mark.parametrize(
     "passes",
-    [blockwise, pallas_tpu, pallas_gpu],
+    [xla_loops, pallas_tpu, pallas_gpu],
     ids=["blockwise", "pallas_tpu", "pallas_gpu"],
 )
 
@@ -66,7 +67,7 @@ def _kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(kernel, compiler_params=compiler_params, interpret=interpret, **options)
 
     monkeypatch.setattr(pl, "pallas_call", call)
-    divided = windowed.divided
+    divided = operator.divided
 
     def undivided(function: Any, layouts: Any, results: Any, arrays: Any) -> Any:
         """The interpreter of kernels for TPUs has effects, which cannot be divided."""
@@ -74,7 +75,7 @@ def _kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             return divided(function, layouts, results, arrays)
         return function({name: array for name, array in arrays.items() if array is not None})
 
-    monkeypatch.setattr(windowed, "divided", undivided)
+    monkeypatch.setattr(operator, "divided", undivided)
 
 
 def _draw(
@@ -107,22 +108,20 @@ def _draw(
 
 def _fused(passes: Any, arrays: dict[str, Array], causal: bool = True, **options: Any) -> Array:
     """A kernel on this machine, whatever it refuses; dropout goes by one seed."""
-    rate = options.get("dropout", 0.0)
+    rate, key_len = options.get("dropout", 0.0), arrays["key"].shape[1]
+    query_start = key_len - arrays["query"].shape[1]
     call = Call(
         **arrays,
         causal=causal,
         scale=options.get("scale", 0.4),
+        query_start=query_start,
         attention_mask=options.get("attention_mask"),
         segment_ids=options.get("segment_ids"),
         tolerance=options.get("tolerance", "dtype"),
         distance="absolute",
-        dropout=drawn_dropout(rate, SEED, *(arrays[name] for name in NAMES[:2])) if rate else None,
+        dropout=drawn_dropout(rate, SEED, arrays["query"], query_start, key_len) if rate else None,
     )
-    if passes is blockwise:
-        return windowed.attention(call, blockwise, spec.BLOCK_SIZE)
-    if passes is pallas_gpu:
-        return windowed.attention(call, pallas_gpu, pallas_gpu.block_size(call))
-    return windowed.attention(call, passes, block_size=128)
+    return operator.attention(call, passes, None if passes is pallas_gpu else spec.BLOCK_SIZE)
 
 
 def _dense(arrays: dict[str, Array], causal: bool = True, **options: Any) -> Array:
@@ -161,7 +160,7 @@ def test_float64(case: str, causal: bool, dropout: float) -> None:
     """Where nothing is rounded away: dense attention and its automatic gradients."""
     arrays, options = _draw(**CASES[case])
     options |= {"causal": causal, "dropout": dropout}
-    found = _with_gradients(partial(_fused, blockwise, **options))(arrays)
+    found = _with_gradients(partial(_fused, xla_loops, **options))(arrays)
     exact = _with_gradients(partial(_dense, **options))(arrays)
     assert_gradients_within(found, exact, BUDGETS["float64", "cpu"].gradient, "blockwise")
 
@@ -169,8 +168,8 @@ def test_float64(case: str, causal: bool, dropout: float) -> None:
 @pytest.mark.parametrize(
     ("passes", "dtype", "case", "causal", "dropout"),
     [
-        (blockwise, "float32", "everything", True, 0.0),
-        (blockwise, "bfloat16", "everything", False, 0.3),
+        (xla_loops, "float32", "everything", True, 0.0),
+        (xla_loops, "bfloat16", "everything", False, 0.3),
         (pallas_tpu, "float32", "everything", True, 0.3),
         (pallas_tpu, "float32", "everything", False, 0.0),
         (pallas_tpu, "bfloat16", "one key head", True, 0.3),
@@ -212,8 +211,8 @@ def test_rows_without_keys(passes: Any) -> None:
     [
         (None, True),
         (None, False),
-        (blockwise, True),
-        (blockwise, False),
+        (xla_loops, True),
+        (xla_loops, False),
         (pallas_tpu, True),
         (pallas_gpu, True),
     ],
@@ -240,7 +239,7 @@ def test_hidden_keys_change_no_result(passes: Any, causal: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("passes", [None, blockwise])
+@pytest.mark.parametrize("passes", [None, xla_loops])
 def test_large_logits(passes: Any) -> None:
     """Past what float16 holds they are right; past what float32 holds, empty rows still are."""
     arrays, masks = _draw(150, is_padded=True)
@@ -296,7 +295,7 @@ def test_far_keys_are_not_read(passes: Any) -> None:
 def test_sequences_and_heads_are_apart() -> None:
     """What is no number in one head of one sequence stays there."""
     arrays, _ = _draw(600, dtype=jnp.float32)
-    attend = _with_gradients(partial(_fused, blockwise))
+    attend = _with_gradients(partial(_fused, xla_loops))
     plain = attend(arrays)
     spoiled = arrays | {"value": arrays["value"].at[1, :, 2].set(jnp.nan)}
     found = attend(spoiled)
@@ -310,7 +309,7 @@ def test_sequences_and_heads_are_apart() -> None:
 
 def test_the_same_bits_twice() -> None:
     arrays, masks = _draw(**CASES["everything"], dtype=jnp.float32)
-    attend = _with_gradients(partial(_fused, blockwise, **masks))
+    attend = _with_gradients(partial(_fused, xla_loops, **masks))
     first, second = (attend(arrays) for _ in range(2))
     for name, array in first.items():
         assert_bitwise(second[name], array, name)
@@ -388,7 +387,7 @@ def test_transformations() -> None:
     """vmap, remat, and a gradient through both, of keys and of traced slopes."""
     arrays, _ = _draw(260)
     one = {name: x if name == "slopes" else x[:1] for name, x in arrays.items()}
-    attend = partial(_fused, blockwise, dropout=0.3)
+    attend = partial(_fused, xla_loops, dropout=0.3)
     expected = _with_gradients(attend)(one)
     found = _with_gradients(jax.checkpoint(attend))(one)
     for name, array in expected.items():
@@ -540,7 +539,7 @@ def test_memory_grows_linearly(dropout: float) -> None:
 
         def total(*arrays: Array) -> Array:
             named = dict(zip(NAMES, arrays, strict=True))
-            return _fused(blockwise, named, dropout=dropout).sum()
+            return _fused(xla_loops, named, dropout=dropout).sum()
 
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3))).lower(*shapes, slopes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -556,7 +555,7 @@ def test_auto() -> None:
         call = partial(alibi_flax.attention, **options)
         return "custom_vjp_call" in str(jax.make_jaxpr(call)(x, x, x, jnp.ones(2)))
 
-    length = int(DENSE_PAYS_BELOW**0.5)
+    length = int(PAYS_BELOW**0.5)
     assert is_fused(length)
     assert not is_fused(length - 1)
     assert not is_fused(length, implementation="dense")
@@ -607,7 +606,7 @@ def test_traced_calls_run_on_the_default_device(dtype: str, reason: str | None) 
     def look(query: Array) -> Array:
         call = Call(
             *(query, query, query, query[0, 0, :, 0]),
-            *(True, 1.0, None, None, "dtype", "absolute", None),
+            *(True, 1.0, 0, None, None, "dtype", "absolute", None),
         )
         reasons.append(pallas_tpu.refuses(call))
         return query

@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from jax.export import export, symbolic_shape
 
 import alibi_flax
-from alibi_flax.kernels import DENSE_PAYS_BELOW
+from alibi_flax.kernels.dense import PAYS_BELOW
 from alibi_spec import ALiBiConfig, slopes
 from alibi_spec.budgets import BUDGETS
 from parity_tests.compare import assert_bitwise, assert_within
@@ -23,7 +23,7 @@ from parity_tests.compare import assert_bitwise, assert_within
 BATCH, HEADS, HEAD_DIM, VOCAB = 3, 4, 8, 23
 SHORT, LONG = 40, 600
 SLOPES = jnp.asarray(slopes(HEADS))
-assert SHORT**2 < DENSE_PAYS_BELOW < LONG**2
+assert SHORT**2 < PAYS_BELOW < LONG**2
 
 
 def _draw(length: int) -> list[Array]:

@@ -17,8 +17,8 @@ import pytest
 from jax import Array
 
 import alibi_flax
-from alibi_flax.kernels import pallas_gpu
 from alibi_flax.kernels.call import Call
+from alibi_flax.kernels.windowed import pallas_gpu
 from alibi_spec import slopes as paper_slopes
 from alibi_spec.budgets import BUDGETS
 from parity_tests.compare import assert_gradients_within, assert_within
@@ -110,7 +110,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def _call(shape: tuple[int, ...], dtype: str) -> Call:
     array: Any = jax.ShapeDtypeStruct(shape, dtype)
     slopes: Any = jax.ShapeDtypeStruct(shape[2:3], jnp.float32)
-    options = (True, 1.0, None, None, "dtype", "absolute", None)
+    options = (True, 1.0, 0, None, None, "dtype", "absolute", None)
     return Call(array, array, array, slopes, *options)
 
 

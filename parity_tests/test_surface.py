@@ -124,6 +124,35 @@ def test_verify_says_which_backend_is_missing(tmp_path: object) -> None:
     """)
 
 
+def test_importing_torchs_wing_does_no_work() -> None:
+    """No operator runs, no thread begins, nothing is left to be done at a fork or at the end."""
+    _run("""
+        import atexit, os, threading
+        import einops, torch, torch.nn.attention.flex_attention
+        from torch.utils._python_dispatch import TorchDispatchMode
+        work = []
+        class Watched(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                work.append(str(operator))
+                return operator(*args, **(kwargs or {}))
+        atexit.register = lambda *arguments, **_: work.append(f"at exit: {arguments}")
+        os.register_at_fork = lambda **hooks: work.append(f"at fork: {hooks}")
+        threading.Thread.start = lambda thread: work.append(f"a thread: {thread}")
+        with Watched():
+            import alibi_torch
+        assert not work, work
+    """)
+
+
+def test_importing_flaxs_wing_does_no_work() -> None:
+    """No array is made: JAX has not even looked for its devices."""
+    _run("""
+        import alibi_flax
+        from jax._src import xla_bridge
+        assert not xla_bridge.backends_are_initialized()
+    """)
+
+
 def test_annotated_shapes_hold() -> None:
     """Every jaxtyping annotation of both backends, checked at run time over whole models."""
     _run("""

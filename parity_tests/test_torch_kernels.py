@@ -15,8 +15,9 @@ from alibi_spec import visible_keys
 from alibi_spec.budgets import BUDGETS
 from alibi_spec.dropout import is_kept, key_hashes, query_hashes
 from alibi_torch.attention import attention_plan
-from alibi_torch.kernels import KERNELS, aten_flash, windowed
+from alibi_torch.kernels import KERNELS
 from alibi_torch.kernels.dropout import drawn_dropout
+from alibi_torch.kernels.windowed import aten, operator
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
 from parity_tests.torch_calls import (
     BLOCK,
@@ -29,13 +30,13 @@ from parity_tests.torch_calls import (
     with_gradients,
 )
 
-DROPOUT = drawn_dropout(0.1, None, draw(300, 300)["query"], draw(300, 300)["key"])
+DROPOUT = drawn_dropout(0.1, None, draw(300, 300)["query"], 0, 300)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks in short sequences."""
-    monkeypatch.setattr(windowed, "BLOCK_SIZE", BLOCK)
+    monkeypatch.setattr(operator, "BLOCK_SIZE", BLOCK)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -190,6 +191,14 @@ def test_what_is_hidden_changes_nothing(
     _assert_seen_alone(alibi_torch.attention, poison, options)
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("implementation", ["dense", "aten_flash", "blockwise"])
+def test_nor_with_shared_keys(implementation: str) -> None:
+    options = {"implementation": implementation, **masks_of("mask", 90)}
+    for kv_heads in (1, 2):
+        _assert_seen_alone(alibi_torch.attention, np.nan, options, kv_heads)
+
+
 @pytest.mark.parametrize("implementation", ["dense", "blockwise"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_nor_where_data_cannot_be_looked_at(implementation: str) -> None:
@@ -226,8 +235,10 @@ def test_slopes_that_are_not_finite_are_refused() -> None:
             attention_plan(arrays["query"], arrays["key"], slopes_of() * number)
 
 
-def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -> None:
-    """NaN or infinity makes NaN of the rows that see it, and reaches no other, nor a gradient."""
+def _assert_seen_alone(
+    attention: Any, poison: float, options: dict[str, Any], kv_heads: int = 4
+) -> None:
+    """NaN or infinity makes NaN of the queries that see it; others and gradients do not change."""
     in_numpy = {
         name: as_numpy(each) if isinstance(each, torch.Tensor) else each
         for name, each in options.items()
@@ -239,7 +250,7 @@ def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -
     is_broken[:, :, 20] |= visible[:, :, 20].any(axis=-1)
     found = []
     for number in (0.0, poison):
-        leaves = draw(37, 90)
+        leaves = draw(37, 90, kv_heads=kv_heads)
         for name, position in {"key": 7, "value": 61, "query": 20}.items():
             leaves[name][:, :, position, 1] = number
         for each in leaves.values():
@@ -264,7 +275,7 @@ def _assert_seen_alone(attention: Any, poison: float, options: dict[str, Any]) -
         ("aten_flash", {"dropout": DROPOUT}, "no dropout"),
         ("blockwise", {"distance": "bfloat16"}, "no rounded bias"),
         ("blockwise", {"distance": "signed", "causal": False}, "no bias that rewards later keys"),
-        ("flex", {}, "gradients on CUDA alone, and the query is on cpu"),
+        ("flex", {}, "gradients only on CUDA, and the query is on cpu"),
         ("flash_attn", {}, "runs on CUDA, and the query is on cpu"),
     ],
 )
@@ -274,6 +285,7 @@ def test_refusals(implementation: str, changes: dict[str, Any], reason: str) -> 
     assert KERNELS["dense"].refuses(call) is None
     rate = 0.0 if call.dropout is None else call.dropout.rate
     options = {**vars(call), "implementation": implementation, "dropout": rate}
+    del options["query_start"]
     with pytest.raises(
         ValueError, match=rf"'{implementation}' cannot .*{reason}.* expected one of"
     ):
@@ -292,7 +304,7 @@ def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     alibi_torch.attention(**long, slopes=slopes_of().requires_grad_())
     alibi_torch.attention(**long, slopes=slopes_of(), distance="signed", causal=False)
     alibi_torch.attention(**long, slopes=slopes_of(), dropout=0.1)
-    monkeypatch.setattr(aten_flash, "_IS_AVAILABLE", False)
+    monkeypatch.setattr(aten, "_is_available", lambda: False)
     alibi_torch.attention(**long, slopes=slopes_of())
     assert chosen == ["dense", "aten_flash", "blockwise", "dense", "blockwise", "blockwise"]
 
@@ -315,8 +327,8 @@ def test_dense_dropout_of_long_sequences_warns(options: dict[str, Any], reason: 
 @pytest.mark.parametrize("broken", ["missing", "other arguments", "wrong numbers"])
 def test_the_fused_operators_are_tried_first(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """They are no public API: gone or changed, they are not used."""
-    assert aten_flash._agrees_with_plain_torch()
-    real = getattr(torch.ops.aten, aten_flash._FORWARD)
+    assert aten._agrees_with_plain_torch()
+    real = getattr(torch.ops.aten, aten._FORWARD)
 
     def changed(*arguments: Any, **options: Any) -> Any:
         if broken == "other arguments":
@@ -325,7 +337,7 @@ def test_the_fused_operators_are_tried_first(monkeypatch: pytest.MonkeyPatch, br
         return attended, log_total.exp()
 
     if broken == "missing":
-        monkeypatch.setattr(aten_flash, "_FORWARD", "_no_such_operator")
+        monkeypatch.setattr(aten, "_FORWARD", "_no_such_operator")
     else:
-        monkeypatch.setattr(torch.ops.aten, aten_flash._FORWARD, changed)
-    assert not aten_flash._agrees_with_plain_torch()
+        monkeypatch.setattr(torch.ops.aten, aten._FORWARD, changed)
+    assert not aten._agrees_with_plain_torch()

@@ -16,7 +16,7 @@ import torch
 
 import alibi_torch
 from alibi_convert.tensors import as_numpy
-from alibi_torch.kernels import aten_flash, workers
+from alibi_torch.kernels.windowed import aten, workers
 from parity_tests.compare import assert_bitwise
 from parity_tests.torch_calls import (
     draw,
@@ -65,10 +65,9 @@ def test_threads_of_others_keep_their_number() -> None:
     seen: list[int] = []
 
     def record(device: torch.device) -> None:
-        results = workers.with_workers(
-            device,
-            lambda each: list(each(lambda item: (item, torch.get_num_threads()), range(40))),
-        )
+        team = workers.Team.of(device)
+        count = lambda item: (item, torch.get_num_threads())  # noqa: E731
+        results = team.lead(lambda: list(team.each(count, range(40))))
         assert [item for item, _ in results] == [item for _, (item, _) in results] == [*range(40)]
         seen.extend(count for _, (_, count) in results)
 
@@ -83,13 +82,13 @@ def test_threads_of_others_keep_their_number() -> None:
 @pytest.mark.usefixtures("three_threads")
 def test_more_threads_join_the_first() -> None:
     workers._end()
-    _, few = workers._team_of(2)
-    first = set(few._threads)
-    _, more = workers._team_of(3)
-    _, again = workers._team_of(2)
+    _, few = workers._pools(2)
+    first = set(few.threads)
+    _, more = workers._pools(3)
+    _, again = workers._pools(2)
     assert more is few is again
-    assert first < set(more._threads)
-    assert len(more._threads) == 3
+    assert first < set(more.threads)
+    assert len(more.threads) == 3
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -97,7 +96,7 @@ def test_faults_in_workers_reach_the_caller(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: Any) -> Any:
         raise MemoryError("no room for a tile")
 
-    monkeypatch.setattr(aten_flash, "forward", broken)
+    monkeypatch.setattr(aten, "forward", broken)
     with pytest.raises(MemoryError, match="no room for a tile"):
         alibi_torch.attention(**draw(300, 300, dtype="float32"), slopes=slopes_of())
 

@@ -14,7 +14,7 @@ import alibi_torch
 from alibi_convert.tensors import as_numpy
 from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS
-from alibi_torch.kernels import DENSE_PAYS_BELOW
+from alibi_torch.kernels.dense import PAYS_BELOW
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.torch_calls import (
     WIDTH,
@@ -111,7 +111,7 @@ def test_exports_for_any_length(module: Any, is_masked: bool, traced_length: int
     arguments = call(3, traced_length)
     program = export(module, arguments, dynamic_shapes=(axes,) * len(arguments)).module()
     for batch, length in ((1, 100), (3, 255), (2, 511), (3, 600), (1, 2)):
-        assert (length**2 < DENSE_PAYS_BELOW) == (length < 256)
+        assert (length**2 < PAYS_BELOW) == (length < 256)
         arguments = call(batch, length)
         found, expected = (as_numpy(each(*arguments).detach()) for each in (program, module))
         assert_within(found, expected, BUDGETS["float64", "cpu"].forward, f"{length} tokens")

@@ -1,4 +1,4 @@
-"""torch's certificates, and the runs of tiles that cover their windows."""
+"""torch's certificates, and the strips of tiles that cover their windows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from alibi_convert.tensors import as_numpy
 from alibi_spec import windows as spec
 from alibi_spec.budgets import BUDGETS
 from alibi_torch.attention import attention_plan
-from alibi_torch.kernels import runs
+from alibi_torch.kernels.windowed import tiles
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.torch_calls import (
     BLOCK,
+    call_of,
     draw,
     masks_of,
     slopes_of,
@@ -43,7 +44,7 @@ def test_the_certificate_is_the_specifications(
     tolerance: str | float,
     dtype: str,
 ) -> None:
-    """No row loses more than the tolerance; in float64 the ranges are the same."""
+    """No query loses more than the tolerance; in float64 the ranges are the same."""
     arrays = draw(query_len, 130, 4, kv_heads)
     query, key = arrays["query"], arrays["key"]
     if hostility == "giant key":
@@ -100,7 +101,7 @@ def test_bad_plans_say_why() -> None:
     limit=st.sampled_from([1, 2**9, 2**23]),
     seed=st.integers(0, 2**16),
 )
-def test_runs_cover_every_window_once(
+def test_strips_cover_every_window_once(
     query_len: int, offset: int, heads: tuple[int, int], shape: str, limit: int, seed: int
 ) -> None:
     """Every block of every head lies in one tile, with all of its keys and none beyond the last."""
@@ -112,45 +113,48 @@ def test_runs_cover_every_window_once(
     windows = np.broadcast_arrays(first * np.ones((heads[0], 1), int), end)
     group, covered = heads[0] // heads[1], np.zeros((heads[0], query_len), int)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_RUN_ELEMENTS", limit)
-        found = runs.runs_of(
-            *(torch.from_numpy(np.stack(windows)), query_len, key_len, BLOCK),
+        patch.setattr(tiles, "_PRODUCT_ELEMENTS", limit)
+        found = tiles.strips_of(
+            *(torch.from_numpy(np.stack(windows)), offset, query_len, key_len, BLOCK),
             group=group,
             key_elements=1,
         )
-    for run in found:
-        assert group == 1 or run.heads.start // group == (run.heads.stop - 1) // group
-        for tile in range(run.tiles):
-            start, row = run.start + tile * run.rows, run.row + tile * run.rows
-            covered[run.heads, row : row + run.rows] += 1
-            assert 0 <= start <= start + run.width <= key_len
-            for block in range(row // BLOCK, -(-(row + run.rows) // BLOCK)):
-                first, last = (each[run.heads, block] for each in windows)
+    for strip in found:
+        assert group == 1 or strip.heads.start // group == (strip.heads.stop - 1) // group
+        for tile in range(strip.tiles):
+            moved = tile * strip.height
+            start, query = strip.first_key + moved, strip.first_query + moved
+            covered[strip.heads, query : query + strip.height] += 1
+            assert 0 <= start <= start + strip.width <= key_len
+            for block in range(query // BLOCK, -(-(query + strip.height) // BLOCK)):
+                first, last = (each[strip.heads, block] for each in windows)
                 has_keys = first < last
                 assert (start <= first[has_keys]).all()
-                assert (last[has_keys] <= start + run.width).all()
-    row_has_keys = np.repeat(windows[0] < windows[1], BLOCK, axis=1)[:, :query_len]
-    assert (covered[row_has_keys] == 1).all()
+                assert (last[has_keys] <= start + strip.width).all()
+    query_has_keys = np.repeat(windows[0] < windows[1], BLOCK, axis=1)[:, :query_len]
+    assert (covered[query_has_keys] == 1).all()
     assert (covered <= 1).all()
 
 
-def _runs(seq: int, heads: int) -> list[runs.Run]:
-    """The runs of the first so many of eight heads, for normal numbers."""
+def _strips(seq: int, heads: int) -> list[tiles.Strip]:
+    """The strips of the first so many of eight heads, for normal numbers."""
     array = torch.randn(1, heads, seq, 16, generator=torch.Generator().manual_seed(0))
-    options = {"causal": True, "scale": 0.25, "tolerance": 2**-24, "block_size": 128}
-    windows = runs.windows_of(array, array, slopes_of(8)[:heads], None, None, **options)
-    return runs.runs_of(windows, seq, seq, 128, group=1, key_elements=128)
+    arrays = {"query": array, "key": array, "value": array, "slopes": slopes_of(8)[:heads]}
+    windows = tiles.windows_of(call_of(**arrays, scale=0.25, tolerance=2**-24), 128)
+    return tiles.strips_of(windows, 0, seq, seq, 128, group=1, key_elements=128)
 
 
 def test_work_grows_linearly() -> None:
     """Four times the sequence, four times the products."""
-    short, long = (sum(run.products for run in _runs(seq, 4)) for seq in (4096, 16_384))
+    short, long = (sum(strip.products for strip in _strips(seq, 4)) for seq in (4096, 16_384))
     assert long < 4.4 * short
 
 
 def test_calls_are_few() -> None:
     """Tiles slide along in one call, grow tall near the beginning, and are shared by heads."""
-    found = _runs(16_384, 8)
+    found = _strips(16_384, 8)
     assert len(found) <= 130
-    assert max(run.products for run in found) <= 2**21
-    assert [run.products for run in found] == sorted((run.products for run in found), reverse=True)
+    assert max(strip.products for strip in found) <= 2**21
+    assert [strip.products for strip in found] == sorted(
+        (strip.products for strip in found), reverse=True
+    )

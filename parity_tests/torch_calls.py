@@ -11,7 +11,7 @@ import torch
 import alibi_spec
 import alibi_torch
 from alibi_convert.tensors import as_numpy, as_torch
-from alibi_torch.kernels.call import Call, default_scale
+from alibi_torch.kernels.call import Call
 
 BLOCK, WIDTH = 16, 8
 each_fused = pytest.mark.parametrize("implementation", ["aten_flash", "blockwise"])
@@ -78,5 +78,6 @@ def with_gradients(
 def call_of(**changes: Any) -> Call:
     arrays: dict[str, Any] = {**draw(300, 300, dtype="float32"), "slopes": slopes_of()}
     options = {"attention_mask": None, "segment_ids": None, "dropout": None}
-    shared = {"causal": True, "scale": default_scale(None, WIDTH), "distance": "absolute"}
-    return Call(**(arrays | options | shared | {"tolerance": "dtype"} | changes))
+    shared = {"causal": True, "scale": WIDTH**-0.5, "distance": "absolute", "tolerance": "dtype"}
+    named = arrays | options | shared | changes
+    return Call(**named, query_start=named["key"].shape[2] - named["query"].shape[2])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +17,19 @@ from alibi_flax.kernels.dropout import Dropout
 from alibi_spec.checks import beyond_windows
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("query", "key", "value", "slopes", "attention_mask", "segment_ids", "dropout"),
+    meta_fields=("causal", "scale", "query_start", "tolerance", "distance"),
+)
 @dataclass(frozen=True)
 class Call:
-    """The arguments of `alibi_flax.attention`, which documents them."""
+    """The arguments of `alibi_flax.attention`, which documents them.
+
+    Attributes:
+        scale: that of the call, or the default.
+        query_start: where the first query stands among the keys.
+    """
 
     query: Float[Array, "batch query_len heads head_dim"]
     key: Float[Array, "batch key_len kv_heads head_dim"]
@@ -27,6 +37,7 @@ class Call:
     slopes: Float[Array, " heads"]
     causal: bool
     scale: float
+    query_start: int
     attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None
     segment_ids: Integer[Array, "batch key_len"] | None
     tolerance: str | float
@@ -61,11 +72,6 @@ class Kernel:
 def refuses_bias(call: Call) -> str | None:
     """The reason why a kernel that knows only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
-
-
-def default_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on q·k: 1/sqrt(head_dim) unless one is given."""
-    return 1 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
 def wide_dtype(array: Float[Array, "..."]) -> Any:

@@ -44,15 +44,14 @@ def drawn_dropout(
     rate: float,
     rng: Key[Array, ""],
     query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len kv_heads head_dim"],
+    query_start: int,
+    key_len: int,
 ) -> Dropout:
     """Dropout for one call of attention, with a seed from the key."""
     seed = jax.lax.bitcast_convert_type(jax.random.bits(rng, (2,), jnp.uint32), jnp.int32)
     batch, query_len, heads, _ = query.shape
-    start = key.shape[1] - query_len
-    return Dropout(
-        rate, query_hashes(seed, batch, heads, query_len, start), key_hashes(key.shape[1])
-    )
+    hashes = query_hashes(seed, batch, heads, query_len, query_start)
+    return Dropout(rate, hashes, key_hashes(key_len))
 
 
 def query_hashes(

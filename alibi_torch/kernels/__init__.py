@@ -2,19 +2,15 @@
 
 from functools import partial
 
-from alibi_torch.kernels import aten_flash, blockwise, dense, flash_attn, flex, windowed
+from alibi_torch.kernels import dense, flash_attn, flex
 from alibi_torch.kernels.call import Kernel
 from alibi_torch.kernels.finite import guarded
+from alibi_torch.kernels.windowed import aten, operator, plain
 
 KERNELS = {
     "flex": Kernel(guarded(flex.attention), flex.refuses),
     "flash_attn": Kernel(guarded(flash_attn.attention), flash_attn.refuses),
-    "aten_flash": Kernel(partial(windowed.attention, tiles="aten_flash"), aten_flash.refuses),
-    "blockwise": Kernel(partial(windowed.attention, tiles="blockwise"), blockwise.refuses),
+    "aten_flash": Kernel(partial(operator.attention, passes=aten), aten.refuses),
+    "blockwise": Kernel(partial(operator.attention, passes=plain), plain.refuses),
     "dense": Kernel(guarded(dense.attention), dense.refuses),
 }
-
-# Queries times keys below which "auto" takes dense attention. On one AVX-512 core with 8 heads of
-# 64 in float32, aten_flash draws level at 192 queries and keys, forward and backward; with 512
-# it is 4 and 2 times faster. With 2 heads of 16 the two draw level at 400.
-DENSE_PAYS_BELOW = 256 * 256

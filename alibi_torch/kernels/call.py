@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,12 @@ from alibi_torch.kernels.dropout import Dropout
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of `alibi_torch.attention`, which documents them."""
+    """The arguments of `alibi_torch.attention`, which documents them.
+
+    Attributes:
+        scale: that of the call, or the default.
+        query_start: where the first query stands among the keys.
+    """
 
     query: Float[Tensor, "batch heads query_len head_dim"]
     key: Float[Tensor, "batch kv_heads key_len head_dim"]
@@ -23,6 +27,7 @@ class Call:
     slopes: Float[Tensor, " heads"]
     causal: bool
     scale: float
+    query_start: int
     attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None
     segment_ids: Integer[Tensor, "batch key_len"] | None
     tolerance: str | float
@@ -51,8 +56,3 @@ def refuses_bias(call: Call) -> str | None:
 def refuses_dropout(call: Call) -> str | None:
     """The reason why a kernel without dropout cannot compute a call."""
     return None if call.dropout is None else "it has no dropout"
-
-
-def default_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on q·k: 1/sqrt(head_dim) unless one is given."""
-    return 1 / math.sqrt(head_dim) if scale is None else float(scale)

@@ -40,15 +40,15 @@ def drawn_dropout(
     rate: float,
     generator: torch.Generator | None,
     query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    query_start: int,
+    key_len: int,
 ) -> Dropout:
     """Dropout for one call of attention, with a seed from the generator (None: torch's own)."""
     seed = torch.randint(
         *(-(2**31), 2**31, (2,)), generator=generator, dtype=torch.int32, device=query.device
     )
-    query_start = key.shape[2] - query.shape[2]
     hashes = query_hashes(seed, *query.shape[:3], query_start=query_start)
-    return Dropout(rate, hashes, key_hashes(key.shape[2], query.device))
+    return Dropout(rate, hashes, key_hashes(key_len, query.device))
 
 
 def query_hashes(

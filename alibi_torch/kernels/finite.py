@@ -1,7 +1,7 @@
 """Numbers that are not finite: what a query may not see cannot change its result (SPEC.md §4.2).
 
 0 times such a number is NaN, in results and in all gradients. So they become 0 before anything is
-computed, and the rows that see one become NaN after it.
+computed, and the queries that see one become NaN after it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ def guarded(
         arrays = (call.query, call.key, call.value)
         if has_values_on_host(*arrays) and are_ordinary(*arrays):
             return attend(call)
-        broken = broken_rows(*arrays, call.causal, call.attention_mask, call.segment_ids)
-        query, key, value = cleaned(*arrays, call.attention_mask)
-        attended = attend(dataclasses.replace(call, query=query, key=key, value=value))
-        return attended.masked_fill(broken, math.nan)
+        return attend(cleaned(call)).masked_fill(broken_queries(call), math.nan)
 
     return attention
 
@@ -55,18 +52,13 @@ def has_values_on_host(*arrays: Tensor) -> bool:
     )
 
 
-def cleaned(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    value: Float[Tensor, "batch kv_heads key_len value_dim"],
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same arrays, 0 where a number is not finite, and all 0 where the mask hides a key."""
-    query, key, value = (finite_or_zero(x) for x in (query, key, value))
-    if attention_mask is None:
-        return query, key, value
-    hidden = ~_shown(key, attention_mask)[..., None]
-    return query, key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+def cleaned(call: Call) -> Call:
+    """The same call, 0 where a number is not finite, and all 0 where the mask hides a key."""
+    query, key, value = (finite_or_zero(x) for x in (call.query, call.key, call.value))
+    if call.attention_mask is not None:
+        hidden = ~_shown(call)[..., None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    return dataclasses.replace(call, query=query, key=key, value=value)
 
 
 def finite_or_zero(x: Tensor) -> Tensor:
@@ -79,45 +71,31 @@ def is_broken(x: Float[Tensor, "batch heads seq width"]) -> Bool[Tensor, "batch 
     return ~x.isfinite().all(dim=-1)
 
 
-def broken_rows(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    value: Float[Tensor, "batch kv_heads key_len value_dim"],
-    causal: bool,
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
-) -> Bool[Tensor, "batch heads query_len 1"]:
+def broken_queries(call: Call) -> Bool[Tensor, "batch heads query_len 1"]:
     """Which queries see a number that is not finite: in a key or its value, or in themselves.
 
     A query that sees no key is none of them.
     """
-    shown = _shown(key, attention_mask)
-    key_is_broken = is_broken(key) | is_broken(value)
-    sees_broken = _counted(key_is_broken & shown, causal, segment_ids) > 0
-    sees_any = _counted(shown, causal, segment_ids) > 0
-    group, query_len = query.shape[1] // key.shape[1], query.shape[2]
-    sees_broken, sees_any = (
-        each[:, :, key.shape[2] - query_len :].repeat_interleave(group, dim=1)
-        for each in (sees_broken, sees_any)
-    )
+    shown, query = _shown(call), call.query
+    key_is_broken = is_broken(call.key) | is_broken(call.value)
+    places = slice(call.query_start, call.query_start + query.shape[2])
+    sees_broken = _counted(key_is_broken & shown, call)[:, :, places] > 0
+    sees_broken = sees_broken.repeat_interleave(query.shape[1] // call.key.shape[1], dim=1)
+    sees_any = _counted(shown, call)[:, :, places] > 0  # the same for all heads
     return (sees_broken | (is_broken(query) & sees_any))[..., None]
 
 
-def _shown(
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
-) -> Bool[Tensor, "batch 1 key_len"]:
-    if attention_mask is None:
-        return torch.ones_like(key[:, :1, :, 0], dtype=torch.bool)
-    return attention_mask.to(torch.bool)[:, None]
+def _shown(call: Call) -> Bool[Tensor, "batch 1 key_len"]:
+    if call.attention_mask is None:
+        return torch.ones_like(call.key[:, :1, :, 0], dtype=torch.bool)
+    return call.attention_mask.to(torch.bool)[:, None]
 
 
 def _counted(
-    marks: Bool[Tensor, "batch heads key_len"],
-    causal: bool,
-    segment_ids: Integer[Tensor, "batch key_len"] | None,
+    marks: Bool[Tensor, "batch heads key_len"], call: Call
 ) -> Integer[Tensor, "batch heads key_len"]:
     """How many of the marked keys a query at each position sees."""
+    causal, segment_ids = call.causal, call.segment_ids
     if segment_ids is None:
         return marks.cumsum(-1) if causal else marks.sum(-1, keepdim=True).expand(marks.shape)
     segments, order = segment_ids.sort(dim=-1, stable=True)

@@ -16,14 +16,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
-from alibi_torch.kernels.windows import attention_plan
+from alibi_torch.kernels.certificate import attention_plan
 
 
 def refuses(call: Call) -> str | None:
     """Why a call cannot be computed here; None if it can."""
     if call.query.device.type != "cuda":
         return (
-            f"FlexAttention has gradients on CUDA alone, and the query is on "
+            f"FlexAttention has gradients only on CUDA, and the query is on "
             f"{call.query.device.type}"
         )
     if call.query.dtype == torch.float64:
@@ -48,7 +48,7 @@ def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
 
 def bias_of(call: Call) -> Callable[..., Tensor]:
     """score, indices -> score - m |i - j|, in float32."""
-    offset, slopes = call.key.shape[2] - call.query.shape[2], call.slopes.float()
+    query_start, slopes = call.query_start, call.slopes.float()
 
     def bias(
         score: Tensor,
@@ -57,7 +57,7 @@ def bias_of(call: Call) -> Callable[..., Tensor]:
         query: Tensor,
         key: Tensor,
     ) -> Tensor:
-        return score - slopes[head] * (query + offset - key).abs()
+        return score - slopes[head] * (query + query_start - key).abs()
 
     return bias
 
@@ -65,21 +65,13 @@ def bias_of(call: Call) -> Callable[..., Tensor]:
 def block_mask_of(call: Call) -> BlockMask:
     """The certified windows, and which keys of their blocks a query sees (SPEC.md §4, §9)."""
     with torch.no_grad():
-        plan = attention_plan(
-            *(call.query, call.key, call.slopes),
-            causal=call.causal,
-            scale=call.scale,
-            attention_mask=call.attention_mask,
-            segment_ids=call.segment_ids,
-            tolerance=call.tolerance,
-            block_size=BLOCK_SIZE,
-        )
+        plan = attention_plan(call, BLOCK_SIZE)
     query_len, key_len = call.query.shape[2], call.key.shape[2]
-    # Blocks before `whole` are seen by all of their queries: the mask need not be asked.
+    # Blocks before `whole` are seen by all of their queries: there the mask need not be asked.
     whole = torch.full_like(plan.first[0, 0], key_len // BLOCK_SIZE)
     if call.causal:
         position = torch.arange(0, query_len, BLOCK_SIZE, device=whole.device)
-        whole = torch.minimum(whole, (position + key_len - query_len + 1) // BLOCK_SIZE)
+        whole = torch.minimum(whole, (position + call.query_start + 1) // BLOCK_SIZE)
     if call.attention_mask is not None or call.segment_ids is not None:
         whole = torch.zeros_like(whole)
     blocks = -(-key_len // BLOCK_SIZE)
@@ -107,16 +99,16 @@ def _listed(
 
 
 def _visible(call: Call) -> Callable[..., Tensor]:
-    offset, causal = call.key.shape[2] - call.query.shape[2], call.causal
+    query_start, causal = call.query_start, call.causal
     shown = None if call.attention_mask is None else call.attention_mask.to(torch.bool)
     segments = call.segment_ids
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
-        sees = key <= query + offset if causal else key >= 0
+        sees = key <= query + query_start if causal else key >= 0
         if shown is not None:
             sees = sees & shown[batch, key]
         if segments is not None:
-            sees = sees & (segments[batch, query + offset] == segments[batch, key])
+            sees = sees & (segments[batch, query + query_start] == segments[batch, key])
         return sees
 
     return visible

@@ -1,7 +1,7 @@
 """Attention over certified windows, block by block: the cost grows linearly with the sequence.
 
-`windows` says which blocks of keys a block of queries needs; `blockwise` or `pallas_tpu` passes
-over them; `partition` divides them among devices. The backward pass computes every block again,
+`certificate` says which blocks of keys a block of queries needs; the passes of one technology
+compute them; `partition` divides them among devices. The backward pass computes every block again,
 once for the queries and once for the keys: nothing is added up in an order that could change, so
 the bits do not change either. Gradients of gradients, and forward-mode ones, are left to dense
 attention.
@@ -21,24 +21,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, wide_dtype
+from alibi_flax.kernels.certificate import attention_plan
 from alibi_flax.kernels.partition import divided, varying, varying_axes
-from alibi_flax.kernels.windows import attention_plan
 from alibi_spec.windows import BLOCK_SIZE
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        *("query", "key", "value", "slopes", "query_ids", "key_ids"),
+        *("query_hashes", "key_hashes", "first", "last"),
+    ),
+    meta_fields=("causal", "scale", "dropout", "query_start", "block_size"),
+)
 @dataclass(frozen=True)
-class Windows:
+class BlockedCall:
     """One call cut for the passes: heads come first, and the last block is filled up with zeros.
 
     Attributes:
         query, key, value: heads of key and value serve consecutive heads of queries.
         slopes: m of each head, in the dtype of logits and sums.
-        query_ids, key_ids: a query sees keys of its own number alone; None where it sees all.
+        query_ids, key_ids: a query sees only keys of its own number; None where it sees all.
         first, last: half-open ranges of key blocks for each block of queries.
         query_hashes, key_hashes: what dropout goes by; None without.
         causal, scale: as in the call.
         dropout: the share of probabilities that is dropped.
-        offset: the position of the first query among the keys.
+        query_start: the position of the first query among the keys.
         block_size: positions in a block.
     """
 
@@ -55,7 +63,7 @@ class Windows:
     causal: bool
     scale: float
     dropout: float
-    offset: int
+    query_start: int
     block_size: int
 
     @property
@@ -80,8 +88,13 @@ class Windows:
         return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=dtype)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("gradient", "log_total", "shift"),
+    meta_fields=(),
+)
 @dataclass(frozen=True)
-class Rows:
+class PerQuery:
     """What the backward pass knows of every query.
 
     Attributes:
@@ -97,22 +110,29 @@ class Rows:
 
 @runtime_checkable
 class Passes(Protocol):
-    """The three passes over the blocks, by one technology. Sums are float32 (float64)."""
+    """The three passes over the blocks, by one technology: a file of this folder.
+
+    Sums are float32 (float64).
+    """
+
+    def block_size(self, call: Call) -> int:
+        """Positions in a block, for a call with many queries."""
+        ...
 
     def attended(
-        self, windows: Windows
+        self, blocked: BlockedCall
     ) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
-        """The result in the dtype of the values, and log Σ_j exp(s_ij), inf in empty rows."""
+        """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
         ...
 
     def query_gradients(
-        self, windows: Windows, rows: Rows
+        self, blocked: BlockedCall, per_query: PerQuery
     ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
         """Gradients of the queries, and each query's share of the gradient of m."""
         ...
 
     def key_gradients(
-        self, windows: Windows, rows: Rows
+        self, blocked: BlockedCall, per_query: PerQuery
     ) -> tuple[
         Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]
     ]:
@@ -141,20 +161,23 @@ LAYOUTS = {
 }
 
 
+_NAMES = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")  # of a call
 # Of the arguments.
 NOT_DIFFERENTIATED = ("attention_mask", "segment_ids", "query_hashes", "key_hashes")
 
 
 def attention(
-    call: Call, passes: Passes, block_size: int
+    call: Call, passes: Passes, block_size: int | None = None
 ) -> Float[Array, "batch query_len heads value_dim"]:
-    """Attention of one call, up to its tolerance."""
-    # Few queries need no large block; registers of a TPU hold 128 numbers in a row.
-    block_size = min(block_size, -(-call.query.shape[1] // BLOCK_SIZE) * BLOCK_SIZE)
+    """Attention of one call, up to its tolerance, in blocks of this size or the passes' own."""
+    size = passes.block_size(call) if block_size is None else block_size
+    # Few queries need no large block; registers of a TPU hold 128 numbers each.
+    size = min(size, -(-call.query.shape[1] // BLOCK_SIZE) * BLOCK_SIZE)
     rate, *hashes = (0.0, None, None) if call.dropout is None else call.dropout
-    options = _Options(passes, call.causal, call.scale, call.tolerance, rate, block_size)
-    names = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")
-    arrays = {name: getattr(call, name) for name in names}
+    options = _Options(
+        passes, call.causal, call.scale, call.query_start, call.tolerance, rate, size
+    )
+    arrays = {name: getattr(call, name) for name in _NAMES}
     return _in_place(
         options, arrays | dict(zip(("query_hashes", "key_hashes"), hashes, strict=True))
     )
@@ -165,6 +188,7 @@ class _Options:
     passes: Passes
     causal: bool
     scale: float
+    query_start: int
     tolerance: str | float
     dropout: float
     block_size: int
@@ -258,32 +282,34 @@ def _(*_: Any) -> Any:
 
 
 def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
-    """The result, and what the backward pass needs besides, of what a device holds."""
-    plan = attention_plan(
-        *(arrays[name] for name in ("query", "key", "slopes")),
+    """The result, and what the backward pass also needs, of what a device holds."""
+    named: Any = {name: arrays.get(name) for name in _NAMES}
+    call = Call(
+        **named,
         causal=options.causal,
         scale=options.scale,
-        attention_mask=arrays.get("attention_mask"),
-        segment_ids=arrays.get("segment_ids"),
+        query_start=options.query_start,
         tolerance=options.tolerance,
-        block_size=options.block_size,
+        distance="absolute",
+        dropout=None,
     )
+    plan = attention_plan(call, options.block_size)
     ranges = {"first": plan.first, "last": plan.last}
-    attended, log_total = options.passes.attended(_windows(options, arrays | ranges))
+    attended, log_total = options.passes.attended(_blocked(options, arrays | ranges))
     return _seq_first(attended, arrays["query"].shape[1]), log_total, plan.first, plan.last
 
 
 def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
     """Gradients of the queries; of keys and values for each head of queries; of m by sequence."""
     query, key = arrays["query"], arrays["key"]
-    windows = _windows(options, arrays)
+    blocked = _blocked(options, arrays)
     gradient, attended = (
         _heads_first(arrays[name], options.block_size) for name in ("gradient", "attended")
     )
-    shift = windows.dot("bhqd,bhqd->bhq", gradient, attended)
-    rows = Rows(gradient, arrays["log_total"], shift)
-    of_query, of_slopes = options.passes.query_gradients(windows, rows)
-    of_key, of_value = options.passes.key_gradients(windows, rows)
+    shift = blocked.dot("bhqd,bhqd->bhq", gradient, attended)
+    per_query = PerQuery(gradient, arrays["log_total"], shift)
+    of_query, of_slopes = options.passes.query_gradients(blocked, per_query)
+    of_key, of_value = options.passes.key_gradients(blocked, per_query)
     return (
         _seq_first(of_query, query.shape[1]).astype(query.dtype),
         *(x[:, :, : key.shape[1]] for x in (of_key, of_value)),
@@ -291,17 +317,16 @@ def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
     )
 
 
-def _windows(options: _Options, arrays: Arrays) -> Windows:
+def _blocked(options: _Options, arrays: Arrays) -> BlockedCall:
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     attention_mask, segment_ids = arrays.get("attention_mask"), arrays.get("segment_ids")
-    size = options.block_size
-    offset = key.shape[1] - query.shape[1]
+    size, query_start = options.block_size, options.query_start
     query_ids, key_ids = None, None
     is_padded = not options.causal and key.shape[1] % size > 0  # causality hides padding, too
     if attention_mask is not None or segment_ids is not None or is_padded:
         ids = jnp.zeros(key.shape[:2], jnp.int32) if segment_ids is None else _ranks(segment_ids)
         padding = ((0, 0), (0, -query.shape[1] % size))
-        query_ids = jnp.pad(ids[:, offset:], padding)
+        query_ids = jnp.pad(ids[:, query_start : query_start + query.shape[1]], padding)
         if attention_mask is not None:
             ids = jnp.where(attention_mask.astype(jnp.bool_), ids, -1)
         padding = ((0, 0), (0, -key.shape[1] % size))
@@ -310,7 +335,7 @@ def _windows(options: _Options, arrays: Arrays) -> Windows:
     if query_hashes is not None and key_hashes is not None:
         query_hashes = _heads_first(query_hashes[..., None], size)[..., 0]
         key_hashes = jnp.pad(key_hashes, (0, -key.shape[1] % size))[None]
-    return Windows(
+    return BlockedCall(
         *(_heads_first(x, size) for x in (query, key, value)),
         slopes=arrays["slopes"].astype(wide_dtype(query)),
         query_ids=query_ids,
@@ -322,7 +347,7 @@ def _windows(options: _Options, arrays: Arrays) -> Windows:
         causal=options.causal,
         scale=options.scale,
         dropout=options.dropout,
-        offset=offset,
+        query_start=query_start,
         block_size=size,
     )
 

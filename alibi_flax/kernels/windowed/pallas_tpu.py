@@ -21,12 +21,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
+from alibi_flax.kernels.certificate import query_block_ranges
 from alibi_flax.kernels.dropout import is_kept
 from alibi_flax.kernels.partition import shape_of, varying_axes
-from alibi_flax.kernels.windowed import Rows, Windows
-from alibi_flax.kernels.windows import query_block_ranges
+from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
 
-BLOCK_SIZE = 512  # so that a step computes for longer than it takes to begin
+_BLOCK_SIZE = 512  # so that a step computes for longer than it takes to begin
 _LANES = 128  # numbers in a row of a register
 
 Refs = list[Any]
@@ -43,10 +43,15 @@ def refuses(call: Call) -> str | None:
     return refuses_bias(call)
 
 
+def block_size(call: Call) -> int:  # noqa: ARG001
+    """Positions in a block."""
+    return _BLOCK_SIZE
+
+
 def attended(
-    windows: Windows,
+    blocked: BlockedCall,
 ) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
-    """The result in the dtype of the values, and log Σ_j exp(s_ij), inf in empty rows."""
+    """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
         largest, total, weighted = state
@@ -57,42 +62,42 @@ def attended(
 
         def step(key_block: Array, others: list[Array]) -> None:
             key, value, *key_rows = others
-            start = _start(windows, block, key_block)
-            ids, hashes = _ids_and_hashes(windows, columns, key_rows)
-            logits, _ = _logits(windows, slope, query[0], key, start, 1, ids)
+            start = _start(blocked, block, key_block)
+            ids, hashes = _ids_and_hashes(blocked, columns, key_rows)
+            logits, _ = _logits(blocked, slope, query[0], key, start, 1, ids)
             new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
             base = jnp.where(new == -math.inf, 0.0, new)
             weights, decay = jnp.exp(logits - base), jnp.exp(largest[...] - base)
             largest[...] = new
             total[...] = decay * total[...] + weights.sum(axis=1, keepdims=True)
-            weights = _dropped(windows, weights, hashes).astype(value.dtype)
+            weights = _dropped(blocked, weights, hashes).astype(value.dtype)
             weighted[...] = decay * weighted[...] + _dot(weights, value, 1, 0)
 
         def finish() -> None:
             result, log_total = outputs
             is_empty = total[...] == 0.0
-            attended = jnp.where(is_empty, 0.0, weighted[...] / total[...])
-            result[0] = attended.astype(result.dtype)
+            mean = jnp.where(is_empty, 0.0, weighted[...] / total[...])
+            result[0] = mean.astype(result.dtype)
             log_total[0] = _row(jnp.where(is_empty, math.inf, largest[...] + jnp.log(total[...])))
 
         return step, finish
 
-    size, width = windows.block_size, windows.value.shape[3]
-    result, log_total = _run(
-        *(windows, program, windows.first, windows.last),
-        own=[_matrix(windows.query), *_of_queries(windows)],
-        others=_keys(windows),
+    size, width = blocked.block_size, blocked.value.shape[3]
+    result, log_total = _sweep(
+        *(blocked, program, blocked.first, blocked.last),
+        own=[_matrix(blocked.query), *_of_queries(blocked)],
+        others=_keys(blocked),
         state=[(size, 1), (size, 1), (size, width)],
         outputs=[
-            _matrix(_empty(windows.query, width, windows.value.dtype)),
-            _vector(_empty(windows.query, None, windows.slopes.dtype)),
+            _matrix(_empty(blocked.query, width, blocked.value.dtype)),
+            _vector(_empty(blocked.query, None, blocked.slopes.dtype)),
         ],
     )
     return result, log_total
 
 
 def query_gradients(
-    windows: Windows, rows: Rows
+    blocked: BlockedCall, per_query: PerQuery
 ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
@@ -104,37 +109,37 @@ def query_gradients(
 
         def step(key_block: Array, others: list[Array]) -> None:
             key, value, *key_rows = others
-            start = _start(windows, block, key_block)
-            ids, hashes = _ids_and_hashes(windows, columns, key_rows)
-            logits, distance = _logits(windows, slope, query[0], key, start, 1, ids)
+            start = _start(blocked, block, key_block)
+            ids, hashes = _ids_and_hashes(blocked, columns, key_rows)
+            logits, distance = _logits(blocked, slope, query[0], key, start, 1, ids)
             weights = jnp.exp(logits - log_total)
-            of_weights = _dropped(windows, _dot(gradient[0], value, 1, 1), hashes)
+            of_weights = _dropped(blocked, _dot(gradient[0], value, 1, 1), hashes)
             of_logits = weights * (of_weights - shift)
             of_query[...] += _dot(of_logits.astype(key.dtype), key, 1, 0)
             of_slope[...] -= (of_logits * distance).sum(axis=1, keepdims=True)
 
         def finish() -> None:
-            outputs[0][0] = windows.scale * of_query[...]
+            outputs[0][0] = blocked.scale * of_query[...]
             outputs[1][0] = _row(of_slope[...])
 
         return step, finish
 
-    size, width, dtype = windows.block_size, windows.query.shape[3], windows.slopes.dtype
-    of_query, of_slope = _run(
-        *(windows, program, windows.first, windows.last),
-        own=_queries(windows, rows),
-        others=_keys(windows),
+    size, width, dtype = blocked.block_size, blocked.query.shape[3], blocked.slopes.dtype
+    of_query, of_slope = _sweep(
+        *(blocked, program, blocked.first, blocked.last),
+        own=_queries(blocked, per_query),
+        others=_keys(blocked),
         state=[(size, width), (size, 1)],
         outputs=[
-            _matrix(_empty(windows.query, width, dtype)),
-            _vector(_empty(windows.query, None, dtype)),
+            _matrix(_empty(blocked.query, width, dtype)),
+            _vector(_empty(blocked.query, None, dtype)),
         ],
     )
     return of_query, of_slope
 
 
 def key_gradients(
-    windows: Windows, rows: Rows
+    blocked: BlockedCall, per_query: PerQuery
 ) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
     """Gradients of the keys and values, for each head of queries."""
 
@@ -147,31 +152,31 @@ def key_gradients(
         def step(query_block: Array, others: list[Array]) -> None:
             # Queries lie along the lanes here, so that their rows need not be turned every time.
             query, gradient, log_total, shift, *query_rows = others
-            start = _start(windows, query_block, block)
-            ids, hashes = _ids_and_hashes(windows, columns, query_rows)
-            logits, _ = _logits(windows, slope, key[0], query, start, 0, ids)
+            start = _start(blocked, query_block, block)
+            ids, hashes = _ids_and_hashes(blocked, columns, query_rows)
+            logits, _ = _logits(blocked, slope, key[0], query, start, 0, ids)
             weights = jnp.exp(logits - log_total)
-            of_weights = _dropped(windows, _dot(value[0], gradient, 1, 1), hashes)
+            of_weights = _dropped(blocked, _dot(value[0], gradient, 1, 1), hashes)
             of_logits = weights * (of_weights - shift)
             of_key[...] += _dot(of_logits.astype(query.dtype), query, 1, 0)
-            weights = _dropped(windows, weights, hashes)
+            weights = _dropped(blocked, weights, hashes)
             of_value[...] += _dot(weights.astype(gradient.dtype), gradient, 1, 0)
 
         def finish() -> None:
-            outputs[0][0] = windows.scale * of_key[...]
+            outputs[0][0] = blocked.scale * of_key[...]
             outputs[1][0] = of_value[...]
 
         return step, finish
 
-    (batch, heads), keys = windows.query.shape[:2], windows.key.shape[2]
-    widths = (windows.key.shape[3], windows.value.shape[3])
-    dtype = windows.slopes.dtype
-    of_key, of_value = _run(
-        *(windows, program),
-        *query_block_ranges(windows.first, windows.last, windows.key_blocks),
-        own=_keys(windows),
-        others=_queries(windows, rows),
-        state=[(windows.block_size, width) for width in widths],
+    (batch, heads), keys = blocked.query.shape[:2], blocked.key.shape[2]
+    widths = (blocked.key.shape[3], blocked.value.shape[3])
+    dtype = blocked.slopes.dtype
+    of_key, of_value = _sweep(
+        *(blocked, program),
+        *query_block_ranges(blocked.first, blocked.last, blocked.key_blocks),
+        own=_keys(blocked),
+        others=_queries(blocked, per_query),
+        state=[(blocked.block_size, width) for width in widths],
         outputs=[
             _matrix(jax.ShapeDtypeStruct((batch, heads, keys, width), dtype)) for width in widths
         ],
@@ -222,29 +227,29 @@ def _vector(x: Any, shared: int = 1) -> _Operand:
     return _Operand(_reshaped(x, (-1, 1, x.shape[-1])), shared, axis=2)
 
 
-def _of_queries(windows: Windows) -> list[_Operand]:
+def _of_queries(blocked: BlockedCall) -> list[_Operand]:
     """The numbers and the hash of each query."""
-    ids, hashes = windows.query_ids, windows.query_hashes
-    operands = [] if ids is None else [_vector(ids, windows.query.shape[1])]
+    ids, hashes = blocked.query_ids, blocked.query_hashes
+    operands = [] if ids is None else [_vector(ids, blocked.query.shape[1])]
     return operands if hashes is None else [*operands, _vector(hashes)]
 
 
-def _of_keys(windows: Windows) -> list[_Operand]:
+def _of_keys(blocked: BlockedCall) -> list[_Operand]:
     """The same of each key."""
-    (batch, heads), ids, hashes = windows.query.shape[:2], windows.key_ids, windows.key_hashes
+    (batch, heads), ids, hashes = blocked.query.shape[:2], blocked.key_ids, blocked.key_hashes
     operands = [] if ids is None else [_vector(ids, heads)]
     return operands if hashes is None else [*operands, _vector(hashes, batch * heads)]
 
 
-def _keys(windows: Windows) -> list[_Operand]:
-    matrices = [_matrix(x, windows.group) for x in (windows.key, windows.value)]
-    return [*matrices, *_of_keys(windows)]
+def _keys(blocked: BlockedCall) -> list[_Operand]:
+    matrices = [_matrix(x, blocked.group) for x in (blocked.key, blocked.value)]
+    return [*matrices, *_of_keys(blocked)]
 
 
-def _queries(windows: Windows, rows: Rows) -> list[_Operand]:
-    matrices = [_matrix(x) for x in (windows.query, rows.gradient)]
-    vectors = [_vector(x) for x in (rows.log_total, rows.shift)]
-    return [*matrices, *vectors, *_of_queries(windows)]
+def _queries(blocked: BlockedCall, per_query: PerQuery) -> list[_Operand]:
+    matrices = [_matrix(x) for x in (blocked.query, per_query.gradient)]
+    vectors = [_vector(x) for x in (per_query.log_total, per_query.shift)]
+    return [*matrices, *vectors, *_of_queries(blocked)]
 
 
 def _empty(like: Array, width: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -260,8 +265,56 @@ def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
     return x.reshape(shape)
 
 
-def _run(
-    windows: Windows,
+@dataclass(frozen=True)
+class _Stream:
+    """Blocks that a program fetches one by one, each while it computes with the one before.
+
+    Attributes:
+        operands, sources: the arrays, and where the whole of each is stored.
+        buffers: two slots of each array, for a block that is used and one that is on its way.
+        semaphores: one for each array and slot.
+        head: of the program.
+        size: positions in a block.
+    """
+
+    operands: list[_Operand]
+    sources: Refs
+    buffers: Refs
+    semaphores: Any
+    head: Array
+    size: int
+
+    def visit(self, start: Array, end: Array, step: Step) -> None:
+        """Step past the blocks from `start` up to `end`."""
+
+        def visit_one(block: Array, _: None) -> None:
+            slot = jax.lax.rem(block - start, jnp.int32(2))
+            pl.when(block + 1 < end)(lambda: self._fetch(block + 1, 1 - slot))
+            for copy in self._copies(block, slot):
+                copy.wait()
+            step(block, [buffer[slot] for buffer in self.buffers])
+
+        pl.when(start < end)(lambda: self._fetch(start, jnp.int32(0)))
+        jax.lax.fori_loop(start, end, visit_one, None)
+
+    def _fetch(self, block: Array, slot: Array) -> None:
+        for copy in self._copies(block, slot):
+            copy.start()
+
+    def _copies(self, block: Array, slot: Array) -> list[Any]:
+        arrays = zip(self.operands, self.sources, self.buffers, strict=True)
+        return [
+            pltpu.make_async_copy(
+                operand.block_of(source, self.head, block, self.size),
+                buffer.at[slot],
+                self.semaphores.at[number, slot],
+            )
+            for number, (operand, source, buffer) in enumerate(arrays)
+        ]
+
+
+def _sweep(
+    blocked: BlockedCall,
     program: Program,
     first: Integer[Array, "batch heads blocks"],
     last: Integer[Array, "batch heads blocks"],
@@ -271,15 +324,15 @@ def _run(
     state: list[tuple[int, int]],
     outputs: list[_Operand],
 ) -> list[Array]:
-    """Run `program` for every head and block, past the blocks of `others` from first to last.
+    """Call `program` for every head and block, to pass the blocks of `others` from first to last.
 
     A program is given its slope, its block, what it owns, memory for its state, and its outputs. It
     says how to step past one block, and how to finish.
     """
-    size, (batch, heads, blocks) = windows.block_size, first.shape
+    size, (batch, heads, blocks) = blocked.block_size, first.shape
 
     def kernel(slopes: Any, first: Any, last: Any, *refs: Any) -> None:
-        rest = iter(refs)
+        rest = iter(refs)  # in the order in which pallas_call is told of them below
         groups = (own, others, outputs, state, others)
         own_refs, sources, output_refs, state_refs, buffers = (
             list(islice(rest, len(group))) for group in groups
@@ -288,40 +341,14 @@ def _run(
         head, block = pl.program_id(0), pl.program_id(1)
         slope = slopes[jax.lax.rem(head, jnp.int32(heads))]
         step, finish = program(slope, block, own_refs, state_refs, output_refs)
-
-        def copies(other: Array, slot: Array) -> list[Any]:
-            return [
-                pltpu.make_async_copy(
-                    operand.block_of(source, head, other, size),
-                    buffer.at[slot],
-                    semaphores.at[number, slot],
-                )
-                for number, (operand, source, buffer) in enumerate(
-                    zip(others, sources, buffers, strict=True)
-                )
-            ]
-
-        def fetch(other: Array, slot: Array) -> None:
-            for copy in copies(other, slot):
-                copy.start()
-
-        start, end = first[0, 0, block], last[0, 0, block]
-        pl.when(start < end)(lambda: fetch(start, jnp.int32(0)))
-
-        def visit(other: Array, _: None) -> None:
-            slot = jax.lax.rem(other - start, jnp.int32(2))
-            pl.when(other + 1 < end)(lambda: fetch(other + 1, 1 - slot))
-            for copy in copies(other, slot):
-                copy.wait()
-            step(other, [buffer[slot] for buffer in buffers])
-
-        jax.lax.fori_loop(start, end, visit, None)
+        stream = _Stream(others, sources, buffers, semaphores, head, size)
+        stream.visit(first[0, 0, block], last[0, 0, block], step)
         finish()
 
     def of_head(head: Array, _: Array) -> tuple[Array, Array, Array]:
         return head, jnp.int32(0), jnp.int32(0)
 
-    axes = varying_axes(windows.query)
+    axes = varying_axes(blocked.query)
     bounds = pl.BlockSpec((1, 1, blocks), of_head, memory_space=pltpu.SMEM)
     results = pl.pallas_call(
         kernel,
@@ -334,13 +361,13 @@ def _run(
         out_specs=[operand.own_block(size) for operand in outputs],
         out_shape=[shape_of(operand.array, axes) for operand in outputs],
         scratch_shapes=[
-            *(pltpu.VMEM(shape, windows.slopes.dtype) for shape in state),
+            *(pltpu.VMEM(shape, blocked.slopes.dtype) for shape in state),
             *(pltpu.VMEM((2, *each.block_shape(size)), each.array.dtype) for each in others),
             pltpu.SemaphoreType.DMA((len(others), 2)),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(
-        windows.slopes,
+        blocked.slopes,
         *(x.astype(jnp.int32).reshape(batch * heads, 1, blocks) for x in (first, last)),
         *(operand.array for operand in (*own, *others)),
     )
@@ -350,13 +377,13 @@ def _run(
     ]
 
 
-def _start(windows: Windows, query_block: Array, key_block: Array) -> Array:
+def _start(blocked: BlockedCall, query_block: Array, key_block: Array) -> Array:
     """How far the first key of a block lies behind the first query of another."""
-    return (key_block - query_block) * windows.block_size - windows.offset
+    return (key_block - query_block) * blocked.block_size - blocked.query_start
 
 
 def _logits(
-    windows: Windows,
+    blocked: BlockedCall,
     slope: Array,
     left: Float[Array, "block head_dim"],
     right: Float[Array, "block head_dim"],
@@ -368,12 +395,12 @@ def _logits(
 
     `ids` are those of the left block as a column, and of the right one as a row.
     """
-    shape = (windows.block_size, windows.block_size)
+    shape = (blocked.block_size, blocked.block_size)
     index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
     relative = index[0] - index[1] + start
     distance = jnp.abs(relative).astype(jnp.float32)
-    logits = windows.scale * _dot(left, right, 1, 1) - slope * distance
-    if windows.causal:
+    logits = blocked.scale * _dot(left, right, 1, 1) - slope * distance
+    if blocked.causal:
         logits = jnp.where(relative <= 0, logits, -math.inf)
     for column, row in ids:
         logits = jnp.where(column == row, logits, -math.inf)
@@ -381,20 +408,20 @@ def _logits(
 
 
 def _ids_and_hashes(
-    windows: Windows, columns: list[Array], rows: list[Array]
+    blocked: BlockedCall, columns: list[Array], rows: list[Array]
 ) -> tuple[list[tuple[Array, Array]], list[tuple[Array, Array]]]:
     """What two blocks say of each position, in pairs: numbers, and hashes if there is dropout."""
     pairs = list(zip(columns, rows, strict=True))
-    count = 0 if windows.query_ids is None else 1
+    count = 0 if blocked.query_ids is None else 1
     return pairs[:count], pairs[count:]
 
 
 def _dropped(
-    windows: Windows, x: Float[Array, "block block"], hashes: list[tuple[Array, Array]]
+    blocked: BlockedCall, x: Float[Array, "block block"], hashes: list[tuple[Array, Array]]
 ) -> Float[Array, "block block"]:
     """Zeros in place of what dropout takes, the rest divided by the share that it keeps."""
     for column, row in hashes:
-        x = jnp.where(is_kept(windows.dropout, column, row), x / (1 - windows.dropout), 0.0)
+        x = jnp.where(is_kept(blocked.dropout, column, row), x / (1 - blocked.dropout), 0.0)
     return x
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import default_scale, wide_dtype
+from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.partition import varying, varying_axes
-from alibi_spec.windows import BLOCK_SIZE, tolerance_of
+from alibi_spec.windows import tolerance_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -45,42 +45,31 @@ class AttentionPlan:
     block_size: int
 
 
-@partial(jax.jit, static_argnames=("causal", "scale", "tolerance", "block_size"))
-def attention_plan(
-    query: Float[Array, "batch query_len heads head_dim"],
-    key: Float[Array, "batch key_len kv_heads head_dim"],
-    slopes: Float[Array, " heads"],
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None = None,
-    segment_ids: Integer[Array, "batch key_len"] | None = None,
-    tolerance: str | float = "dtype",
-    block_size: int = BLOCK_SIZE,
-) -> AttentionPlan:
+@partial(jax.jit, static_argnames="block_size")
+def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
+    query, key, causal, mask = call.query, call.key, call.causal, call.attention_mask
     batch, query_len, heads, _ = query.shape
     if 0 in (batch, query_len, heads):
         none = jnp.zeros((batch, heads, -(-query_len // block_size)), jnp.int32)
         return AttentionPlan(none, none, none.sum(axis=-1) / 1, block_size)
-    allowed_mass = tolerance_of(tolerance, str(query.dtype))
-    visible = None if attention_mask is None else attention_mask.astype(jnp.bool_)
-    scale = default_scale(scale, query.shape[-1])
-    rows = _Rows.of(query, key, slopes, causal, scale, visible, segment_ids, block_size)
+    allowed_mass = tolerance_of(call.tolerance, str(query.dtype))
+    visible = None if mask is None else mask.astype(jnp.bool_)
+    queries = _Queries.of(call, visible, block_size)
     norms = _block_norms(key, visible, block_size, query.shape[2])
-    axes = varying_axes(query, key, slopes, visible, segment_ids)
-    blocks, own_block = norms.shape[-1], (rows.position // block_size)[None]
-    shape = rows.reach.shape[:3]
-    lowest = jnp.where(rows.sees_nothing, blocks, own_block).min(axis=-1)[:, None]
-    highest = jnp.where(rows.sees_nothing, -1, own_block).max(axis=-1)[:, None]
+    axes = varying_axes(query, key, call.slopes, visible, call.segment_ids)
+    blocks, own_block = norms.shape[-1], (queries.position // block_size)[None]
+    shape = queries.reach.shape[:3]
+    lowest = jnp.where(queries.sees_nothing, blocks, own_block).min(axis=-1)[:, None]
+    highest = jnp.where(queries.sees_nothing, -1, own_block).max(axis=-1)[:, None]
     edge = jnp.full((*norms.shape[:2], 1), -math.inf, norms.dtype)
     largest_before = jnp.concatenate([edge, jax.lax.cummax(norms, axis=2)], axis=2)
 
     def drops_before(block: Integer[Array, "batch heads query_blocks"]) -> Array:
         largest = jnp.take_along_axis(largest_before, block, axis=2)
-        distance = rows.position[None, None] - block[..., None] * block_size + 1
+        distance = queries.position[None, None] - block[..., None] * block_size + 1
         mass = allowed_mass if causal else allowed_mass / 2
-        return rows.may_drop(largest, distance, mass)
+        return queries.may_drop(largest, distance, mass)
 
     first = _last_true(drops_before, jnp.broadcast_to(lowest, shape), blocks, axes)
     last = jnp.broadcast_to(highest + 1, shape)
@@ -90,8 +79,8 @@ def attention_plan(
         def drops_after(count: Integer[Array, "batch heads query_blocks"]) -> Array:
             block = blocks - count
             largest = jnp.take_along_axis(largest_from, block, axis=2)
-            distance = block[..., None] * block_size - rows.position[None, None]
-            return rows.may_drop(largest, distance, allowed_mass / 2)
+            distance = block[..., None] * block_size - queries.position[None, None]
+            return queries.may_drop(largest, distance, allowed_mass / 2)
 
         after = jnp.broadcast_to(blocks - 1 - highest, shape)
         last = blocks - _last_true(drops_after, after, blocks, axes)
@@ -128,7 +117,7 @@ def query_block_ranges(
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Queries:
     """What the certificate knows of every query, in blocks.
 
     Attributes:
@@ -155,29 +144,23 @@ class _Rows:
 
     @classmethod
     def of(
-        cls,
-        query: Float[Array, "batch query_len heads head_dim"],
-        key: Float[Array, "batch key_len kv_heads head_dim"],
-        slopes: Float[Array, " heads"],
-        causal: bool,
-        scale: float,
-        visible: Bool[Array, "batch key_len"] | None,
-        segment_ids: Integer[Array, "batch key_len"] | None,
-        block_size: int,
-    ) -> _Rows:
+        cls, call: Call, visible: Bool[Array, "batch key_len"] | None, block_size: int
+    ) -> _Queries:
         """Measured on the arrays of a call."""
+        query, key, segment_ids, scale = call.query, call.key, call.segment_ids, call.scale
         batch, query_len, heads, head_dim = query.shape
+        query_start, query_end = call.query_start, call.query_start + query_len
         dtype = wide_dtype(query)
-        position = jnp.arange(key.shape[1] - query_len, key.shape[1], dtype=jnp.int32)
+        position = jnp.arange(query_start, query_end, dtype=jnp.int32)
         if visible is None:
-            anchor, anchor_key = position[None], key[:, -query_len:]
+            anchor, anchor_key = position[None], key[:, query_start:query_end]
         else:
-            anchor = _anchors(visible, causal)[:, -query_len:]
-            anchor_key = jax.vmap(lambda rows, index: rows[index])(key, anchor.clip(0))
+            anchor = _anchors(visible, call.causal)[:, query_start:query_end]
+            anchor_key = jax.vmap(lambda keys, index: keys[index])(key, anchor.clip(0))
         is_anchored = anchor >= 0
         if segment_ids is not None:
             anchor_segment = jnp.take_along_axis(segment_ids, anchor.clip(0), axis=1)
-            is_anchored = is_anchored & (anchor_segment == segment_ids[:, -query_len:])
+            is_anchored = is_anchored & (anchor_segment == segment_ids[:, query_start:query_end])
         groups = (batch, query_len, key.shape[2], heads // key.shape[2])
         query = query.astype(dtype).reshape(*groups, head_dim)
         anchor_key = anchor_key.astype(dtype)
@@ -197,7 +180,7 @@ class _Rows:
             anchor_logit=heads_first(scale * product),
             anchor_norm=heads_first(anchor_norm),
             anchor_distance=in_blocks(jnp.abs(position[None] - anchor)),
-            slope=slopes.astype(dtype)[None, :, None, None],
+            slope=call.slopes.astype(dtype)[None, :, None, None],
             is_anchored=in_blocks(is_anchored),
             sees_nothing=in_blocks(anchor < 0, padding=True),
             position=in_blocks(position),
@@ -224,7 +207,7 @@ class _Rows:
         return may_drop.all(axis=-1)
 
 
-def _norm(x: Float[Array, "*rows head_dim"]) -> Float[Array, "*rows"]:
+def _norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:
     """At least the Euclidean norm: squares that vanish count as the least normal number."""
     least = x.shape[-1] * float(jnp.finfo(x.dtype).tiny)
     return jnp.sqrt((x * x).sum(axis=-1) + least)

@@ -1,7 +1,7 @@
 """The passes over blocks as Pallas kernels for GPUs, compiled by Triton.
 
 A program owns one block of one head and keeps its state in registers; its steps are those of
-`blockwise`. JAX 0.11 has deprecated Triton under Pallas, and what is to replace it (Mosaic GPU)
+`xla_loops`. JAX 0.11 has deprecated Triton under Pallas, and what is to replace it (Mosaic GPU)
 cannot be tried without a GPU.
 """
 
@@ -17,11 +17,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float, Shaped
 
-from alibi_flax.kernels import blockwise
-from alibi_flax.kernels.blockwise import Blocks, Index, State, Visit
 from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.partition import shape_of, varying_axes
-from alibi_flax.kernels.windowed import Rows, Windows
+from alibi_flax.kernels.windowed import xla_loops
+from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.xla_loops import Blocks, Index, State, Visit
 
 try:
     from jax.experimental.pallas import triton
@@ -58,73 +58,71 @@ def _row_bytes(call: Call) -> int:
 
 
 def attended(
-    windows: Windows,
+    blocked: BlockedCall,
 ) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
-    """The result in the dtype of the values, and log Σ_j exp(s_ij), inf in empty rows."""
-    result, log_total = blockwise.attended(_widened(windows), run=in_programs)
-    return result[..., : windows.value.shape[3]], log_total
+    """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
+    result, log_total = xla_loops.attended(_widened(blocked), sweep=in_programs)
+    return result[..., : blocked.value.shape[3]], log_total
 
 
 def query_gradients(
-    windows: Windows, rows: Rows
+    blocked: BlockedCall, per_query: PerQuery
 ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
     """Gradients of the queries, and each query's share of the gradient of m."""
-    found = blockwise.query_gradients(_widened(windows), _widened_rows(rows), run=in_programs)
-    of_query, of_slope = found
-    return of_query[..., : windows.query.shape[3]], of_slope
+    arrays = (_widened(blocked), _widened_per_query(per_query))
+    of_query, of_slope = xla_loops.query_gradients(*arrays, sweep=in_programs)
+    return of_query[..., : blocked.query.shape[3]], of_slope
 
 
 def key_gradients(
-    windows: Windows, rows: Rows
+    blocked: BlockedCall, per_query: PerQuery
 ) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
     """Gradients of the keys and values, for each head of queries."""
-    found = blockwise.key_gradients(_widened(windows), _widened_rows(rows), run=in_programs)
-    of_key, of_value = found
-    return of_key[..., : windows.key.shape[3]], of_value[..., : windows.value.shape[3]]
+    arrays = (_widened(blocked), _widened_per_query(per_query))
+    of_key, of_value = xla_loops.key_gradients(*arrays, sweep=in_programs)
+    return of_key[..., : blocked.key.shape[3]], of_value[..., : blocked.value.shape[3]]
 
 
 def in_programs(
-    windows: Windows, rows: Rows | None, ranges: tuple[Array, Array], visit: Visit
+    blocked: BlockedCall, per_query: PerQuery | None, ranges: tuple[Array, Array], visit: Visit
 ) -> State:
-    """Every block of every head by a program of its own: a `Run`."""
-    size, (batch, heads, blocks) = windows.block_size, ranges[0].shape
-    names = ("query", "key", "value", "slopes")
-    names = (*names, "query_ids", "key_ids", "query_hashes", "key_hashes")
-    of_windows = {name: getattr(windows, name) for name in names}
-    of_ranges = [x.astype(jnp.int32) for x in ranges]
-    arrays, structure = jax.tree.flatten((of_ranges, of_windows, rows and vars(rows)))
+    """Every block of every head by a program of its own: a `Sweep`."""
+    size, (batch, heads, blocks) = blocked.block_size, ranges[0].shape
+    first, last = (x.astype(jnp.int32) for x in ranges)
+    # In a kernel every array is a reference to memory, under the same name.
+    blocked = dataclasses.replace(blocked, first=first, last=last)
+    arrays, structure = jax.tree.flatten((blocked, per_query))
 
-    def kernel(*refs: Any) -> None:
-        inputs, outputs = refs[: len(arrays)], refs[len(arrays) :]
-        (first, last), of_windows, of_rows = jax.tree.unflatten(structure, inputs)
-        own = Blocks(dataclasses.replace(windows, **of_windows), of_rows and Rows(**of_rows), load)
+    def kernel(*references: Any) -> None:
+        inputs, outputs = references[: len(arrays)], references[len(arrays) :]
+        in_memory, of_queries = jax.tree.unflatten(structure, inputs)
         head, block = pl.program_id(0), pl.program_id(1)
-        state, step, finish = visit(own, head, block)
+        state, step, finish = visit(Blocks(in_memory, of_queries, load), head, block)
         place = (*_divided(head, heads), block)
-        state = jax.lax.fori_loop(first[place], last[place], step, state)
-        for output, found in zip(outputs, finish(state), strict=True):
-            output[...] = found
+        state = jax.lax.fori_loop(in_memory.first[place], in_memory.last[place], step, state)
+        for output, result in zip(outputs, finish(state), strict=True):
+            output[...] = result
 
-    def load(ref: Any, sequence: Index, block: Index) -> Array:
-        leading = (sequence,) if ref.ndim == 2 else _divided(sequence, ref.shape[1])
-        return ref[(*leading, pl.ds(block * size, size))]
+    def load(reference: Any, sequence: Index, block: Index) -> Array:
+        leading = (sequence,) if reference.ndim == 2 else _divided(sequence, reference.shape[1])
+        return reference[(*leading, pl.ds(block * size, size))]
 
     def one_block() -> State:
-        zero, load = jnp.int32(0), partial(blockwise.load, size=size)
-        state, _, finish = visit(Blocks(windows, rows, load), zero, zero)
+        """What a program writes, to read its shapes off."""
+        of_arrays = Blocks(blocked, per_query, partial(xla_loops.load, size=size))
+        state, _, finish = visit(of_arrays, jnp.int32(0), jnp.int32(0))
         return finish(state)
 
-    outputs, axes = jax.eval_shape(one_block), varying_axes(windows.query)
+    results, axes = jax.eval_shape(one_block), varying_axes(blocked.query)
+    shapes = [(batch * heads, blocks * size, *x.shape[1:]) for x in results]
     found = pl.pallas_call(
         kernel,
         grid=(batch * heads, blocks),
         out_shape=[
-            shape_of(
-                jax.ShapeDtypeStruct((batch * heads, blocks * size, *x.shape[1:]), x.dtype), axes
-            )
-            for x in outputs
+            shape_of(jax.ShapeDtypeStruct(shape, x.dtype), axes)
+            for shape, x in zip(shapes, results, strict=True)
         ],
-        out_specs=[pl.BlockSpec((None, *x.shape), partial(_own_block, x.ndim)) for x in outputs],
+        out_specs=[pl.BlockSpec((None, *x.shape), partial(_own_block, x.ndim)) for x in results],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     )(*arrays)
     return tuple(x.reshape(batch, heads, *x.shape[1:]) for x in found)
@@ -138,14 +136,14 @@ def _divided(number: Index, size: int) -> tuple[Index, Index]:
     return jax.lax.div(number, jnp.int32(size)), jax.lax.rem(number, jnp.int32(size))
 
 
-def _widened(windows: Windows) -> Windows:
+def _widened(blocked: BlockedCall) -> BlockedCall:
     """With as many columns as Triton takes: a power of two."""
-    query, key, value = (_padded(x) for x in (windows.query, windows.key, windows.value))
-    return dataclasses.replace(windows, query=query, key=key, value=value)
+    query, key, value = (_padded(x) for x in (blocked.query, blocked.key, blocked.value))
+    return dataclasses.replace(blocked, query=query, key=key, value=value)
 
 
-def _widened_rows(rows: Rows) -> Rows:
-    return dataclasses.replace(rows, gradient=_padded(rows.gradient))
+def _widened_per_query(per_query: PerQuery) -> PerQuery:
+    return dataclasses.replace(per_query, gradient=_padded(per_query.gradient))
 
 
 def _padded(x: Shaped[Array, "batch heads positions width"]) -> Shaped[Array, "..."]:

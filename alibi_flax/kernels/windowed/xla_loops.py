@@ -1,7 +1,7 @@
 """The passes over blocks in plain JAX, for any device: online softmax in loops of XLA.
 
 A block of queries passes the blocks of keys in its range one by one (Milakov and Gimelshein 2018;
-Dao et al. 2022). What it does at each is said here; a `Run` says how blocks come by, and there is
+Dao et al. 2022). What it does at each is said here; a `Sweep` says how blocks come by, and there is
 another one in `pallas_gpu`.
 """
 
@@ -19,10 +19,10 @@ from jax import Array
 from jaxtyping import Float, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
+from alibi_flax.kernels.certificate import query_block_ranges
 from alibi_flax.kernels.dropout import is_kept
 from alibi_flax.kernels.partition import varying, varying_axes
-from alibi_flax.kernels.windowed import Rows, Windows
-from alibi_flax.kernels.windows import query_block_ranges
+from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
 
 # XLA spreads a product over the cores of a CPU only from about this size on: smaller blocks do less
 # work and take longer, and so do several of them side by side.
@@ -39,35 +39,35 @@ class Blocks:
     """What a pass reads, block by block.
 
     Attributes:
-        windows: its arrays may be references to memory, too.
-        rows: in backward passes.
+        blocked: its arrays may be references to memory, too.
+        per_query: in backward passes.
         load: one block of [batch, (heads,) seq, (width)], with heads counted through.
     """
 
-    windows: Windows
-    rows: Rows | None
+    blocked: BlockedCall
+    per_query: PerQuery | None
     load: Callable[[Any, Index, Index], Shaped[Array, "block *width"]]
 
     def keys(
         self, head: Index, key_block: Index
     ) -> tuple[Float[Array, "block head_dim"], Float[Array, "block value_dim"]]:
         """One block of keys and values."""
-        shared = jax.lax.div(head, jnp.int32(self.windows.group))
-        key, value = self.windows.key, self.windows.value
+        shared = jax.lax.div(head, jnp.int32(self.blocked.group))
+        key, value = self.blocked.key, self.blocked.value
         return self.load(key, shared, key_block), self.load(value, shared, key_block)
 
     def queries(self, head: Index, query_block: Index) -> tuple[Array, Array, Array, Array]:
         """One block of queries, gradients of their result, log-sums and shifts."""
-        rows: Any = self.rows
-        arrays = (self.windows.query, rows.gradient, rows.log_total, rows.shift)
+        known: Any = self.per_query
+        arrays = (self.blocked.query, known.gradient, known.log_total, known.shift)
         query, gradient, log_total, shift = (self.load(x, head, query_block) for x in arrays)
         return query, gradient, log_total, shift
 
 
-# The state of a head's block, the step past one block, and the final touch.
+# What a block of a head begins with, how it steps past one other block, and how it finishes.
 Visit = Callable[[Blocks, Index, Index], tuple[State, Step, Finish]]
 # What becomes of each block of every head on its way through the blocks first … last.
-Run = Callable[[Windows, Rows | None, tuple[Array, Array], Visit], State]
+Sweep = Callable[[BlockedCall, PerQuery | None, tuple[Array, Array], Visit], State]
 
 
 def refuses(call: Call) -> str | None:
@@ -75,13 +75,18 @@ def refuses(call: Call) -> str | None:
     return refuses_bias(call)
 
 
+def block_size(call: Call) -> int:  # noqa: ARG001
+    """Positions in a block."""
+    return BLOCK_SIZE
+
+
 def in_loops(
-    windows: Windows, rows: Rows | None, ranges: tuple[Array, Array], visit: Visit
+    blocked: BlockedCall, per_query: PerQuery | None, ranges: tuple[Array, Array], visit: Visit
 ) -> State:
-    """One block after another, each past one block after another: a `Run`."""
+    """One block after another, each past one block after another: a `Sweep`."""
     batch, heads, blocks = ranges[0].shape
-    arrays = Blocks(windows, rows, partial(load, size=windows.block_size))
-    axes = varying_axes(windows.query)
+    arrays = Blocks(blocked, per_query, partial(load, size=blocked.block_size))
+    axes = varying_axes(blocked.query)
 
     def passed(item: tuple[Index, Index, Index]) -> State:
         number, start, end = item
@@ -102,13 +107,13 @@ def load(x: Shaped[Array, "..."], sequence: Index, block: Index, size: int) -> A
 
 
 def attended(
-    windows: Windows, run: Run = in_loops
+    blocked: BlockedCall, sweep: Sweep = in_loops
 ) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
-    """The result in the dtype of the values, and log Σ_j exp(s_ij), inf in empty rows."""
-    dtype = windows.slopes.dtype
+    """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
+    dtype = blocked.slopes.dtype
 
     def visit(blocks: Blocks, head: Index, query_block: Index) -> tuple[State, Step, Finish]:
-        query = blocks.load(blocks.windows.query, head, query_block)
+        query = blocks.load(blocks.blocked.query, head, query_block)
 
         def step(key_block: Index, state: Any) -> State:
             largest, total, attended = state
@@ -120,7 +125,7 @@ def attended(
             weights, decay = jnp.exp(logits - base[:, None]), jnp.exp(largest - base)
             total = decay * total + weights.sum(axis=-1)
             weights = _dropped(blocks, *place, weights, key_axis=1)
-            weighted = windows.dot("qk,kd->qd", weights.astype(value.dtype), value)
+            weighted = blocked.dot("qk,kd->qd", weights.astype(value.dtype), value)
             return new, total, decay[:, None] * attended + weighted
 
         def finish(state: Any) -> State:
@@ -128,9 +133,9 @@ def attended(
             is_empty = total == 0
             log_total = jnp.where(is_empty, math.inf, largest + jnp.log(total))
             attended = jnp.where(is_empty[:, None], 0, attended / total[:, None])
-            return attended.astype(windows.value.dtype), log_total
+            return attended.astype(blocked.value.dtype), log_total
 
-        size, width = windows.block_size, windows.value.shape[-1]
+        size, width = blocked.block_size, blocked.value.shape[-1]
         state = (
             jnp.full(size, -math.inf, dtype),
             jnp.zeros(size, dtype),
@@ -138,12 +143,12 @@ def attended(
         )
         return state, step, finish
 
-    result, log_total = run(windows, None, (windows.first, windows.last), visit)
+    result, log_total = sweep(blocked, None, (blocked.first, blocked.last), visit)
     return result, log_total
 
 
 def query_gradients(
-    windows: Windows, rows: Rows, run: Run = in_loops
+    blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops
 ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
@@ -156,25 +161,25 @@ def query_gradients(
             place = (head, query_block, key_block)
             logits, distance = _logits(blocks, *place, query, key, key_axis=1)
             weights = jnp.exp(logits - log_total[:, None])
-            of_weights = windows.dot("qd,kd->qk", gradient, value)
+            of_weights = blocked.dot("qd,kd->qk", gradient, value)
             of_weights = _dropped(blocks, *place, of_weights, key_axis=1)
             of_logits = weights * (of_weights - shift[:, None])
-            of_query += windows.dot("qk,kd->qd", of_logits.astype(key.dtype), key)
+            of_query += blocked.dot("qk,kd->qd", of_logits.astype(key.dtype), key)
             return of_query, of_slope - (of_logits * distance).sum(axis=-1)
 
         def finish(state: Any) -> State:
             of_query, of_slope = state
-            return windows.scale * of_query, of_slope
+            return blocked.scale * of_query, of_slope
 
-        dtype = windows.slopes.dtype
+        dtype = blocked.slopes.dtype
         return (jnp.zeros(query.shape, dtype), jnp.zeros(query.shape[:1], dtype)), step, finish
 
-    of_query, of_slope = run(windows, rows, (windows.first, windows.last), visit)
+    of_query, of_slope = sweep(blocked, per_query, (blocked.first, blocked.last), visit)
     return of_query, of_slope
 
 
 def key_gradients(
-    windows: Windows, rows: Rows, run: Run = in_loops
+    blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops
 ) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
     """Gradients of the keys and values, for each head of queries."""
 
@@ -185,26 +190,26 @@ def key_gradients(
             of_key, of_value = state
             query, gradient, log_total, shift = blocks.queries(head, query_block)
             place = (head, query_block, key_block)
-            # Keys lie in rows here: XLA is slow at products that sum over rows on the left.
+            # Keys on the left: XLA is slow at products that sum over the first axis of the left.
             logits, _ = _logits(blocks, *place, key, query, key_axis=0)
             weights = jnp.exp(logits - log_total[None])
-            of_weights = windows.dot("kd,qd->kq", value, gradient)
+            of_weights = blocked.dot("kd,qd->kq", value, gradient)
             of_weights = _dropped(blocks, *place, of_weights, key_axis=0)
             of_logits = weights * (of_weights - shift[None])
-            of_key += windows.dot("kq,qd->kd", of_logits.astype(query.dtype), query)
+            of_key += blocked.dot("kq,qd->kd", of_logits.astype(query.dtype), query)
             weights = _dropped(blocks, *place, weights, key_axis=0)
-            of_value += windows.dot("kq,qd->kd", weights.astype(gradient.dtype), gradient)
+            of_value += blocked.dot("kq,qd->kd", weights.astype(gradient.dtype), gradient)
             return of_key, of_value
 
         def finish(state: Any) -> State:
             of_key, of_value = state
-            return windows.scale * of_key, of_value
+            return blocked.scale * of_key, of_value
 
-        zeros = [jnp.zeros(x.shape, windows.slopes.dtype) for x in (key, value)]
+        zeros = [jnp.zeros(x.shape, blocked.slopes.dtype) for x in (key, value)]
         return tuple(zeros), step, finish
 
-    ranges = query_block_ranges(windows.first, windows.last, windows.key_blocks)
-    of_key, of_value = run(windows, rows, ranges, visit)
+    ranges = query_block_ranges(blocked.first, blocked.last, blocked.key_blocks)
+    of_key, of_value = sweep(blocked, per_query, ranges, visit)
     return of_key, of_value
 
 
@@ -218,23 +223,23 @@ def _logits(
     key_axis: int,
 ) -> tuple[Float[Array, "block block"], Float[Array, "block block"]]:
     """Biased logits of two blocks, with the keys along `key_axis`, and their distances."""
-    windows = blocks.windows
-    size, heads = windows.block_size, windows.slopes.shape[0]
+    blocked = blocks.blocked
+    size, heads = blocked.block_size, blocked.slopes.shape[0]
     shape = (size, size)
     index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
-    relative = index[0] - index[1] + (key_block - query_block) * size - windows.offset
-    distance = jnp.abs(relative).astype(windows.slopes.dtype)
-    products = windows.dot("id,jd->ij", left, right)
-    slope = windows.slopes[jax.lax.rem(head, jnp.int32(heads))]
-    logits = windows.scale * products - slope * distance
-    if windows.causal:
+    relative = index[0] - index[1] + (key_block - query_block) * size - blocked.query_start
+    distance = jnp.abs(relative).astype(blocked.slopes.dtype)
+    products = blocked.dot("id,jd->ij", left, right)
+    slope = blocked.slopes[jax.lax.rem(head, jnp.int32(heads))]
+    logits = blocked.scale * products - slope * distance
+    if blocked.causal:
         logits = jnp.where(relative <= 0, logits, -math.inf)
-    if windows.query_ids is not None and windows.key_ids is not None:
+    if blocked.query_ids is not None and blocked.key_ids is not None:
         sequence = jax.lax.div(head, jnp.int32(heads))
-        query_ids = blocks.load(windows.query_ids, sequence, query_block)
-        key_ids = blocks.load(windows.key_ids, sequence, key_block)
-        columns, rows = (query_ids, key_ids) if key_axis == 1 else (key_ids, query_ids)
-        logits = jnp.where(columns[:, None] == rows[None], logits, -math.inf)
+        query_ids = blocks.load(blocked.query_ids, sequence, query_block)
+        key_ids = blocks.load(blocked.key_ids, sequence, key_block)
+        left_ids, right_ids = (query_ids, key_ids) if key_axis == 1 else (key_ids, query_ids)
+        logits = jnp.where(left_ids[:, None] == right_ids[None], logits, -math.inf)
     return logits, distance
 
 
@@ -247,11 +252,11 @@ def _dropped(
     key_axis: int,
 ) -> Float[Array, "block block"]:
     """Zeros in place of what dropout takes, the rest divided by the share that it keeps."""
-    windows = blocks.windows
-    if windows.query_hashes is None or windows.key_hashes is None:
+    blocked = blocks.blocked
+    if blocked.query_hashes is None or blocked.key_hashes is None:
         return x
-    of_queries = blocks.load(windows.query_hashes, head, query_block)
-    of_keys = blocks.load(windows.key_hashes, jnp.int32(0), key_block)
-    columns, rows = (of_queries, of_keys) if key_axis == 1 else (of_keys, of_queries)
-    kept = is_kept(windows.dropout, columns[:, None], rows[None])
-    return jnp.where(kept, x / (1 - windows.dropout), 0)
+    of_queries = blocks.load(blocked.query_hashes, head, query_block)
+    of_keys = blocks.load(blocked.key_hashes, jnp.int32(0), key_block)
+    left, right = (of_queries, of_keys) if key_axis == 1 else (of_keys, of_queries)
+    kept = is_kept(blocked.dropout, left[:, None], right[None])
+    return jnp.where(kept, x / (1 - blocked.dropout), 0)

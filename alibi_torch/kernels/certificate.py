@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from alibi_spec.windows import BLOCK_SIZE, tolerance_of
-from alibi_torch.kernels.call import default_scale
+from alibi_spec.windows import tolerance_of
+from alibi_torch.kernels.call import Call
 
 # Sums over few numbers per query are exact enough in float64 that only norms and products count.
 _BOUND = torch.float64
@@ -39,31 +39,22 @@ class AttentionPlan:
     block_size: int
 
 
-def attention_plan(
-    query: Float[Tensor, "batch heads query_len head_dim"],
-    key: Float[Tensor, "batch kv_heads key_len head_dim"],
-    slopes: Float[Tensor, " heads"],
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None = None,
-    segment_ids: Integer[Tensor, "batch key_len"] | None = None,
-    tolerance: str | float = "dtype",
-    block_size: int = BLOCK_SIZE,
-) -> AttentionPlan:
+def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
-    allowed_mass = tolerance_of(tolerance, str(query.dtype).removeprefix("torch."))
-    query_len, key_len, device = query.shape[2], key.shape[2], query.device
+    query, key, device = call.query, call.key, call.query.device
+    allowed_mass = tolerance_of(call.tolerance, str(query.dtype).removeprefix("torch."))
+    query_len, key_len = query.shape[2], key.shape[2]
     if 0 in query.shape[:3]:
         none = torch.zeros((*query.shape[:2], -(-query_len // block_size)), device=device)
         return AttentionPlan(none.long(), none.long(), none.sum(dim=-1), block_size)
-    position = torch.arange(key_len - query_len, key_len, device=device)
-    visible = None if attention_mask is None else attention_mask.to(torch.bool)
+    causal, mask = call.causal, call.attention_mask
+    position = torch.arange(call.query_start, call.query_start + query_len, device=device)
+    visible = None if mask is None else mask.to(torch.bool)
     anchor = None if visible is None else _anchors(visible, causal)[:, position]
-    rows = _Rows.of(query, key, slopes, default_scale(scale, query.shape[3]), anchor, segment_ids)
+    queries = _Queries.of(call, anchor)
 
     blocks, own_block = -(-key_len // block_size), position // block_size
-    largest = _block_norms(key, visible, block_size).repeat_interleave(rows.group, dim=1)
+    largest = _block_norms(key, visible, block_size).repeat_interleave(queries.group, dim=1)
     nothing = largest.new_full((*largest.shape[:2], 1), -torch.inf)
     largest_before = torch.cat([nothing, largest.cummax(dim=-1).values], dim=-1)
     largest_from = torch.cat([nothing, largest.flip(-1).cummax(dim=-1).values], dim=-1)
@@ -73,22 +64,22 @@ def attention_plan(
     ) -> Bool[Tensor, "batch heads query_len"]:
         mass = allowed_mass if causal else allowed_mass / 2
         distance = position - block * block_size + 1
-        return rows.may_drop(largest_before.gather(-1, block), distance, mass)
+        return queries.may_drop(largest_before.gather(-1, block), distance, mass)
 
     def drops_after(
         count: Integer[Tensor, "batch heads query_len"],
     ) -> Bool[Tensor, "batch heads query_len"]:
         distance = (blocks - count) * block_size - position
-        return rows.may_drop(largest_from.gather(-1, count), distance, allowed_mass / 2)
+        return queries.may_drop(largest_from.gather(-1, count), distance, allowed_mass / 2)
 
     first = _last_true(drops_before, own_block.expand(query.shape[:3]), blocks)
     last = (own_block + 1).expand(query.shape[:3])
     if not causal:
         after = (blocks - 1 - own_block).expand(query.shape[:3])
         last = blocks - _last_true(drops_after, after, blocks)
-    if rows.sees_nothing is not None:
-        first = torch.where(rows.sees_nothing, blocks, first)
-        last = torch.where(rows.sees_nothing, 0, last)
+    if queries.sees_nothing is not None:
+        first = torch.where(queries.sees_nothing, blocks, first)
+        last = torch.where(queries.sees_nothing, 0, last)
     first = -_block_max(-first, block_size)
     last = torch.maximum(first, _block_max(last, block_size))
     allowed = (
@@ -99,13 +90,13 @@ def attention_plan(
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Queries:
     """What the certificate knows of every query.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
-        ceiling: what may be added to the floor of log Z, the biased logit with the anchor, for the
-            rounding of that logit.
+        ceiling: of -log Z, which is no more than minus the biased logit with the anchor, plus what
+            rounding may have added to that.
         slope: of the head.
         is_anchored: the anchor is one that the query sees; None if all are.
         sees_nothing: no key is visible to the query; None if all see one.
@@ -122,33 +113,27 @@ class _Rows:
     group: int
 
     @classmethod
-    def of(
-        cls,
-        query: Float[Tensor, "batch heads query_len head_dim"],
-        key: Float[Tensor, "batch kv_heads key_len head_dim"],
-        slopes: Float[Tensor, " heads"],
-        scale: float,
-        anchor: Integer[Tensor, "batch query_len"] | None,
-        segments: Integer[Tensor, "batch key_len"] | None,
-    ) -> _Rows:
+    def of(cls, call: Call, anchor: Integer[Tensor, "batch query_len"] | None) -> _Queries:
         """Measured on the arrays of a call; `anchor` is the nearest visible key or -1, None where
         every query sees its own."""
-        offset, group = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
+        query, key, segments = call.query, call.key, call.segment_ids
+        query_start, query_end = call.query_start, call.query_start + query.shape[2]
+        group = query.shape[1] // key.shape[1]
         dtype = torch.promote_types(query.dtype, torch.float32)
-        slope = slopes.to(_BOUND)[:, None]
+        slope = call.slopes.to(_BOUND)[:, None]
         penalty, is_anchored, sees_nothing = 0.0, None, None
         if anchor is None:
-            anchor_key = key[:, :, offset:]
+            anchor_key = key[:, :, query_start:query_end]
         else:
             sees_nothing, index = (anchor < 0)[:, None], anchor.clamp(min=0)
             anchor_key = key.gather(
                 2, index[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
             )
-            position = torch.arange(offset, key.shape[2], device=query.device)
+            position = torch.arange(query_start, query_end, device=query.device)
             penalty = slope * (position - anchor).abs()[:, None]
             is_anchored = ~sees_nothing
             if segments is not None:
-                same = segments.gather(1, index) == segments[:, offset:]
+                same = segments.gather(1, index) == segments[:, query_start:query_end]
                 is_anchored = is_anchored & same[:, None]
         grouped = query.unflatten(1, (-1, group))
         logits, reaches = [], []
@@ -158,7 +143,9 @@ class _Rows:
             some, keys = some.to(dtype), keys[:, :, None].to(dtype)
             logits.append((some * keys).sum(dim=-1).flatten(1, 2))
             reaches.append(torch.linalg.vector_norm(some, dim=-1).flatten(1, 2))
-        logit, reach = (scale * torch.cat(each, dim=1).to(_BOUND) for each in (logits, reaches))
+        logit, reach = (
+            call.scale * torch.cat(each, dim=1).to(_BOUND) for each in (logits, reaches)
+        )
         anchor_norm = torch.linalg.vector_norm(anchor_key, dim=-1, dtype=dtype).to(_BOUND)
         rounding = (query.shape[3] + 8) * torch.finfo(dtype).eps
         ceiling = rounding * reach * anchor_norm.repeat_interleave(group, dim=1)

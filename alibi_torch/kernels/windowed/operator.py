@@ -1,0 +1,402 @@
+"""Attention over certified windows, tile by tile: the cost grows linearly with the sequence.
+
+`certificate` says which keys a query needs, `tiles` groups them into strips of tiles, `workers`
+shares these out among threads, and the passes of one technology compute them. The whole is one
+operator with a gradient, which torch.compile, torch.func and checkpointing see as a box. Its
+backward pass computes every tile again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from alibi_spec.windows import BLOCK_SIZE, tolerance_of
+from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.dropout import Dropout
+from alibi_torch.kernels.finite import are_ordinary, broken_queries, cleaned
+from alibi_torch.kernels.windowed.bias import Bias
+from alibi_torch.kernels.windowed.tiles import (
+    Strip,
+    Tiles,
+    add_key_tiles,
+    in_order,
+    key_tiles,
+    query_tiles,
+    reversing_order,
+    strips_of,
+    windows_of,
+)
+from alibi_torch.kernels.windowed.workers import Team
+
+# Arrays as large as the logits that are held at once with dropout. Strips are so much shorter that
+# they still fit the cache.
+_ARRAYS_WITH_DROPOUT = 4
+_NO_TANGENTS = "attention over windows has no forward-mode derivative; use implementation='dense'"
+
+
+@runtime_checkable
+class Passes(Protocol):
+    """The two passes over tiles, by one technology: a module of this package.
+
+    Sums, logarithms and gradients are float32 (float64), in which the bias is given.
+    """
+
+    __name__: str
+
+    @property
+    def UNIT(self) -> float:
+        """What bias and logarithms are multiplied by: log2(e) for powers of two."""
+        ...
+
+    def forward(
+        self, tiles: Tiles
+    ) -> tuple[Float[Tensor, "tiles heads height value_dim"], Float[Tensor, "tiles heads height"]]:
+        """softmax(scale · q·k + bias) times v, and `UNIT` · log of the softmax's denominator."""
+        ...
+
+    def backward(
+        self,
+        tiles: Tiles,
+        gradient: Float[Tensor, "tiles heads height value_dim"],
+        attended: Float[Tensor, "tiles heads height value_dim"],
+        log_total: Float[Tensor, "tiles heads height"],
+        distance: Float[Tensor, "1 1 height width"] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]:
+        """Gradients of query, key and value, and of the slopes where distances are given."""
+        ...
+
+
+def attention(call: Call, passes: Passes) -> Float[Tensor, "batch heads query_len value_dim"]:
+    """Attention of one call, up to its tolerance."""
+    arrays = (call.query, call.key, call.value, call.slopes)
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling or not any(map(is_functorch_wrapped_tensor, arrays)):
+        _refuse_tangents(*arrays)  # torch.func asks `jvp` below
+    attend: Any = _AttendEagerly.apply
+    if is_compiling:  # and a Function may only be where there are gradients
+        has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
+        attend = _Attend.apply if has_gradients else _attend
+    attended, _, _ = attend(
+        *arrays,
+        *(call.attention_mask, call.segment_ids),
+        *((None, None) if call.dropout is None else call.dropout[1:]),
+        *(call.causal, call.scale, call.query_start),
+        tolerance_of(call.tolerance, str(call.query.dtype).removeprefix("torch.")),
+        0.0 if call.dropout is None else call.dropout.rate,
+        passes.__name__.rpartition(".")[2],
+        BLOCK_SIZE,
+    )
+    return attended
+
+
+def _passes_named(name: str) -> Passes:
+    """The file of that name in this folder."""
+    module: Any = importlib.import_module(f"{__package__}.{name}")
+    return module
+
+
+# An operator of torch takes no objects: `_Work` puts together again what `attention` took apart.
+_ARRAYS = (
+    "Tensor query, Tensor key, Tensor value, Tensor slopes, Tensor? attention_mask, "
+    "Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes"
+)
+_OPTIONS = (
+    "bool causal, float scale, SymInt query_start, float tolerance, float dropout, "
+    "str passes, int block_size"
+)
+
+
+@torch.library.custom_op(
+    "alibi_torch::attend",
+    mutates_args=(),
+    schema=f"({_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _attend(
+    *arguments: Any,
+) -> tuple[
+    Float[Tensor, "batch heads query_len value_dim"],
+    Float[Tensor, "batch heads query_len"],
+    Integer[Tensor, "2 heads query_blocks_and_one"],
+]:
+    """Attended values; the logarithm of each softmax's denominator; the windows, the last empty."""
+    work = _Work(*arguments)
+    call, team = work.call, Team.of(work.call.query.device)
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        windows = torch.nn.functional.pad(
+            windows_of(call, work.block_size), (0, 1)
+        )  # see `_shapes`
+        cut = _Cut(work, windows)
+        attended = call.value.new_zeros((*call.query.shape[:3], call.value.shape[3]))
+        log_totals = call.slopes.new_zeros(call.query.shape[:3], dtype=cut.bias.dtype)
+
+        def compute_strip(part: tuple[Strip, slice]) -> None:
+            strip, sequences = part
+            tiles, is_empty = cut.tiles(strip, sequences)
+            result, log_total = work.passes.forward(tiles)
+            query_tiles(attended, strip, sequences).copy_(_cleared(result, is_empty))
+            query_tiles(log_totals, strip, sequences).copy_(log_total)
+
+        for _ in team.each(compute_strip, cut.parts):
+            pass  # every strip writes its own queries
+        attended, log_totals = in_order(attended, cut.order), in_order(log_totals, cut.order)
+        if work.broken is not None:
+            attended = attended.masked_fill(work.broken, math.nan)
+        return attended, log_totals, windows
+
+    return team.lead(compute)
+
+
+@torch.library.custom_op(
+    "alibi_torch::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor gradient, bool needs_slopes, Tensor attended, Tensor log_totals, "
+    f"Tensor windows, {_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attend_backward(
+    gradient: Float[Tensor, "batch heads query_len value_dim"],
+    needs_slopes: bool,
+    attended: Float[Tensor, "batch heads query_len value_dim"],
+    log_totals: Float[Tensor, "batch heads query_len"],
+    windows: Integer[Tensor, "2 heads query_blocks_and_one"],
+    *arguments: Any,
+) -> tuple[
+    Float[Tensor, "batch heads query_len head_dim"],
+    Float[Tensor, "batch kv_heads key_len head_dim"],
+    Float[Tensor, "batch kv_heads key_len value_dim"],
+    Float[Tensor, " heads"],
+]:
+    """Gradients of query, key, value and slopes; zeros for slopes that need none."""
+    work = _Work(*arguments)
+    call, team = work.call, Team.of(work.call.query.device)
+    if work.broken is not None:
+        gradient, attended = (x.masked_fill(work.broken, 0.0) for x in (gradient, attended))
+
+    def compute() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cut = _Cut(work, windows)
+        reversed_arrays = [in_order(x, cut.order) for x in (gradient, attended, log_totals)]
+
+        def compute_strip(part: tuple[Strip, slice]) -> tuple[Tensor, Tensor, Tensor, Any]:
+            strip, sequences = part
+            tiles, is_empty = cut.tiles(strip, sequences)
+            cotangent, result, log_total = (
+                query_tiles(x, strip, sequences) for x in reversed_arrays
+            )
+            distance = cut.bias.distance(strip) if needs_slopes else None
+            cotangent = _cleared(cotangent, is_empty)
+            return work.passes.backward(tiles, cotangent, result, log_total, distance)
+
+        of_query = torch.zeros_like(cut.query)
+        # Tiles overlap in keys: what they add to one is summed in the dtype of the logits.
+        of_key, of_value, of_slopes = (
+            x.new_zeros(x.shape, dtype=cut.bias.dtype) for x in (call.key, call.value, call.slopes)
+        )
+        # One strip after another, in their order: so the bits do not depend on the threads.
+        for (strip, sequences), of_tiles in team.each(compute_strip, cut.parts):
+            query_tiles(of_query, strip, sequences).copy_(of_tiles[0])
+            add_key_tiles(of_key, of_tiles[1], strip, sequences, cut.group)
+            add_key_tiles(of_value, of_tiles[2], strip, sequences, cut.group)
+            if of_tiles[3] is not None:
+                of_slopes[strip.heads] += of_tiles[3]
+        of_query, of_slopes = in_order(of_query, cut.order), of_slopes.to(call.slopes.dtype)
+        return of_query, of_key.to(call.key.dtype), of_value.to(call.value.dtype), of_slopes
+
+    return team.lead(compute)
+
+
+class _Work:
+    """What the operators are asked: a call of finite numbers, and how to compute it.
+
+    Attributes:
+        broken: the queries that see a number that is not finite; None where all are ordinary.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        *arrays, query_hashes, key_hashes = arguments[:8]
+        causal, scale, query_start, tolerance, rate, passes, self.block_size = arguments[8:]
+        dropout = None if query_hashes is None else Dropout(rate, query_hashes, key_hashes)
+        query, key, value, slopes, attention_mask, segment_ids = arrays
+        call = Call(
+            *(query, key, value, slopes, causal, scale, query_start, attention_mask, segment_ids),
+            *(tolerance, "absolute", dropout),
+        )
+        self.is_ordinary = are_ordinary(query, key, value)
+        self.broken = None if self.is_ordinary else broken_queries(call)
+        self.call = call if self.is_ordinary else cleaned(call)
+        self.passes = _passes_named(passes if self.is_ordinary else "plain")
+
+
+class _Cut:
+    """One call, cut into strips.
+
+    Attributes:
+        parts: every strip with the sequences that it is computed for at once.
+        order: of the queries, in which those of every tile are reversed.
+        query: in that order.
+        group: query heads per head of keys.
+    """
+
+    def __init__(
+        self, work: _Work, windows: Integer[Tensor, "2 heads query_blocks_and_one"]
+    ) -> None:
+        call, dropout = work.call, work.call.dropout
+        (batch, heads, query_len, head_dim), key_len = call.query.shape, call.key.shape[2]
+        self.group, self.bias = heads // call.key.shape[1], Bias(call, work.passes.UNIT)
+        arrays = 1 if dropout is None else _ARRAYS_WITH_DROPOUT
+        strips = strips_of(
+            *(windows, call.query_start, query_len, key_len, work.block_size),
+            group=self.group,
+            key_elements=batch * max(head_dim, work.block_size) * arrays,
+        )
+        # Several tiles lie one after another in a single sequence; only one can lie in many.
+        all_at_once, one_by_one = [slice(0, batch)], [slice(b, b + 1) for b in range(batch)]
+        self.parts = [
+            (strip, each)
+            for strip in strips
+            for each in (all_at_once if strip.tiles == 1 else one_by_one)
+        ]
+        self.order = reversing_order(strips, heads, query_len, call.query.device)
+        self.query = in_order(call.query, self.order)
+        self._key, self._value = _with_dense_rows(call.key), _with_dense_rows(call.value)
+        self._dropout = dropout
+        if dropout is not None:
+            self._dropout = dropout._replace(query_hashes=in_order(dropout[1], self.order))
+        self._scale, self._is_ordinary = call.scale, work.is_ordinary
+
+    def tiles(
+        self, strip: Strip, sequences: slice
+    ) -> tuple[Tiles, Bool[Tensor, "tiles 1 height 1"] | None]:
+        """What the passes compute, and which queries see no key: these are 0."""
+        bias, is_empty = self.bias.of(strip, sequences)
+        dropout = self._dropout
+        if dropout is not None:
+            first = replace(strip, heads=slice(0, 1))  # keys have one hash for all heads
+            of_key = key_tiles(dropout.key_hashes[None, None], first, slice(0, 1), 1)
+            of_query = query_tiles(dropout.query_hashes, strip, sequences)
+            dropout = Dropout(dropout.rate, of_query, of_key)
+        tiles = Tiles(
+            _cleared(query_tiles(self.query, strip, sequences), is_empty),
+            key_tiles(self._key, strip, sequences, self.group),
+            key_tiles(self._value, strip, sequences, self.group),
+            *(bias, self._scale, dropout, self._is_ordinary),
+        )
+        return tiles, is_empty
+
+
+def _cleared(
+    x: Float[Tensor, "tiles heads height width"], is_empty: Bool[Tensor, "tiles 1 height 1"] | None
+) -> Float[Tensor, "tiles heads height width"]:
+    """0 where a query sees no key, so that nothing can overflow there."""
+    return x if is_empty is None else x.masked_fill(is_empty, 0.0)
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    # ATen's kernel takes any strides but that of the last axis, which it does not look at.
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@_attend.register_fake
+def _shapes(
+    query: Tensor, _key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, query_len, _ = query.shape
+    dtype, block_size = torch.promote_types(query.dtype, torch.float32), options[-1]
+    return (
+        value.new_empty((batch, heads, query_len, value.shape[3])),
+        query.new_empty((batch, heads, query_len), dtype=dtype),
+        # An empty block more: torch.export goes by its example where a size may be 1.
+        query.new_empty((2, heads, -(-query_len // block_size) + 1), dtype=torch.int64),
+    )
+
+
+@_attend_backward.register_fake
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[5:9])  # query, key, value, slopes
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function],
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    *arguments: Any,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """One call for each element of the axis that vmap maps."""
+    pairs = list(zip(arguments, in_dims, strict=True))
+    calls = [
+        function.apply(*(x if axis is None else x.select(axis, index) for x, axis in pairs))
+        for index in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(each) for each in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+class _Attend(torch.autograd.Function):
+    """`_attend` with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _attend(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options = inputs[8:]
+        ctx.save_for_backward(*output, *inputs[:8])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
+        needs_slopes = ctx.needs_input_grad[3]
+        # The compiler cannot follow one Function inside another, but needs none of what it adds.
+        differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
+        *gradients, of_slopes = differentiate(
+            output_gradients[0], needs_slopes, *ctx.saved_tensors, *ctx.options
+        )
+        return *gradients, of_slopes if needs_slopes else None, *[None] * 11
+
+
+def _refuse_tangents(*arrays: Tensor) -> None:
+    if any(unpack_dual(x).tangent is not None for x in arrays):
+        raise RuntimeError(_NO_TANGENTS)
+
+
+class _AttendEagerly(_Attend):
+    """`_Attend` with what torch.func needs as well, and the compiler refuses."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: ARG004
+        raise RuntimeError(_NO_TANGENTS)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _one_by_one(_AttendEagerly, info, in_dims, *arguments)
+
+
+class _AttendBackward(torch.autograd.Function):
+    """`_attend_backward`, which nobody may differentiate."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _attend_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> None:  # noqa: ARG004
+        raise RuntimeError(
+            "attention over windows has no second derivative; use implementation='dense'"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _one_by_one(_AttendBackward, info, in_dims, *arguments)
