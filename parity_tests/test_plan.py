@@ -6,6 +6,9 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,18 @@ def test_problems_and_their_mends(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("alibi_convert.planning.available_memory", lambda: 4096)
     (cause,) = problems()
     assert cause.endswith("bytes of memory are needed, 4,096 are available")
+
+
+def test_memory_is_what_the_process_may_still_take() -> None:
+    code = """
+        import resource
+        from alibi_convert.machine import available_memory
+        resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+        print(available_memory())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 2**30
 
 
 def test_a_configuration_that_the_format_cannot_express(

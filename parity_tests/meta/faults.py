@@ -334,6 +334,13 @@ FAULTS = (
         "test_convert.py -k suffixes",
     ),
     Mutant(
+        "memory that the process is not allowed counts as available",
+        "alibi_convert/machine.py",
+        ', (resource.RLIMIT_DATA, "VmData")):',
+        ",):",
+        "test_plan.py -k may_still_take",
+    ),
+    Mutant(
         "verification that never reads back",
         "alibi_convert/conversion.py",
         "require_same(work.meant, replace(written, path=work.destination), advance)",
