@@ -1,1 +1,1 @@
-"""The `alibi` command: the only code that sits above both backends."""
+"""The `alibi` command, above everything else."""

@@ -22,10 +22,10 @@ import numpy as np
 
 from alibi_cli.arguments import count, path
 from alibi_convert import convert, torch_to_flax
-from alibi_convert.destination import check_destination, replacing
-from alibi_convert.extras import require
-from alibi_convert.verify import Check, verify_steps
+from alibi_convert.machine import require
+from alibi_convert.writing.atomic import check_destination, replacing
 from alibi_spec import ALiBiConfig
+from alibi_verify import Check, verify_steps
 
 BYTES = 256
 LENGTHS = (1, 2, 4, 8)  # times the training length

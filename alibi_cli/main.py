@@ -23,13 +23,13 @@ from typing import Any
 from alibi_cli.arguments import count, path
 from alibi_convert import CheckpointError, MismatchError, Plan, Report, convert, inspect, plan
 from alibi_convert.checkpoint import GivenConfig
-from alibi_convert.convert import VERIFY
+from alibi_convert.conversion import VERIFY
+from alibi_convert.files import read_json
 from alibi_convert.formats import FORMATS
-from alibi_convert.store import FORMAT, read_config
-from alibi_convert.strict_json import read_json
+from alibi_convert.formats.config_file import OURS, read_config
 from alibi_convert.tensors import DTYPES
-from alibi_convert.verify import Verification, verify_steps
 from alibi_spec import ALiBiConfig
+from alibi_verify import Verification, verify_steps
 
 OK, MISMATCH, USAGE, BROKEN = 0, 1, 2, 3
 INTERRUPTED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -245,7 +245,7 @@ def _read_config(file: Path | None) -> GivenConfig | None:
     if file is None:
         return None
     values = read_json(file)
-    if values.get("format") == FORMAT:
+    if values.get("format") == OURS:
         return read_config(file)
     if "model_type" in values:  # of a family
         return values

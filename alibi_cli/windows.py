@@ -12,9 +12,9 @@ import numpy as np
 from alibi_cli.arguments import path
 from alibi_convert import load_tokenizer, open_checkpoint
 from alibi_convert.checkpoint import Checkpoint
-from alibi_convert.destination import replacing
-from alibi_convert.extras import require
+from alibi_convert.machine import require
 from alibi_convert.tokenizer import TOKENIZER_FILE
+from alibi_convert.writing.atomic import replacing
 from alibi_spec.windows import BLOCK_SIZE
 
 BYTES = 256

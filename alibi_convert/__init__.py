@@ -1,13 +1,12 @@
 """Checkpoints between formats and frameworks, driven by tables; NumPy and safetensors alone."""
 
 from alibi_convert.checkpoint import Checkpoint, flax_to_torch, open_checkpoint, torch_to_flax
-from alibi_convert.convert import convert, inspect
+from alibi_convert.conversion import convert
 from alibi_convert.errors import CheckpointError, MismatchError
 from alibi_convert.hub import resolve
-from alibi_convert.plan import Plan, plan
-from alibi_convert.report import Report
+from alibi_convert.planning import Plan, plan
+from alibi_convert.report import Report, inspect
 from alibi_convert.tokenizer import load_tokenizer
-from alibi_convert.verify import verify
 
 __all__ = [
     "Checkpoint",
@@ -23,5 +22,4 @@ __all__ = [
     "plan",
     "resolve",
     "torch_to_flax",
-    "verify",
 ]

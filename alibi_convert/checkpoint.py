@@ -8,33 +8,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from alibi_convert import formats, store
+from alibi_convert import formats
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import (
     FAMILIES,
     Derived,
     Family,
     Source,
-    fairseq,
     import_tensors,
     settle_ties,
 )
 from alibi_convert.families.keys import MISSING, look_up
+from alibi_convert.formats.config_file import OURS
+from alibi_convert.formats.format import Asked
+from alibi_convert.formats.refusals import require_plain_tensors
+from alibi_convert.formats.wrappers import unwrapped
 from alibi_convert.hub import resolve
-from alibi_convert.layout import lfs_pointers
-from alibi_convert.orbax_file import find_tree, read_orbax
-from alibi_convert.pickle_file import PICKLE_SUFFIXES as PICKLE_SUFFIXES  # exported
-from alibi_convert.pickle_file import load_pickle, state_dict
-from alibi_convert.refusals import require_model, require_plain_tensors
-from alibi_convert.regular_file import read_whole
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
-from alibi_convert.wrappers import find_state_dict, unwrapped
+from alibi_convert.writing.layout import lfs_pointers
 from alibi_spec import ALiBiConfig, parameter_table
 
 # A configuration from elsewhere: ours, or the contents of a family's config.json.
 GivenConfig = ALiBiConfig | Mapping[str, Any]
-_FLOATS = frozenset(DTYPES.values())
 _TIED_HEAD = Derived(
     r"lm_head\.weight", "tied: it is the token embedding", same_as="token_embedding.weight"
 )
@@ -46,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         path: where it was opened.
-        format: a key of `formats.FORMATS`.
+        format: a key of `formats.FORMATS`, or "folder" for that of another library.
         family: "alibi-duo", or the foreign family that it was recognised as.
         config: what the model computes.
         tensors: canonical names, torch layout, read when looked up.
@@ -69,19 +65,6 @@ class Checkpoint:
     foreign_config: Mapping[str, Any] | None = None
     ignored: Mapping[str, Any] = field(default_factory=dict)
     wrappers: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """What a path holds: a configuration of ours, or a foreign one, or none; and tensors."""
-
-    format: str
-    tensors: Tensors
-    carried: ALiBiConfig | None = None
-    foreign: Mapping[str, Any] | None = None
-    left: Mapping[str, str] = field(default_factory=dict)
-    path: Path | None = None  # where it was found, if not where it was looked for
-    keys: Sequence[str] = ()  # that led to the tensors
 
 
 class Reading(TypedDict, total=False):
@@ -135,45 +118,39 @@ def open_checkpoint(
 
 def _open(
     path: Path,
-    config: GivenConfig | None,
+    given: GivenConfig | None,
     allow_pt: bool,
     ignored: frozenset[str],
     step: int | None,
 ) -> Checkpoint:
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
-    if step is not None and not (path.is_dir() and find_tree(path, step)):
-        raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
-    if path.is_dir():
-        opened = _open_folder(path, config, ignored, allow_pt, step)
-    else:
-        opened = _open_file(path, config, ignored, allow_pt)
-    path = opened.path or path
+
+    def settle(carried: ALiBiConfig | None) -> ALiBiConfig:
+        return _settle(path, carried, _as_config(given, Tensors({}), ignored))
+
+    opened = formats.read(path, Asked(allow_pt, step, settle))
+    place = opened.path or path
     tensors, prefixes = unwrapped(opened.tensors)
-    wrappers = [*opened.keys, *prefixes]
-    require_plain_tensors(path, tensors)
-    odd = {name: each.dtype for name, each in tensors.headers.items() if each.dtype not in _FLOATS}
+    require_plain_tensors(place, tensors)
     source = Source(opened.foreign, tensors, ignored)
     has_our_names = any(name.startswith("transformer.layers.") for name in tensors)
-    if isinstance(config, Mapping) and source.config is None and not has_our_names:
-        source = Source(config, tensors, ignored)
-    if opened.carried is None:
-        for family in FAMILIES:
-            if family.recognises(source):
-                given = _as_config(config, family.renamed(tensors), ignored)
-                found = _from_family(family, path, opened.format, given, source)
-                return replace(found, derived={**opened.left, **found.derived}, wrappers=wrappers)
-    if source.config is not None:
-        raise _unknown_family(str(path), source.config)
-    if odd:
-        name, dtype = next(iter(odd.items()))
-        raise CheckpointError(f"{path}: {name} is {dtype}; expected one of {', '.join(DTYPES)}")
-    config = _settle(path, opened.carried, _as_config(config, tensors, ignored))
-    _require_layers(path, config, tensors)
-    ordered, dropped = _own_tensors(tensors, config)
-    derived = {**opened.left, **dropped}
-    kind = opened.format, store.FORMAT
-    return Checkpoint(path, *kind, config, ordered, derived, wrappers=wrappers)
+    if isinstance(given, Mapping) and source.config is None and not has_our_names:
+        source = Source(given, tensors, ignored)
+    family = _family(source) if opened.carried is None else None
+    if family is not None:
+        config = _as_config(given, family.renamed(tensors), ignored)
+        found = _from_family(family, place, opened.format, config, source)
+    elif source.config is not None:
+        raise _unknown_family(str(place), source.config)
+    else:
+        _require_floats(place, tensors)
+        config = _settle(place, opened.carried, _as_config(given, tensors, ignored))
+        _require_layers(place, config, tensors)
+        ordered, dropped = _own_tensors(tensors, config)
+        found = Checkpoint(place, opened.format, OURS, config, ordered, dropped)
+    derived, wrappers = {**opened.left, **found.derived}, [*opened.keys, *prefixes]
+    return replace(found, derived=derived, wrappers=wrappers)
 
 
 def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
@@ -184,10 +161,14 @@ def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[s
     return Tensors({name: settled.tensors.headers[name] for name in shapes}), settled.dropped
 
 
+def _family(source: Source) -> Family | None:
+    return next((family for family in FAMILIES if family.recognises(source)), None)
+
+
 def _unknown_family(origin: str, foreign: Mapping[str, Any]) -> CheckpointError:
     return CheckpointError(
         f"{origin} is of no known family (model_type {foreign.get('model_type')!r}); known: "
-        f"alibi-duo, {', '.join(family.name for family in FAMILIES)}"
+        f"{OURS}, {', '.join(family.name for family in FAMILIES)}"
     )
 
 
@@ -198,63 +179,10 @@ def _as_config(
     if not isinstance(given, Mapping):
         return given
     source = Source(given, tensors, ignored)
-    for family in FAMILIES:
-        if family.recognises(source):
-            return family.read_config(source)
-    raise _unknown_family("the configuration given", given)
-
-
-def _open_folder(
-    folder: Path,
-    given: GivenConfig | None,
-    ignored: frozenset[str],
-    allow_pt: bool,
-    step: int | None,
-) -> _Opened:
-    tree = find_tree(folder, step)
-    if tree is not None:
-        is_ours = (folder / store.CONFIG_FILE).exists()
-        carried = store.read_config(folder / store.CONFIG_FILE) if is_ours else None
-        config = _settle(folder, carried, _as_config(given, Tensors({}), ignored))
-        tensors, left = read_orbax(tree, config)
-        return _Opened("orbax", tensors, config, left=left, path=folder if is_ours else tree)
-    require_model(folder)
-    if not (folder / store.CONFIG_FILE).exists():
-        raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
-    text, origin = read_whole(folder / store.CONFIG_FILE), str(folder / store.CONFIG_FILE)
-    values = store.parse_json(text, origin)
-    if "model_type" in values and "format" not in values:
-        return _Opened("folder", store.read_tensors(folder, allow_pt), foreign=values)
-    carried = store.parse_config(text, origin)
-    return _Opened("alibi", store.read_tensors(folder, allow_pt), carried)
-
-
-def _open_file(
-    path: Path, given: GivenConfig | None, ignored: frozenset[str], allow_pt: bool
-) -> _Opened:
-    carried = None
-    if path.suffix == ".safetensors":
-        tensors, metadata = store.read_safetensors(path)
-        if "alibi_config" in metadata:
-            carried = store.parse_config(metadata["alibi_config"], f"metadata of {path}")
-        return _Opened("safetensors", tensors, carried)
-    if formats.sidecar(path).exists():
-        carried = store.read_config(formats.sidecar(path))
-    if path.suffix in PICKLE_SUFFIXES:
-        saved = load_pickle(path, allow_pt)
-        source = fairseq.source(saved, path)
-        if source is not None:
-            return _Opened("pt", source.tensors, foreign=source.config)
-        state, keys, left = find_state_dict(saved)
-        return _Opened("pt", state_dict(state, path), carried, left=left, keys=keys)
-    if path.suffix == ".msgpack":
-        config = _settle(path, carried, _as_config(given, Tensors({}), ignored))
-        tensors, left = formats.read_msgpack(path, config)
-        return _Opened("msgpack", tensors, config, left=left)
-    raise CheckpointError(
-        f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
-        f"{', '.join(PICKLE_SUFFIXES)} or .msgpack"
-    )
+    family = _family(source)
+    if family is None:
+        raise _unknown_family("the configuration given", given)
+    return family.read_config(source)
 
 
 def _settle(path: Path, carried: ALiBiConfig | None, given: ALiBiConfig | None) -> ALiBiConfig:
@@ -280,6 +208,14 @@ def _settle(path: Path, carried: ALiBiConfig | None, given: ALiBiConfig | None) 
     return given
 
 
+def _require_floats(path: Path, tensors: Tensors) -> None:
+    for name, header in tensors.headers.items():
+        if header.dtype not in DTYPES.values():
+            raise CheckpointError(
+                f"{path}: {name} is {header.dtype}; expected one of {', '.join(DTYPES)}"
+            )
+
+
 def _require_layers(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
     """A table of so many layers is not even made for a file that cannot hold them."""
     if config.num_layers > len(tensors):
@@ -296,11 +232,7 @@ def _from_family(
     config = _settle(path, family.read_config(source), given)
     _require_layers(path, config, source.tensors)
     found = import_tensors(family, config, source)
-    for name, header in found.tensors.headers.items():
-        if header.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{path}: {name} is {header.dtype}; expected one of {', '.join(DTYPES)}"
-            )
+    _require_floats(path, found.tensors)
     return Checkpoint(
         *(path, kind, family.name, config, found.tensors),
         derived=found.derived,

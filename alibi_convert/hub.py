@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import is_installed
+from alibi_convert.machine import is_installed
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".msgpack", ".json")

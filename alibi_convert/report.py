@@ -1,10 +1,14 @@
-"""What a conversion did, for people, for programs and for `conversion.json`."""
+"""What a checkpoint holds and what a conversion did, for people, programs and `conversion.json`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
+import numpy as np
+
+from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.values import Cast
 
 
@@ -60,3 +64,40 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return asdict(self)
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    **reading: Unpack[Reading],
+) -> dict[str, Any]:
+    """What a checkpoint holds, as plain JSON values.
+
+    Raises:
+        CheckpointError: as for `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, **reading)
+    headers = checkpoint.tensors.headers
+    return {
+        "path": described(path, checkpoint, reading),
+        "format": checkpoint.format,
+        "family": checkpoint.family,
+        "model": "ALiBiTransformer" if checkpoint.config.vocab_size is None else "ALiBiLM",
+        "parameters": sum(int(np.prod(header.shape)) for header in headers.values()),
+        "nbytes": sum(header.nbytes for header in headers.values()),
+        "config": checkpoint.config.to_dict(),
+        "tensors": {
+            name: {"shape": list(header.shape), "dtype": str(header.dtype)}
+            for name, header in headers.items()
+        },
+        "derived": dict(checkpoint.derived),
+        "ignored": dict(checkpoint.ignored),
+        "wrappers": list(checkpoint.wrappers),
+    }
+
+
+def described(given: str | os.PathLike[str], checkpoint: Checkpoint, reading: Reading) -> str:
+    """A source as it was given, or which one it was of several revisions, or steps of orbax."""
+    if checkpoint.format == "orbax":
+        return str(checkpoint.path)
+    revision = reading.get("revision")
+    return str(given) if revision is None else f"{given}@{revision}"

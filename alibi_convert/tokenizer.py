@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import require
+from alibi_convert.files import read_whole
 from alibi_convert.hub import resolve
-from alibi_convert.regular_file import read_whole
+from alibi_convert.machine import require
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 2**28

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
-from alibi_convert.origin import origin_of, save_folder
 from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
 from alibi_convert.tensors import Tensors
+from alibi_convert.writing.origin import origin_of, save_folder
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_spec import Parameter
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
-from alibi_convert.origin import Origin, origin_of, save_folder
 from alibi_convert.tensors import Tensors, as_torch
+from alibi_convert.writing.origin import Origin, origin_of, save_folder
 from alibi_spec import ALiBiConfig, parameter_table
 
 

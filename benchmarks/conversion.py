@@ -29,8 +29,8 @@ import numpy as np
 
 from alibi_convert.families import Source, bloom
 from alibi_convert.formats import FORMATS
-from alibi_convert.provenance import library_versions
 from alibi_convert.tensors import LazyTensor, Tensors
+from alibi_convert.writing.provenance import library_versions
 from alibi_spec import ALiBiConfig, parameter_table
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"

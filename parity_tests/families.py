@@ -19,8 +19,8 @@ import alibi_flax
 import alibi_torch
 from alibi_convert import open_checkpoint
 from alibi_convert.families import Family, Source, export_tensors, import_tensors
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.rules import canonical_tensors
-from alibi_convert.store import read_tensors
 from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS

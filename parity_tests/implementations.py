@@ -1,7 +1,7 @@
 """The backends and devices under test. What is absent is named in the summary, with the reason.
 
 A third implementation joins by one more row in `IMPLEMENTATIONS`: anything with the methods of
-`alibi_convert.backends.Backend`.
+`alibi_verify.backends.Backend`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from alibi_convert.backends import Backend, FlaxBackend, TorchBackend
+from alibi_verify.backends import Backend, FlaxBackend, TorchBackend
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 import alibi_flax
 from alibi_convert import open_checkpoint
-from alibi_convert.store import write_safetensors
+from alibi_convert.formats.safetensors import write_safetensors
 from alibi_spec import reference_forward
 from alibi_spec.budgets import BUDGETS
 from alibi_torch import ALiBiLM

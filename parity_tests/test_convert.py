@@ -30,16 +30,17 @@ from alibi_convert import (
     inspect,
     open_checkpoint,
     plan,
-    verify,
 )
 from alibi_convert.comparison import relation, require_same
-from alibi_convert.convert import check_target
-from alibi_convert.formats import FORMATS, sidecar
-from alibi_convert.store import read_folder, write_folder
+from alibi_convert.conversion import check_target
+from alibi_convert.formats import FORMATS
+from alibi_convert.formats.folder import write as write_folder
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
-from alibi_convert.verify import verify_steps
+from alibi_convert.writing.layout import sidecar
 from alibi_spec import ALiBiConfig, parameter_table
 from alibi_spec.budgets import BUDGETS
+from alibi_verify import verify, verify_steps
 from parity_tests.cases import CONFIGS, draw_parameters, each_config
 from parity_tests.checkpoints import CONFIG, OURS, assert_holds, make_folder, write
 from parity_tests.compare import assert_bitwise
@@ -113,11 +114,11 @@ def test_shards(tmp_path: Path) -> None:
     index["weight_map"]["lm_head.weight"] = shards[0].name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index disagree about lm_head\.weight"):
-        read_folder(folder)
+        read_tensors(folder)
     index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"names '\.\./elsewhere\.safetensors', outside"):
-        read_folder(folder)
+        read_tensors(folder)
 
 
 def test_strided_arrays_reach_the_disk_intact(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_verify_knows_a_cast(tmp_path: Path, dtype: str) -> None:
         assert found.statement == f"the second checkpoint is the first, cast to {target}"
         assert (found.difference, found.rounded) == (None, None)  # nothing is lost on the way up
 
-    arrays = {name: array.copy() for name, array in read_folder(narrow)[1].items()}
+    arrays = {name: array.copy() for name, array in read_tensors(narrow).items()}
     arrays["token_embedding.weight"][3, 5] *= 1.01
     write_folder(make_folder(tmp_path / "odd"), small, Tensors.of(arrays))
     for ours, theirs in ((wide, tmp_path / "odd"), (tmp_path / "odd", wide)):

@@ -25,9 +25,11 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint, torch_to_flax
-from alibi_convert.formats import FORMATS, sidecar
-from alibi_convert.store import config_json, read_tensors
+from alibi_convert.formats import FORMATS
+from alibi_convert.formats.config_file import config_json
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
+from alibi_convert.writing.layout import sidecar
 from alibi_spec import ALiBiConfig
 from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import CONFIG, assert_holds, edit, make_folder, truncate, write
@@ -572,7 +574,7 @@ def test_nothing_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alibi_convert.store.write_safetensors", full_disk)
+    monkeypatch.setattr("alibi_convert.formats.shards.write_safetensors", full_disk)
     message = (
         r"cannot be written: No space left on device; 190,848 bytes are needed, [\d,]+ are free"
     )
@@ -606,7 +608,7 @@ def test_failures_leave_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alibi_convert.store.write_safetensors", full_disk)
+    monkeypatch.setattr("alibi_convert.formats.shards.write_safetensors", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         convert(source, tmp_path / "new" / "deep" / "result")
     assert not (tmp_path / "new").exists()

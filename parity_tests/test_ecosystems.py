@@ -21,8 +21,8 @@ from flax import nnx
 import alibi_flax
 import alibi_torch
 from alibi_convert import torch_to_flax
+from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.rules import canonical_tensors
-from alibi_convert.store import write_folder
 from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import model_slopes, reference_forward
 from alibi_spec.budgets import BUDGETS

@@ -12,17 +12,18 @@ import pytest
 import torch
 import transformers
 
-import alibi_convert.logits
 import alibi_flax
 import alibi_torch
+import alibi_verify.logits
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint, plan
 from alibi_convert.families import FAMILIES, settle_ties
 from alibi_convert.formats import FORMATS
-from alibi_convert.store import read_tensors, write_safetensors
+from alibi_convert.formats.safetensors import write_safetensors
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
-from alibi_convert.verify import verify_steps
 from alibi_spec import ALiBiConfig
+from alibi_verify import verify_steps
 from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise
@@ -137,14 +138,14 @@ def test_a_conversion_that_computes_something_else(
 ) -> None:
     """The library's own outputs decide; a stray one stops the conversion, and nothing appears."""
     source = published(tmp_path / "source", "bloom")
-    honest = alibi_convert.logits.peer_outputs
+    honest = alibi_verify.logits.peer_outputs
 
     def stray(*arguments: Any) -> np.ndarray:
         outputs = honest(*arguments).copy()
         outputs[1, 30, 50] += 1e-4 * np.abs(outputs[1]).max()
         return outputs
 
-    monkeypatch.setattr("alibi_convert.logits.peer_outputs", stray)
+    monkeypatch.setattr("alibi_verify.logits.peer_outputs", stray)
     plain = tmp_path / "plain"
     convert(source, plain, verify="none")
     for origin, to, destination in ((source, "alibi", "ours"), (plain, "bloom", "copy")):
@@ -182,11 +183,11 @@ def test_what_is_not_run_is_named(
     assert logits["against"] == "alibi_torch"  # the backends prove each other
     assert (set(logits["errors"]), logits["dtype"]) == ({"alibi_flax"}, "float32")
     with monkeypatch.context() as patch:  # more than float32 can give: float64 settles it
-        patch.setattr("alibi_convert.logits.BUDGET", 1e-10)
+        patch.setattr("alibi_verify.logits.BUDGET", 1e-10)
         logits = convert(source, tmp_path / "exact").verification["logits"]
         assert (logits["dtype"], logits["errors"]["alibi_flax"] < 1e-10) == ("float64", True)
 
-    monkeypatch.setattr("alibi_convert.logits.available_memory", lambda: 10**8)
+    monkeypatch.setattr("alibi_verify.logits.available_memory", lambda: 10**8)
     assert main(["convert", str(source), str(tmp_path / "large")]) == 0
     assert "outputs not compared: about 1,0" in capsys.readouterr().out
     assert main(["convert", str(source), str(tmp_path / "quick"), "--verify=none"]) == 0

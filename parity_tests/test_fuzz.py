@@ -24,7 +24,7 @@ from safetensors import safe_open
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, open_checkpoint
 from alibi_convert.formats import FORMATS
-from alibi_convert.store import write_folder
+from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import ALiBiConfig
 from parity_tests.cases import draw_parameters
@@ -42,7 +42,9 @@ STRUCTURES = {("pt", "archive_damage"), ("msgpack", "msgpack_damage")}
 
 def healthy() -> Files:
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), CONFIG, Tensors.of(draw_parameters(CONFIG)), 1500)
+        write_folder(
+            Path(folder), CONFIG, Tensors.of(draw_parameters(CONFIG)), max_shard_bytes=1500
+        )
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 

@@ -25,7 +25,7 @@ from alibi_convert import (
     plan,
     resolve,
 )
-from alibi_convert.verify import verify_steps
+from alibi_verify import verify_steps
 from parity_tests.checkpoints import make_folder, write
 
 

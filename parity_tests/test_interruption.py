@@ -19,9 +19,9 @@ import pytest
 
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, open_checkpoint
-from alibi_convert.destination import building, replacing
-from alibi_convert.store import write_folder
+from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.tensors import Tensors
+from alibi_convert.writing.atomic import building, replacing
 from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import CONFIG, assert_holds, make_folder, write
 from parity_tests.compare import assert_bitwise
@@ -35,8 +35,8 @@ STOPPING = """
 import json, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from alibi_cli.main import main
-from alibi_convert import store
-write, turn = store.write_safetensors, threading.Lock()
+from alibi_convert.formats import shards
+write, turn = shards.write_safetensors, threading.Lock()
 
 def stopping(path, tensors, metadata=None):
     if path.name < "model-00003":
@@ -51,7 +51,7 @@ def stopping(path, tensors, metadata=None):
                 for _ in header.chunks():
                     time.sleep(0.01)
 
-store.write_safetensors = stopping
+shards.write_safetensors = stopping
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -174,14 +174,14 @@ def test_a_killed_run_resumes(killed: Path, source: Path, tmp_path: Path, damage
 @pytest.mark.parametrize(
     ("arguments", "where", "number"),
     [
-        ("convert SOURCE OUT/x", "alibi_convert.store.write_safetensors", signal.SIGINT),
+        ("convert SOURCE OUT/x", "alibi_convert.formats.shards.write_safetensors", signal.SIGINT),
         (
             "convert SOURCE OUT/x.safetensors --strict-values",
             "alibi_convert.values.Watched.require_finite",
             signal.SIGTERM,
         ),
         ("inspect SOURCE", "alibi_cli.main.inspect", signal.SIGINT),
-        ("verify SOURCE", "alibi_convert.backends.TorchBackend.exact_logits", signal.SIGTERM),
+        ("verify SOURCE", "alibi_verify.backends.TorchBackend.exact_logits", signal.SIGTERM),
         ("plot-windows SOURCE --output=OUT.png", "matplotlib.figure.Figure.savefig", signal.SIGINT),
     ],
 )
@@ -374,7 +374,7 @@ def test_destinations_that_cannot_be_written(
     def forbidden(*_: Any) -> None:
         raise PermissionError(13, "Permission denied", "out")
 
-    monkeypatch.setattr("alibi_convert.store.write_safetensors", forbidden)
+    monkeypatch.setattr("alibi_convert.formats.shards.write_safetensors", forbidden)
     message = r"out cannot be written: Permission denied \(out\); choose a folder"
     with pytest.raises(CheckpointError, match=message):
         convert(source, tmp_path / "out")

@@ -6,6 +6,9 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,9 @@ import pytest
 
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, plan
-from alibi_convert.formats import FORMATS, folder_format
-from alibi_convert.plan import Problem
-from alibi_convert.store import read_tensors
+from alibi_convert.formats import FORMATS, exported
+from alibi_convert.formats.shards import read_tensors
+from alibi_convert.planning import Problem
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, parameter_table
 from parity_tests.checkpoints import CONFIG, OURS, make_folder, truncate, write
@@ -116,10 +119,21 @@ def test_problems_and_their_mends(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"{tmp_path} cannot be written": ("choose a folder that you may write to", True)
     }
     monkeypatch.undo()
-    sysconf = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 if "PHYS" in name else sysconf(name))
+    monkeypatch.setattr("alibi_convert.planning.available_memory", lambda: 4096)
     (cause,) = problems()
-    assert cause.endswith("bytes of memory are needed, the machine has 4,096")
+    assert cause.endswith("bytes of memory are needed, 4,096 are available")
+
+
+def test_memory_is_what_the_process_may_still_take() -> None:
+    code = """
+        import resource
+        from alibi_convert.machine import available_memory
+        resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+        print(available_memory())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 2**30
 
 
 def test_a_configuration_that_the_format_cannot_express(
@@ -131,7 +145,7 @@ def test_a_configuration_that_the_format_cannot_express(
     def foreign(_: ALiBiConfig, tensors: Tensors) -> Tensors:
         return tensors
 
-    monkeypatch.setitem(FORMATS, "theirs", folder_format(refuse, foreign, "theirs"))
+    monkeypatch.setitem(FORMATS, "theirs", exported(refuse, foreign, "theirs"))
     planned = plan(write(tmp_path / "model"), to="theirs")
     assert planned.problems == (
         Problem("theirs has no num_heads", "choose another format", stops=True),

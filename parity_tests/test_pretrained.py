@@ -17,8 +17,8 @@ import torch
 import alibi_flax
 import alibi_torch
 from alibi_convert import CheckpointError, convert, open_checkpoint
+from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.rules import canonical_tensors
-from alibi_convert.store import write_folder
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table
 from parity_tests.cases import CONFIGS, draw_parameters, each_config

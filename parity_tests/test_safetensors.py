@@ -17,7 +17,7 @@ import safetensors.torch
 import xxhash
 
 from alibi_convert import CheckpointError
-from alibi_convert.safetensors_file import read_safetensors, write_safetensors
+from alibi_convert.formats.safetensors import read_safetensors, write_safetensors
 from alibi_convert.tensors import (
     CHUNK_BYTES,
     LazyTensor,

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file
 
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, open_checkpoint
-from alibi_convert.formats import FORMATS, folder_format
-from alibi_convert.layout import COMPANIONS
-from alibi_convert.store import parse_size, read_tensors, write_folder
+from alibi_convert.formats import FORMATS, exported
+from alibi_convert.formats.folder import write as write_folder
+from alibi_convert.formats.shards import parse_size, read_tensors
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_convert.values import count_nonfinite
+from alibi_convert.writing.layout import COMPANIONS
 from alibi_spec import ALiBiConfig
 from parity_tests.cases import draw_parameters
 from parity_tests.checkpoints import CONFIG, OURS, assert_holds, make_folder, write
@@ -39,7 +40,7 @@ def shards(folder: Path) -> list[Path]:
 
 def write_sharded(folder: Path, **changed: np.ndarray) -> Path:
     parameters = {**draw_parameters(CONFIG), **changed}
-    write_folder(make_folder(folder), CONFIG, Tensors.of(parameters), SHARD_BYTES)
+    write_folder(make_folder(folder), CONFIG, Tensors.of(parameters), max_shard_bytes=SHARD_BYTES)
     return folder
 
 
@@ -162,7 +163,7 @@ def test_foreign_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def foreign(_: ALiBiConfig, tensors: Tensors) -> Tensors:
         return Tensors({f"theirs.{name}": each for name, each in tensors.headers.items()})
 
-    form = folder_format(lambda config: {"heads": config.num_heads}, foreign, "theirs")
+    form = exported(lambda config: {"heads": config.num_heads}, foreign, "theirs")
     monkeypatch.setitem(FORMATS, "theirs", form)
     source = write(tmp_path / "model")
     convert(source, tmp_path / "out", to="theirs", max_shard_size=SHARD_BYTES, verify="none")
@@ -288,9 +289,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str | None) 
     """300 MB in shards of 100 MB, by a process that cannot hold one of them."""
     sizes = {"d_model": 1024, "num_heads": 8, "expansion_factor": 1, "vocab_size": 300}
     config = ALiBiConfig(num_layers=13, **sizes)
-    write_folder(
-        make_folder(tmp_path / "model"), config, Tensors.of(draw_parameters(config)), 10**8
-    )
+    parameters = Tensors.of(draw_parameters(config))
+    write_folder(make_folder(tmp_path / "model"), config, parameters, max_shard_bytes=10**8)
     assert sum(path.stat().st_size for path in shards(tmp_path / "model")) > 300e6
     code = [sys.executable, "-c", MEMORY, str(150 * 10**6)]
     paths = [str(tmp_path / "model"), str(tmp_path / "out"), "--max-shard-size=100MB"]

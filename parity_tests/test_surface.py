@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import subprocess
 import sys
 import textwrap
+from types import ModuleType
 
 import pytest
 
+import alibi_convert
 import alibi_flax
 import alibi_torch
+import alibi_verify
 from alibi_spec import surface
 
 FUNCTIONS = ("attention", "attention_implementations", "attention_plan", "biased_logits")
@@ -49,6 +53,12 @@ def test_public_names(backend: object) -> None:
     assert all(hasattr(backend, name) for name in backend.__all__)
 
 
+@pytest.mark.parametrize("package", [alibi_convert, alibi_verify], ids=["convert", "verify"])
+def test_no_module_shadows_a_public_name(package: ModuleType) -> None:
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    assert modules.isdisjoint(package.__all__)
+
+
 def test_public_functions_are_documented() -> None:
     for backend in (alibi_torch, alibi_flax):
         for name in backend.__all__:
@@ -59,9 +69,10 @@ def test_public_functions_are_documented() -> None:
     ("package", "forbidden"),
     [
         ("alibi_spec", ("torch", "jax", "flax", "safetensors", "einops", "jaxtyping")),
-        ("alibi_convert", ("torch", "jax", "flax", "alibi_torch", "alibi_flax")),
-        ("alibi_torch", ("jax", "flax", "optax", "alibi_flax")),
-        ("alibi_flax", ("torch", "alibi_torch")),
+        ("alibi_convert", ("torch", "jax", "flax", "alibi_torch", "alibi_flax", "alibi_verify")),
+        ("alibi_torch", ("jax", "flax", "optax", "alibi_flax", "alibi_verify")),
+        ("alibi_flax", ("torch", "alibi_torch", "alibi_verify")),
+        ("alibi_verify", ("torch", "jax", "flax", "alibi_torch", "alibi_flax", "alibi_cli")),
     ],
 )
 def test_walls(package: str, forbidden: tuple[str, ...]) -> None:
@@ -112,7 +123,7 @@ def test_a_backend_works_where_the_other_is_not_installed(package: str, missing:
 def test_verify_says_which_backend_is_missing(tmp_path: object) -> None:
     _run(f"""
         import importlib.util
-        from alibi_convert import verify
+        from alibi_verify import verify
         find_spec = importlib.util.find_spec
         importlib.util.find_spec = lambda name: None if name == "flax" else find_spec(name)
         try:

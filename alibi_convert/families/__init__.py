@@ -15,6 +15,7 @@ from alibi_convert.families.family import (
     Derived,
     Family,
     Fold,
+    Peer,
     Source,
     export_tensors,
     import_tensors,
@@ -33,13 +34,21 @@ FAMILIES = (
     *fairseq.FAMILIES,
 )
 
+
+def family_named(name: str) -> Family | None:
+    """The family of a checkpoint; None for ours."""
+    return next((family for family in FAMILIES if family.name == name), None)
+
+
 __all__ = [
     "FAMILIES",
     "Derived",
     "Family",
     "Fold",
+    "Peer",
     "Source",
     "export_tensors",
+    "family_named",
     "import_tensors",
     "settle_ties",
 ]

@@ -6,7 +6,7 @@ The bias of transformers' BLOOM, m times the number of real positions before the
 
 from __future__ import annotations
 
-from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.family import Derived, Family, Peer, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, one_of
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
@@ -105,5 +105,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     derived=_derived,
     write_config=_KEYS.write,
+    label="folder, as transformers' BLOOM",
     neutral_keys=_KEYS.neutral_keys,
+    peer=Peer(),
 )

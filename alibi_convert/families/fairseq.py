@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ import numpy as np
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families.family import Derived, Family, Fold, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
-from alibi_convert.pickle_file import state_dict
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
 
@@ -155,16 +153,12 @@ _TABLE = KeyTable(
 )
 
 
-def source(saved: Any, path: Path) -> Source | None:
-    """The options and parameters of a fairseq checkpoint; None for other pickles.
-
-    Raises:
-        CheckpointError: its parameters are not all tensors.
-    """
+def _unpickled(saved: Any) -> tuple[dict[str, Any], Any] | None:
+    """The options and parameters of a fairseq checkpoint; None for other pickles."""
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
         return None
     options = _options(saved)
-    return Source(options, state_dict(saved["model"], path)) if options else None
+    return (options, saved["model"]) if options else None
 
 
 def _options(saved: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -356,6 +350,7 @@ FAMILIES = (
         _PLAIN_ROWS,
         aliases=((r"decoder\.embed_out", "decoder.output_projection.weight"),),
         derived=_derived,
+        unpickled=_unpickled,
     ),
     Family(
         "fairseq-adaptive",
@@ -364,5 +359,6 @@ FAMILIES = (
         _BODY_ROWS,
         derived=_derived,
         folds=_folds,
+        unpickled=_unpickled,
     ),
 )

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.family import Derived, Family, Peer, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, one_of
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
@@ -138,5 +138,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     derived=_derived,
     write_config=_write_config,
+    label="folder, as transformers' Falcon-RW",
     neutral_keys=_KEYS.neutral_keys,
+    peer=Peer(attention="sdpa"),  # the eager one applies ALiBi twice
 )

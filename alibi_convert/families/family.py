@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,25 @@ class Fold:
     reason: str
 
 
+@dataclass(frozen=True)
+class Peer:
+    """The model of transformers that runs a family's folders itself.
+
+    Attributes:
+        attention: the one of its attention implementations that is right.
+        ignores: fields of a configuration that it computes something else for, whatever they say.
+    """
+
+    attention: str = "eager"
+    ignores: Callable[[ALiBiConfig], Sequence[str]] = lambda _: ()
+
+
 def _nothing(*_: Any) -> tuple[Any, ...]:
     return ()
+
+
+def _no_pickle(_: Any) -> None:
+    return None
 
 
 def _no_tensors(_: ALiBiConfig) -> dict[str, np.ndarray]:
@@ -92,10 +109,15 @@ class Family:
             renames what it matches as a whole.
         derived: foreign tensors that are not carried over.
         folds: canonical tensors that are computed.
+        unpickled: the options and the state dict in what the family's library pickles; None for
+            other pickles.
         write_config: the foreign config.json of a configuration; raises CheckpointError naming the
             field that the family cannot express. None for a family that is only imported.
+        label: what the help text calls an export.
+        suffix: of an export; empty for a folder, ".pt" for a state dict without a configuration.
         generated: foreign tensors that an export adds, by name.
         neutral_keys: keys of the foreign config.json that a model may take with it when it returns.
+        peer: who else runs its folders, to be compared with; None where nobody does.
     """
 
     name: str
@@ -105,9 +127,13 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     derived: Callable[[ALiBiConfig], tuple[Derived, ...]] = _nothing
     folds: Callable[[ALiBiConfig, Source], tuple[Fold, ...]] = _nothing
+    unpickled: Callable[[Any], tuple[Mapping[str, Any], Any] | None] = _no_pickle
     write_config: Callable[[ALiBiConfig], dict[str, Any]] | None = None
+    label: str = ""
+    suffix: str = ""
     generated: Callable[[ALiBiConfig], Mapping[str, np.ndarray]] = _no_tensors
     neutral_keys: frozenset[str] = frozenset()
+    peer: Peer | None = None
 
     def rules(self, config: ALiBiConfig) -> tuple[Rule, ...]:
         """The table for one configuration."""

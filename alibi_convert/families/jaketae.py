@@ -132,5 +132,7 @@ FAMILY = Family(
     _ROWS,
     derived=_derived,
     write_config=_write_config,
+    label="state dict of jaketae/alibi, pickled",
+    suffix=".pt",
     generated=_buffers,
 )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.family import Derived, Family, Peer, Source
 from alibi_convert.families.keys import (
     Key,
     KeyTable,
@@ -292,6 +292,26 @@ def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
     return (head,) if config.tie_embeddings else ()
 
 
+# What transformers' MPT computes whatever its configuration says.
+_TRANSFORMERS_ALWAYS = {
+    "activation": "gelu",
+    "attention_bias": False,
+    "bias_max": 8.0,
+    "ffn_bias": False,
+    "gated_ffn": False,
+    "logit_scale": 1.0,
+    "norm": "layer",
+    "norm_bias": False,
+    "qk_norm": False,
+}
+
+
+def _ignored_by_transformers(config: ALiBiConfig) -> list[str]:
+    always = _TRANSFORMERS_ALWAYS | {"kv_heads": config.num_heads}
+    ignored = [name for name, value in always.items() if getattr(config, name) != value]
+    return ignored if config.ffn_dim == 4 * config.d_model else [*ignored, "feed_forward_dim"]
+
+
 FAMILY = Family(
     "mpt",
     _recognises,
@@ -300,5 +320,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     derived=_derived,
     write_config=_write_config,
+    label="folder, as llm-foundry's and transformers' MPT",
     neutral_keys=_KEYS.neutral_keys,
+    peer=Peer(ignores=_ignored_by_transformers),
 )

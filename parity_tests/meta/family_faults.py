@@ -335,6 +335,13 @@ FAMILY_FAULTS = (
         "test_family_fairseq.py",
     ),
     Mutant(
+        "transformers' MPT is believed where it ignores the configuration",
+        "alibi_convert/families/mpt.py",
+        "peer=Peer(ignores=_ignored_by_transformers)",
+        "peer=Peer()",
+        "test_family_conversion.py -k what_is_not_run",
+    ),
+    Mutant(
         "a stream of several parts in another order",
         "alibi_convert/rules.py",
         "for view in views:",

@@ -18,9 +18,10 @@ from parity_tests.meta.family_faults import FAMILY_FAULTS
 from parity_tests.meta.faults import FAULTS, Mutant
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGES = ("alibi_spec", "alibi_convert", "alibi_torch", "alibi_flax", "alibi_cli", "parity_tests")
-
-
+PACKAGES = (
+    *("alibi_spec", "alibi_convert", "alibi_torch", "alibi_flax", "alibi_verify", "alibi_cli"),
+    "parity_tests",
+)
 MUTANTS = (*FAULTS, *FAMILY_FAULTS)
 TESTS_FAILED = 1  # pytest's exit code; a mutant that does not even import proves nothing
 

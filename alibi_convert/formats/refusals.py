@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.layout import is_weight_file
-from alibi_convert.strict_json import read_json
+from alibi_convert.files import read_json
+from alibi_convert.writing.layout import is_weight_file
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _MERGE = "merge it into its base model first (peft: model.merge_and_unload(), then save_pretrained)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.regular_file import open_regular
+from alibi_convert.files import open_regular
 
 MAGIC = b"PK\x03\x04"
 _END = b"PK\x05\x06"

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.checkpoint import Checkpoint
-from alibi_convert.destination import replacing
 from alibi_convert.errors import CheckpointError
-from alibi_convert.layout import CONFIG_FILE, companions, copy_companion, is_model_file
-from alibi_convert.provenance import family_record, recorded_family, write_record
-from alibi_convert.store import write_folder
+from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.tensors import Tensors
+from alibi_convert.writing.atomic import replacing
+from alibi_convert.writing.layout import CONFIG_FILE, companions, copy_companion, is_model_file
+from alibi_convert.writing.provenance import family_record, recorded_family, write_record
 from alibi_spec import ALiBiConfig
 
 
@@ -70,7 +70,7 @@ def save_folder(
             checkpoint's folder stay as they are.
 
     Raises:
-        CheckpointError: as for `replacing` and `write_folder`.
+        CheckpointError: as for `replacing` and `folder.write`.
     """
     folder = folder.expanduser()
     kept = _kept(folder)

@@ -1,6 +1,6 @@
-"""Checkpoint folders: `config.json` and safetensors, whole or in shards, read lazily.
+"""The files with a folder's weights: one of safetensors, or shards with an index, or pickles.
 
-Names and layout of tensors are torch's. What a tensor means is decided elsewhere.
+Names and layouts of tensors are left as they are: what a tensor means is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -17,69 +17,22 @@ from pathlib import Path
 
 import numpy as np
 
-from alibi_convert.destination import check_destination as check_destination  # exported
-from alibi_convert.destination import replacing as replacing  # exported
 from alibi_convert.errors import CheckpointError
-from alibi_convert.journal import Journal
-from alibi_convert.layout import (
-    CONFIG_FILE,
+from alibi_convert.files import read_json
+from alibi_convert.formats.pt import PICKLE_SUFFIXES, load_pickle, state_dict
+from alibi_convert.formats.safetensors import read_safetensors, write_safetensors
+from alibi_convert.tensors import LazyTensor, Tensors
+from alibi_convert.writing.journal import Journal
+from alibi_convert.writing.layout import (
     INDEX_FILE,
     PICKLE_FILE,
     PICKLE_INDEX_FILE,
     WEIGHTS_FILE,
 )
-from alibi_convert.layout import ORBAX_FOLDER as ORBAX_FOLDER  # exported
-from alibi_convert.layout import ORBAX_MARK as ORBAX_MARK  # exported
-from alibi_convert.pickle_file import PICKLE_SUFFIXES, read_pt
-from alibi_convert.regular_file import read_whole
-from alibi_convert.rules import check_shapes
-from alibi_convert.safetensors_file import read_safetensors, write_safetensors
-from alibi_convert.strict_json import parse_json, read_json
-from alibi_convert.tensors import LazyTensor, Tensors
-from alibi_spec import ALiBiConfig, parameter_table
 
-FORMAT = "alibi-duo"
-FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 5 * 10**9
 _WRITERS = 2  # shards at a time: most of the work is the kernel's, and it does two at once
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_config(text: str | bytes, origin: str) -> ALiBiConfig:
-    """The configuration of a checkpoint of ours; `origin` names it in errors.
-
-    Raises:
-        CheckpointError: not our format, of a newer version, or with invalid values.
-    """
-    values = parse_json(text, origin)
-    if values.pop("format", None) != FORMAT:
-        kind = f" (model_type {values['model_type']!r})" if "model_type" in values else ""
-        raise CheckpointError(
-            f'{origin} is not an {FORMAT} configuration{kind}; expected "format": "{FORMAT}"'
-        )
-    version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{origin} has format_version {version!r}; this release reads {FORMAT_VERSION}; "
-            "upgrade alibi-duo if the checkpoint is newer"
-        )
-    try:
-        return ALiBiConfig.from_dict(values)
-    except ValueError as error:
-        raise CheckpointError(f"{origin}: {error}") from None
-
-
-def read_config(path: Path) -> ALiBiConfig:
-    """`parse_config` of a file; a missing one is a CheckpointError too."""
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} has no {path.name}; expected a checkpoint folder")
-    return parse_config(read_whole(path), str(path))
-
-
-def config_json(config: ALiBiConfig) -> str:
-    """The text of `config.json`."""
-    values = {"format": FORMAT, "format_version": FORMAT_VERSION, **config.to_dict()}
-    return json.dumps(values, indent=2) + "\n"
 
 
 def parse_size(text: str | int) -> int:
@@ -93,15 +46,6 @@ def parse_size(text: str | int) -> int:
     if size < 1:
         raise ValueError(f"{text!r} is not a size; expected bytes, or a number with KB, MB, GB, TB")
     return size
-
-
-def read_folder(folder: Path) -> tuple[ALiBiConfig, Tensors]:
-    """The configuration and the tensors, unread, of a folder of ours, sharded or not.
-
-    Raises:
-        CheckpointError: a file is missing, broken, or the index and the shards disagree.
-    """
-    return read_config(folder / CONFIG_FILE), read_tensors(folder)
 
 
 def read_tensors(folder: Path, allow_pt: bool = False) -> Tensors:
@@ -198,27 +142,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_shard(path: Path, allow_pt: bool) -> Tensors:
     if path.suffix in PICKLE_SUFFIXES:
-        return read_pt(path, allow_pt)
+        return state_dict(load_pickle(path, allow_pt), path)
     if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
         raise CheckpointError(f"{path} does not exist; the checkpoint is incomplete")
     return read_safetensors(path)[0]
-
-
-def write_folder(
-    folder: Path,
-    config: ALiBiConfig,
-    tensors: Tensors,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    journal: Journal | None = None,
-) -> dict[str, str]:
-    """`config.json` of ours and `write_tensors`, into an existing folder.
-
-    Raises:
-        CheckpointError: the tensors are not those of the configuration.
-    """
-    check_shapes({row.name: row.shape for row in parameter_table(config)}, tensors.shapes)
-    (folder / CONFIG_FILE).write_text(config_json(config), encoding="utf-8")
-    return write_tensors(folder, tensors, max_shard_bytes, journal)
 
 
 def write_tensors(

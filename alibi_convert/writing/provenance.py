@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.checkpoint import Checkpoint
-from alibi_convert.families import FAMILIES
-from alibi_convert.formats import sidecar
-from alibi_convert.layout import CONFIG_FILE, CONVERSION_FILE
-from alibi_convert.orbax_file import find_tree
+from alibi_convert.families import family_named
+from alibi_convert.files import read_json
+from alibi_convert.formats.orbax import recognises as is_orbax
+from alibi_convert.formats.shards import weight_files
 from alibi_convert.report import Report
-from alibi_convert.store import weight_files
-from alibi_convert.strict_json import read_json
+from alibi_convert.writing.layout import CONFIG_FILE, CONVERSION_FILE, sidecar
 
 SPEC_VERSION = 1  # of docs/SPEC.md: what a configuration means
 TABLE_VERSION = 1  # of the names and layouts of parameters
@@ -63,16 +62,19 @@ def recorded_family(folder: Path) -> dict[str, Any]:
     return {name: record[name] for name in kept if name in record}
 
 
-def restore_neutral_keys(folder: Path, source: Path, family: str) -> None:
+def restore_neutral_keys(folder: Path, source: Path, to: str) -> None:
     """Give back to a model that returns to its family the keys that we have no use for.
 
     Such as the ids of special tokens. `conversion.json` beside the source remembers them.
     """
-    known, written = _record(source), folder / CONFIG_FILE
+    family, written = family_named(to), folder / CONFIG_FILE
+    known = _record(source)
     before = known.get("source_config")
-    if known.get("source_family") != family or not (isinstance(before, dict) and written.exists()):
+    if family is None or known.get("source_family") != family.name:
         return
-    neutral = next(each.neutral_keys for each in FAMILIES if each.name == family) - _STALE_KEYS
+    if not (isinstance(before, dict) and written.exists()):
+        return
+    neutral = family.neutral_keys - _STALE_KEYS
     kept = {name: value for name, value in before.items() if name in neutral}
     text = json.dumps(kept | read_json(written), indent=2) + "\n"
     written.write_text(text, encoding="utf-8")
@@ -94,6 +96,6 @@ def source_files(path: Path, allow_pt: bool = False) -> dict[str, Path]:
     """The files that make up a checkpoint, by their names in it: configuration and weights."""
     if not path.is_dir():
         return {each.name: each for each in (path, sidecar(path)) if each.exists()}
-    if find_tree(path) is not None:
+    if is_orbax(path):
         return {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
     return {name: path / name for name in (CONFIG_FILE, *weight_files(path, allow_pt))}

@@ -9,49 +9,28 @@ from typing import Any
 import numpy as np
 
 from alibi_convert.checkpoint import Checkpoint
-from alibi_convert.extras import is_installed
-from alibi_convert.families import FAMILIES, Source
-from alibi_convert.store import read_tensors
+from alibi_convert.families import Family, Source, family_named
+from alibi_convert.formats.shards import read_tensors
+from alibi_convert.machine import is_installed
 from alibi_convert.tensors import Tensors
-
-# Family -> the attention of transformers that is right: Falcon's eager one applies ALiBi twice.
-_ATTENTION = {"bloom": "eager", "mpt": "eager", "falcon": "sdpa"}
-
-# What transformers' MPT computes whatever its configuration says.
-_MPT_ALWAYS = {
-    "activation": "gelu",
-    "attention_bias": False,
-    "bias_max": 8.0,
-    "ffn_bias": False,
-    "gated_ffn": False,
-    "kv_heads": None,  # num_heads
-    "logit_scale": 1.0,
-    "norm": "layer",
-    "norm_bias": False,
-    "qk_norm": False,
-}
 
 
 def why_no_peer(checkpoint: Checkpoint) -> str | None:
     """Why nobody but us can run this checkpoint here, or None."""
-    family, config = checkpoint.family, checkpoint.config
-    if family not in _ATTENTION:
-        return f"no library runs {family} checkpoints"
+    family = family_named(checkpoint.family)
+    if family is None or family.peer is None:
+        return f"no library runs {checkpoint.family} checkpoints"
     if not checkpoint.path.is_dir():
         return "transformers reads folders alone"
     for module in ("transformers", "torch"):
         if not is_installed(module):
             return f"{module} is not installed"
-    if (checkpoint.foreign_config or {}).get("model_type") != family:
+    if (checkpoint.foreign_config or {}).get("model_type") != family.name:
         return "transformers does not know its model_type"
-    if family == "mpt":
-        always = _MPT_ALWAYS | {"kv_heads": config.num_heads}
-        ignored = [name for name, value in always.items() if getattr(config, name) != value]
-        if config.ffn_dim != 4 * config.d_model:
-            ignored.append("feed_forward_dim")
-        if ignored:
-            return f"transformers' MPT ignores {', '.join(ignored)}"
-    return _misunderstood(checkpoint)
+    ignored = family.peer.ignores(checkpoint.config)
+    if ignored:
+        return f"transformers' {family.name.upper()} ignores {', '.join(ignored)}"
+    return _misunderstood(checkpoint, family)
 
 
 def peer_outputs(
@@ -60,13 +39,13 @@ def peer_outputs(
     """Logits [batch, seq, vocab] of transformers' own model on the CPU."""
     import torch
 
-    model, _ = _load(checkpoint, getattr(torch, dtype))
+    model = _load(checkpoint, getattr(torch, dtype))
     with torch.no_grad():
         inputs = torch.from_numpy(tokens), torch.from_numpy(attention_mask)
         return model.eval()(input_ids=inputs[0], attention_mask=inputs[1]).logits.numpy()
 
 
-def _misunderstood(checkpoint: Checkpoint) -> str | None:
+def _misunderstood(checkpoint: Checkpoint, family: Family) -> str | None:
     """Why transformers would run something else than what the folder says, or None.
 
     Its own reading of the configuration is read by our table, and must come to the same model; on
@@ -76,7 +55,6 @@ def _misunderstood(checkpoint: Checkpoint) -> str | None:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    family = next(each for each in FAMILIES if each.name == checkpoint.family)
     errors = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
     try:
         theirs = transformers.AutoConfig.from_pretrained(
@@ -103,15 +81,18 @@ def _misunderstood(checkpoint: Checkpoint) -> str | None:
 def _load(checkpoint: Checkpoint, dtype: Any) -> Any:
     import transformers
 
+    family = family_named(checkpoint.family)
+    attention = None if family is None or family.peer is None else family.peer.attention
     with _without_progress_bars():
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype=dtype,
-            attn_implementation=_ATTENTION[checkpoint.family],
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
+    return loaded[0]
 
 
 @contextmanager

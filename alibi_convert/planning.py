@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
-from alibi_convert.convert import check_target, described
-from alibi_convert.destination import check_destination, existing_parent, free_bytes
+from alibi_convert.checkpoint import Checkpoint, Reading
+from alibi_convert.conversion import settle
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import is_installed
-from alibi_convert.formats import FORMATS, Format
-from alibi_convert.store import MAX_SHARD_BYTES, parse_size, shard_names
-from alibi_convert.tensors import CHUNK_BYTES, DTYPES, LazyTensor, Tensors
-from alibi_convert.values import cast
+from alibi_convert.formats import FORMATS
+from alibi_convert.formats.format import Format
+from alibi_convert.formats.shards import shard_names
+from alibi_convert.machine import available_memory, existing_parent, free_bytes, is_installed
+from alibi_convert.tensors import CHUNK_BYTES, LazyTensor, Tensors
+from alibi_convert.writing.atomic import check_destination
 
 _INTERPRETER_BYTES = 100 * 10**6  # Python, NumPy and a few chunks
-_LIBRARIES = {"pt": "torch", "msgpack": "flax", "orbax": "orbax.checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -117,38 +116,35 @@ def plan(
     place = Path("converted" if destination is None else os.path.expanduser(destination))
     if destination is None and to in FORMATS:
         place = place.with_suffix(FORMATS[to].suffix)
-    to = check_target(place, to, dtype)
-    max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, **reading)
-    wanted = cast(checkpoint.tensors, None if dtype is None else DTYPES[dtype])
-    nbytes = sum(header.nbytes for header in wanted.headers.values())
+    work = settle(source, place, to, dtype, max_shard_size, reading)
+    checkpoint, wanted, form = work.checkpoint, work.meant.tensors, FORMATS[work.to]
     problems = []
     if destination is not None:
         problems += _destination_problems(place, overwrite)
     stored = Tensors({})
     try:
-        stored = FORMATS[to].stored(checkpoint.config, wanted)
+        stored = form.stored(checkpoint.config, wanted)
     except CheckpointError as error:
         problems.append(Problem(str(error), "choose another format", stops=True))
     headers = [*wanted.headers.values(), *stored.headers.values()]
-    peak = _peak_memory(FORMATS[to], headers, nbytes)
-    problems += [*_disk_problems(place, nbytes), *_memory_problems(peak), *_library_problems(to)]
-    problems += _cast_problems(checkpoint, dtype)
+    peak = _peak_memory(form, headers, work.nbytes)
+    problems += [*_disk_problems(place, work.nbytes), *_memory_problems(peak)]
+    problems += [*_library_problems(work.to), *_cast_problems(checkpoint, dtype)]
     single = {place.name: list(stored)}
-    sharded = not FORMATS[to].suffix and FORMATS[to].streams
+    sharded = not form.suffix and form.streams
     return Plan(
-        source=described(source, checkpoint, reading),
+        source=work.source,
         source_format=checkpoint.format,
-        destination_format=to,
+        destination_format=work.to,
         family=checkpoint.family,
         config=checkpoint.config.to_dict(),
         tensors=_rows(checkpoint, wanted),
         stored=stored.shapes,
-        files=shard_names(stored.headers, max_shard_bytes) if sharded else single,
+        files=shard_names(stored.headers, work.max_shard_bytes) if sharded else single,
         dropped=dict(checkpoint.derived),
         folded=dict(checkpoint.folded),
         ignored=dict(checkpoint.ignored),
-        nbytes=nbytes,
+        nbytes=work.nbytes,
         peak_memory_bytes=peak,
         free_disk_bytes=free_bytes(place),
         problems=tuple(problems),
@@ -198,20 +194,19 @@ def _disk_problems(destination: Path, nbytes: int) -> list[Problem]:
 
 
 def _memory_problems(peak: int) -> list[Problem]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if peak <= memory:
+    available = available_memory()
+    if available is None or peak <= available:
         return []
-    cause = f"about {peak:,} bytes of memory are needed, the machine has {memory:,}"
+    cause = f"about {peak:,} bytes of memory are needed, {available:,} are available"
     return [Problem(cause, "choose a format that streams: a folder or .safetensors", stops=False)]
 
 
 def _library_problems(to: str) -> list[Problem]:
-    module = _LIBRARIES.get(to)
-    if module is None or is_installed(module):
+    library = FORMATS[to].library
+    if library is None or is_installed(library[0]):
         return []
-    extra = module.split(".")[0].replace("orbax", "flax")
-    mend = f"pip install 'alibi-duo[{extra}]'"
-    return [Problem(f"writing {to} needs {module}, which is not installed", mend, stops=True)]
+    cause = f"writing {to} needs {library[0]}, which is not installed"
+    return [Problem(cause, f"pip install 'alibi-duo[{library[1]}]'", stops=True)]
 
 
 def _cast_problems(checkpoint: Checkpoint, dtype: str | None) -> list[Problem]:

@@ -7,8 +7,6 @@ torch.compile, FSDP and activation checkpointing put theirs before the names of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.tensors import LazyTensor, Tensors
@@ -16,14 +14,6 @@ from alibi_convert.tensors import LazyTensor, Tensors
 _OUTERMOST = ("module.", "model.")
 _ANYWHERE = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
-# Where training runs keep the state dict in their pickles.
-_ENTRIES = (
-    ("state_dict",),
-    ("model_state_dict",),
-    ("state", "model"),
-    ("state",),
-    ("model",),
 )
 
 
@@ -54,22 +44,3 @@ def _common_prefix(names: list[str]) -> str | None:
         if names and all(name.startswith(prefix) for name in names):
             return prefix
     return None
-
-
-def find_state_dict(saved: Any) -> tuple[Any, list[str], dict[str, str]]:
-    """The state dict in what a training run pickled, or what was pickled itself.
-
-    Returns:
-        it; the keys that lead to it; and what is beside it, with the reason why it is left.
-    """
-    for keys in _ENTRIES:
-        node: Any = saved
-        left: dict[str, str] = {}
-        for key in keys:
-            if not isinstance(node, Mapping) or not isinstance(node.get(key), Mapping):
-                break
-            left |= {str(name): f"beside {key}, which is the model" for name in node if name != key}
-            node = node[key]
-        else:
-            return node, list(keys), left
-    return saved, [], {}

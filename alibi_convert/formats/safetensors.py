@@ -18,14 +18,17 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.regular_file import open_regular, require_regular
-from alibi_convert.strict_json import parse_json
+from alibi_convert.files import open_regular, parse_json, require_regular
+from alibi_convert.formats.config_file import config_json, parse_config
+from alibi_convert.formats.format import Asked, Format, Opened
 from alibi_convert.tensors import LazyTensor, Tensors
+from alibi_spec import ALiBiConfig
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _METADATA = "__metadata__"
+_CONFIG = "alibi_config"  # the key of our configuration in it
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -147,3 +150,25 @@ def _header(headers: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> b
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def recognises(path: Path) -> bool:
+    """By the name."""
+    return path.suffix == ".safetensors"
+
+
+def read(path: Path, _: Asked) -> Opened:
+    """The tensors, and the configuration that we put into the metadata, if it is there."""
+    tensors, metadata = read_safetensors(path)
+    carried = None
+    if _CONFIG in metadata:
+        carried = parse_config(metadata[_CONFIG], f"metadata of {path}")
+    return Opened("safetensors", tensors, carried)
+
+
+def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
+    """A torch state dict in one file, with the configuration in its metadata."""
+    return {path.name: write_safetensors(path, tensors, {_CONFIG: config_json(config)})}
+
+
+FORMAT = Format("torch state dict", ".safetensors", write, recognises, read, streams=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.journal import Journal
-from alibi_convert.layout import is_checkpoint_file, sidecar
+from alibi_convert.machine import free_bytes
+from alibi_convert.writing.journal import Journal
+from alibi_convert.writing.layout import is_checkpoint_file, sidecar
 
 _NEW, _REPLACED, _JOURNAL = "new", "replaced", "journal.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -117,18 +118,6 @@ def check_destination(destination: Path, overwrite: bool, kept: Collection[str] 
         raise CheckpointError(
             f"{destination} exists; choose another name or pass overwrite=True (--overwrite)"
         )
-
-
-def existing_parent(destination: Path) -> Path:
-    """The nearest folder above a destination that exists already."""
-    path = destination.resolve()
-    return next((parent for parent in path.parents if parent.exists()), path)
-
-
-def free_bytes(destination: Path) -> int | None:
-    """What the disk of a destination has left; None where the file system does not say."""
-    usage = shutil.disk_usage(existing_parent(destination))
-    return usage.free if usage.total else None
 
 
 @contextmanager

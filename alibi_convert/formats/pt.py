@@ -15,12 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import require
-from alibi_convert.regular_file import open_regular
-from alibi_convert.tensors import Tensors
-from alibi_convert.zip_file import MAGIC, check_zip
+from alibi_convert.families import FAMILIES
+from alibi_convert.files import open_regular
+from alibi_convert.formats.config_file import read_sidecar, write_sidecar
+from alibi_convert.formats.format import Asked, Format, Opened
+from alibi_convert.formats.zip_file import MAGIC, check_zip
+from alibi_convert.machine import require
+from alibi_convert.tensors import Tensors, as_torch
+from alibi_spec import ALiBiConfig
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Where training runs keep the state dict in their pickles.
+_ENTRIES = (
+    ("state_dict",),
+    ("model_state_dict",),
+    ("state", "model"),
+    ("state",),
+    ("model",),
+)
 
 # What torch.load and the unpickler under it raise for broken files.
 _UNPICKLING_ERRORS = (
@@ -78,11 +90,6 @@ def load_pickle(path: Path, allow_pt: bool) -> Any:
     if is_zip:
         _check_mapped(path, entries, list(_tensors(saved)))
     return saved
-
-
-def read_pt(path: Path, allow_pt: bool) -> Tensors:
-    """`state_dict` of what `load_pickle` loads."""
-    return state_dict(load_pickle(path, allow_pt), path)
 
 
 def state_dict(saved: Any, path: Path) -> Tensors:
@@ -168,3 +175,70 @@ def _check_mapped(path: Path, entries: Mapping[str, tuple[int, int]], tensors: l
     ]
     if begins and not set.intersection(*begins):
         raise CheckpointError(f"{path} is damaged: its tensors do not fit the data it holds")
+
+
+def _find_state_dict(saved: Any) -> tuple[Any, list[str], dict[str, str]]:
+    """The state dict in what a training run pickled, or what was pickled itself.
+
+    Returns:
+        it; the keys that lead to it; and what is beside it, with the reason why it is left.
+    """
+    for keys in _ENTRIES:
+        node: Any = saved
+        left: dict[str, str] = {}
+        for key in keys:
+            if not isinstance(node, Mapping) or not isinstance(node.get(key), Mapping):
+                break
+            left |= {str(name): f"beside {key}, which is the model" for name in node if name != key}
+            node = node[key]
+        else:
+            return node, list(keys), left
+    return saved, [], {}
+
+
+def recognises(path: Path) -> bool:
+    """By the name."""
+    return path.suffix in PICKLE_SUFFIXES
+
+
+def read(path: Path, asked: Asked) -> Opened:
+    """A state dict, alone or in what a training run or a family's library saves.
+
+    Raises:
+        CheckpointError: as for `load_pickle` and `state_dict`.
+    """
+    carried = read_sidecar(path)
+    saved = load_pickle(path, asked.allow_pt)
+    for family in FAMILIES:
+        found = family.unpickled(saved)
+        if found is not None:
+            return Opened("pt", state_dict(found[1], path), foreign=found[0])
+    state, keys, left = _find_state_dict(saved)
+    return Opened("pt", state_dict(state, path), carried, left=left, keys=keys)
+
+
+def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
+    """A torch state dict, and the configuration beside it."""
+    save(path, tensors)
+    write_sidecar(path, config)
+    return {}
+
+
+def save(path: Path, tensors: Tensors) -> None:
+    """The tensors as a pickled dict, without any configuration."""
+    require("torch", "torch", "writing .pt")
+    import torch
+
+    state = {name: as_torch(array) for name, array in tensors.items()}
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # raised over what the disk said
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+FORMAT = Format(
+    *("torch state dict, pickled", ".pt", write, recognises, read), library=("torch", "torch")
+)

@@ -1,13 +1,17 @@
-"""Files that can be read to their end: a pipe never ends, and a device may be anything."""
+"""Files that nobody vouches for: regular ones, of bounded size, and strict JSON in them.
+
+A pipe never ends, a device may be anything, and JSON may say two things under one key.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from alibi_convert.errors import CheckpointError
 
@@ -54,6 +58,36 @@ def read_whole(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
             f"{path} has {path.stat().st_size:,} bytes; expected at most {max_bytes:,}"
         )
     return contents
+
+
+def parse_json(text: str | bytes, origin: str) -> dict[str, Any]:
+    """A JSON object; `origin` names it in errors.
+
+    Raises:
+        CheckpointError: not a JSON object, or one that says two things under one key.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, absurd nesting
+        raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{origin} holds a JSON {type(values).__name__}, expected an object")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """`parse_json` of a file; one that cannot be read, or is huge, is a CheckpointError too."""
+    return parse_json(read_whole(path), str(path))
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs; ValueError where two have one key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {twice!r}; one of the two must go")
+    return values
 
 
 @contextmanager

@@ -9,18 +9,18 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from alibi_convert.backends import Backend, FlaxBackend, TorchBackend
 from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.comparison import first_difference, relation
-from alibi_convert.extras import require
-from alibi_convert.logits import output_errors
-from alibi_convert.peers import why_no_peer
+from alibi_convert.formats.config_file import OURS
+from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, flax_tree
-from alibi_convert.store import FORMAT
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS, Budget, activation_errors, gradient_floor, relative_error
 from alibi_spec.exact import exact_attention
+from alibi_verify.backends import Backend, FlaxBackend, TorchBackend
+from alibi_verify.logits import output_errors
+from alibi_verify.peers import why_no_peer
 
 _BUDGET = BUDGETS["float32", "cpu"]
 
@@ -116,8 +116,8 @@ def verify_steps(
             when = "after" if rounded is theirs else "before"
             budget, note = BUDGETS[found.dtype, "cpu"], f", {when} rounding to {found.dtype}"
     yield _round_trip(ours)
-    foreign, plain = (theirs, ours) if ours.family == FORMAT else (ours, theirs)
-    if foreign.family != FORMAT and why_no_peer(foreign) is None:
+    foreign, plain = (theirs, ours) if ours.family == OURS else (ours, theirs)
+    if foreign.family != OURS and why_no_peer(foreign) is None:
         yield _against_its_own_library(foreign, plain if rounded is None else foreign)
     yield _exact_logits(ours.config, seed)
     rng = np.random.default_rng(seed)

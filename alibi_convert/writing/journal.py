@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.hashing import file_xxh3
-from alibi_convert.strict_json import read_json
+from alibi_convert.files import read_json
+from alibi_convert.writing.hashing import file_xxh3
 
 
 class Journal:

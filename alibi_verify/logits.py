@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import resource
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.errors import MismatchError
-from alibi_convert.extras import is_installed
-from alibi_convert.peers import peer_outputs, why_no_peer
+from alibi_convert.formats.config_file import OURS
+from alibi_convert.machine import available_memory, is_installed
 from alibi_convert.progress import Begin, ignore, progress_steps
-from alibi_convert.store import FORMAT
 from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS, relative_error
+from alibi_verify.peers import peer_outputs, why_no_peer
 
 _Run = Callable[[np.ndarray, np.ndarray, str], np.ndarray]
 BUDGET = BUDGETS["float32", "cpu"].forward
@@ -57,7 +54,7 @@ def compare_logits(
             "not_run": f"about {needed:,} bytes of memory are needed, {available:,} are available; "
             "run `alibi verify` where there is more"
         }
-    foreign, other = (result, source) if source.family == FORMAT else (source, result)
+    foreign, other = (result, source) if source.family == OURS else (source, result)
     other = foreign if is_cast else other
     with progress_steps(progress, "comparing outputs") as begin:
         if len(list(_runs(foreign, other))) < 2:
@@ -116,34 +113,6 @@ def output_errors(foreign: Checkpoint, other: Checkpoint, begin: Begin = ignore)
     return found
 
 
-def available_memory() -> int | None:
-    """Bytes that this process may still take; None where the system does not say."""
-    free = []
-    for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        limit = resource.getrlimit(kind)[0]
-        if limit != resource.RLIM_INFINITY:
-            free.append(limit - _kilobytes(Path("/proc/self/status"), used, absent=0))
-    cgroup = Path("/sys/fs/cgroup")
-    for names in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = (cgroup / name for name in names)
-        if limit.exists() and used.exists() and limit.read_text(encoding="ascii").strip().isdigit():
-            free.append(int(limit.read_text(encoding="ascii")) - int(used.read_text("ascii")))
-    if Path("/proc/meminfo").exists():
-        free.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable", absent=0))
-    return min(free, default=None)
-
-
-def _kilobytes(path: Path, name: str, absent: int) -> int:
-    """A line like "VmData:  12 kB" of a file of the kernel's, in bytes."""
-    if not path.exists():
-        return absent
-    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(encoding="ascii"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else absent
-
-
 def _needed_memory(checkpoint: Checkpoint) -> int:
     sizes = [header.size for header in checkpoint.tensors.headers.values()]
     return 8 * (sum(sizes) + max(sizes)) + _OVERHEAD  # float64, should it come to that
@@ -194,7 +163,7 @@ def _flax_outputs(
 
 def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     """How to open it again: a family's configuration is in its own words."""
-    config = checkpoint.config if checkpoint.family == FORMAT else None
+    config = checkpoint.config if checkpoint.family == OURS else None
     return {"config": config, "allow_pt": True}
 
 

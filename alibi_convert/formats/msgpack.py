@@ -10,9 +10,14 @@ import ml_dtypes
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import require
-from alibi_convert.regular_file import open_regular
-from alibi_convert.strict_json import without_duplicates
+from alibi_convert.files import open_regular, without_duplicates
+from alibi_convert.formats.config_file import read_sidecar, write_sidecar
+from alibi_convert.formats.format import Asked, Format, Opened
+from alibi_convert.formats.train_state import find_params
+from alibi_convert.machine import require
+from alibi_convert.rules import canonical_tensors, flax_tree
+from alibi_convert.tensors import Tensors
+from alibi_spec import ALiBiConfig
 
 # The types that flax adds to msgpack.
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
@@ -98,3 +103,33 @@ def _in_order(values: Any) -> list[Any]:
 def _require_sizes(shape: Any) -> None:
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"an array has the shape {shape!r}")
+
+
+def recognises(path: Path) -> bool:
+    """By the name."""
+    return path.suffix == ".msgpack"
+
+
+def read(path: Path, asked: Asked) -> Opened:
+    """Flax params, or a training state with them, and what was left beside them.
+
+    Raises:
+        CheckpointError: truncated, not msgpack, or not the params of this configuration.
+    """
+    config = asked.settle(read_sidecar(path))
+    found, left = find_params(load_msgpack(path), path)
+    tensors = Tensors.of(canonical_tensors(found.params, config))
+    return Opened("msgpack", tensors, config, left=left)
+
+
+def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
+    """Flax params, and the configuration beside them."""
+    require("flax", "flax", "writing .msgpack")
+    from flax import serialization
+
+    path.write_bytes(serialization.msgpack_serialize(flax_tree(tensors, config)))
+    write_sidecar(path, config)
+    return {}
+
+
+FORMAT = Format("Flax params", ".msgpack", write, recognises, read, library=("flax", "flax"))

@@ -6,6 +6,7 @@ without asking how large it is, and has ended the process over a damaged one: it
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from functools import cache
@@ -15,13 +16,20 @@ from typing import Any
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.extras import require
-from alibi_convert.layout import INDEX_FILE, ORBAX_MARK, WEIGHTS_FILE
-from alibi_convert.regular_file import read_whole, require_regular
-from alibi_convert.rules import canonical_tensors, check_tree
-from alibi_convert.strict_json import read_json
+from alibi_convert.files import read_json, read_whole, require_regular
+from alibi_convert.formats.config_file import config_json, read_config
+from alibi_convert.formats.format import Asked, Format, Opened
+from alibi_convert.formats.train_state import find_params
+from alibi_convert.machine import require
+from alibi_convert.rules import canonical_tensors, check_tree, flax_tree
 from alibi_convert.tensors import Tensors
-from alibi_convert.train_state import find_params
+from alibi_convert.writing.layout import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    ORBAX_FOLDER,
+    ORBAX_MARK,
+    WEIGHTS_FILE,
+)
 from alibi_spec import ALiBiConfig
 
 _TREE_FILE = "_METADATA"
@@ -44,8 +52,24 @@ _ERRORS = (
 )
 
 
-def find_tree(folder: Path, step: int | None = None) -> Path | None:
-    """The folder of the one tree that holds params; None where orbax wrote no weights.
+def recognises(path: Path) -> bool:
+    """Whether orbax wrote weights into a folder: a tree, a step, or the steps of a manager."""
+    if not path.is_dir() or any((path / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return False
+    folders = (path, *_folders(path))
+    return bool(_steps(path)) or any(
+        _is_tree(each) or (each / ORBAX_MARK).exists() for each in folders
+    )
+
+
+def require_steps(path: Path, step: int | None) -> None:
+    """Raise CheckpointError if a step is asked for where a manager kept none."""
+    if step is not None and not (recognises(path) and _steps(path)):
+        raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
+
+
+def find_tree(folder: Path, step: int | None = None) -> Path:
+    """The folder of the one tree that holds params.
 
     Args:
         folder: a tree, a step, or the folder of a CheckpointManager.
@@ -54,12 +78,9 @@ def find_tree(folder: Path, step: int | None = None) -> Path | None:
     Raises:
         CheckpointError: no such step, broken, or several trees that could be meant.
     """
-    if any((folder / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE)):
-        return None
     if step is None and _is_tree(folder):
         return folder
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    names = [path.name for path in folders if _is_tree(path)]
+    names = [path.name for path in _folders(folder) if _is_tree(path)]
     if step is None and names:
         likely = [name for name in _NAMES if name in names]
         if len(names) > 1 and not likely:
@@ -67,17 +88,24 @@ def find_tree(folder: Path, step: int | None = None) -> Path | None:
                 f"{folder} holds the trees {', '.join(names)}; give the path of one of them"
             )
         return folder / (likely or names)[0]
-    steps = {int(found[0]): path for path in folders if (found := _step(path))}
-    if steps:
-        if step is not None and step not in steps:
-            known = ", ".join(map(str, sorted(steps)))
-            raise CheckpointError(f"{folder} has no step {step}; it has {known}")
-        return find_tree(steps[max(steps) if step is None else step])
-    if step is None and any((path / ORBAX_MARK).exists() for path in (folder, *folders)):
+    steps = _steps(folder)
+    if not steps:
         raise CheckpointError(
             f"{folder} is not a complete orbax checkpoint: {_TREE_FILE} does not exist"
         )
-    return None
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, sorted(steps)))
+        raise CheckpointError(f"{folder} has no step {step}; it has {known}")
+    return find_tree(steps[max(steps) if step is None else step])
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The finished steps of a manager, by their numbers."""
+    return {int(found[0]): path for path in _folders(folder) if (found := _step(path))}
 
 
 def _is_tree(folder: Path) -> bool:
@@ -86,11 +114,11 @@ def _is_tree(folder: Path) -> bool:
 
 def _step(folder: Path) -> re.Match[str] | None:
     """The number that ends the name of a finished step; it may follow a prefix and a _."""
-    has_tree = any(_is_tree(path) for path in folder.iterdir() if path.is_dir())
+    has_tree = any(map(_is_tree, _folders(folder)))
     return re.search(r"(?:(?<=_)|^)\d+$", folder.name) if has_tree or _is_tree(folder) else None
 
 
-def read_orbax(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
+def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
     """The params in the folder of one tree, and what was left beside them, with the reason.
 
     Raises:
@@ -165,3 +193,40 @@ def _crc32c_table() -> tuple[int, ...]:
         return value
 
     return tuple(map(entry, range(256)))
+
+
+def read(folder: Path, asked: Asked) -> Opened:
+    """The params of one tree, and what was left beside them; of ours, with a config.json.
+
+    Raises:
+        CheckpointError: broken, or not the params of this configuration.
+    """
+    tree = find_tree(folder, asked.step)
+    is_ours = (folder / CONFIG_FILE).exists()
+    config = asked.settle(read_config(folder / CONFIG_FILE) if is_ours else None)
+    tensors, left = _read_tree(tree, config)
+    return Opened("orbax", tensors, config, left=left, path=folder if is_ours else tree)
+
+
+def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
+    """Flax params, and our config.json beside them."""
+    require("orbax.checkpoint", "flax", "writing orbax")
+    import orbax.checkpoint as ocp
+
+    path.mkdir()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute() / ORBAX_FOLDER, flax_tree(tensors, config))
+    except ValueError as error:  # tensorstore's, for a full disk, too
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    (path / CONFIG_FILE).write_text(config_json(config), encoding="utf-8")
+    return {}
+
+
+FORMAT = Format(
+    *("Flax params, orbax folder", "", write, recognises, read),
+    library=("orbax.checkpoint", "flax"),
+)

@@ -1,0 +1,65 @@
+"""Folders with a `config.json` beside their weights: ours, and those of other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Unpack
+
+from alibi_convert.errors import CheckpointError
+from alibi_convert.files import parse_json, read_whole
+from alibi_convert.formats.config_file import config_json, parse_config
+from alibi_convert.formats.format import Asked, Format, Opened, Writing
+from alibi_convert.formats.orbax import recognises as is_orbax
+from alibi_convert.formats.refusals import require_model
+from alibi_convert.formats.shards import read_tensors, write_tensors
+from alibi_convert.rules import check_shapes
+from alibi_convert.tensors import Tensors
+from alibi_convert.writing.layout import CONFIG_FILE
+from alibi_spec import ALiBiConfig, parameter_table
+
+
+def recognises(path: Path) -> bool:
+    """Any folder but orbax's; one without a config.json is refused when it is read."""
+    return path.is_dir() and not is_orbax(path)
+
+
+def read(folder: Path, asked: Asked) -> Opened:
+    """The configuration, ours or another library's, and the tensors, unread.
+
+    Raises:
+        CheckpointError: a file is missing, broken, or the index and the shards disagree.
+    """
+    require_model(folder)
+    file = folder / CONFIG_FILE
+    if not file.exists():
+        raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
+    text = read_whole(file)
+    values = parse_json(text, str(file))
+    if "model_type" in values and "format" not in values:
+        return Opened("folder", read_tensors(folder, asked.allow_pt), foreign=values)
+    carried = parse_config(text, str(file))
+    return Opened("alibi", read_tensors(folder, asked.allow_pt), carried)
+
+
+def write(
+    path: Path, config: ALiBiConfig, tensors: Tensors, **options: Unpack[Writing]
+) -> dict[str, str]:
+    """A folder of ours; one that is there already is filled.
+
+    Raises:
+        CheckpointError: the tensors are not those of the configuration.
+    """
+    check_shapes({row.name: row.shape for row in parameter_table(config)}, tensors.shapes)
+    return write_files(path, config_json(config), tensors, **options)
+
+
+def write_files(
+    path: Path, config: str, tensors: Tensors, **options: Unpack[Writing]
+) -> dict[str, str]:
+    """The text of a `config.json`, and tensors by the names that it goes with."""
+    path.mkdir(exist_ok=True)
+    (path / CONFIG_FILE).write_text(config, encoding="utf-8")
+    return write_tensors(path, tensors, **options)
+
+
+FORMAT = Format("folder that both backends read", "", write, recognises, read, streams=True)

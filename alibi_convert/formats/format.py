@@ -1,0 +1,102 @@
+"""What a format is: how a path is recognised as one, read, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, Unpack
+
+from alibi_convert.tensors import Tensors
+from alibi_convert.writing.journal import Journal
+from alibi_spec import ALiBiConfig
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a path is to be read.
+
+    Attributes:
+        allow_pt: whether pickles may be.
+        step: of those that orbax's CheckpointManager kept; None is the latest.
+        settle: the configuration that a file carries, or None, and the one that the caller gave,
+            made one; raises CheckpointError where there is none or they disagree.
+    """
+
+    allow_pt: bool
+    step: int | None
+    settle: Callable[[ALiBiConfig | None], ALiBiConfig]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a path holds: a configuration of ours, or a foreign one, or none; and tensors.
+
+    Attributes:
+        format: a key of `FORMATS`, or "folder" for that of another library.
+        tensors: as they are named there, unread.
+        carried: a configuration of ours.
+        foreign: one of a family's.
+        left: what is there without being the model, with the reason.
+        path: where it was found, if not where it was looked for.
+        keys: that led to the tensors.
+    """
+
+    format: str
+    tensors: Tensors
+    carried: ALiBiConfig | None = None
+    foreign: Mapping[str, Any] | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
+    keys: Sequence[str] = ()
+
+
+class Writing(TypedDict, total=False):
+    """What matters to formats of several files: their size, and which a killed run finished."""
+
+    max_shard_bytes: int
+    journal: Journal | None
+
+
+class Write(Protocol):
+    """How a format is written, into a path that does not exist yet unless a run is resumed."""
+
+    def __call__(
+        self, path: Path, config: ALiBiConfig, tensors: Tensors, **options: Unpack[Writing]
+    ) -> dict[str, str]:
+        """Write the model and return the XXH3 of those files whose hash is known, by name."""
+        ...
+
+
+def _as_they_are(_: ALiBiConfig, tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _never(_: Path) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to keep a model on disk.
+
+    Attributes:
+        description: one line for the help text.
+        suffix: of a file; empty for a folder.
+        write: into a path.
+        recognises: whether a path is of this format, by its name or by what a folder holds.
+        read: such a path; None for what is read as another format: a family's own names in it.
+        streams: whether it is written a few megabytes at a time; otherwise the whole model is in
+            memory at once.
+        library: module without which it cannot be written, and the extra that installs it.
+        stored: the canonical tensors as the files name and lay them out, unread.
+    """
+
+    description: str
+    suffix: str
+    write: Write
+    recognises: Callable[[Path], bool] = _never
+    read: Callable[[Path, Asked], Opened] | None = None
+    streams: bool = False
+    library: tuple[str, str] | None = None
+    stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
