@@ -199,7 +199,7 @@ FAMILY_FAULTS = (
         "alibi_convert/families/keys.py",
         "        if unknown:\n",
         "        if False:\n",
-        "test_family_bloom.py -k honoured",
+        "test_foreign_keys.py -k refused",
     ),
     Mutant(
         "1 for true",
