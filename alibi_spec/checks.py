@@ -187,6 +187,11 @@ def beyond_windows(distance: str, causal: bool) -> str | None:
     return None
 
 
+def without_derivative(which: str) -> str:
+    """What somebody is told who asks a kernel over windows for a derivative that it lacks."""
+    return f"attention over windows has no {which} derivative; use implementation='dense'"
+
+
 def warning_of_dense_dropout(distance: str, causal: bool) -> str:
     """What a long call with dropout is told that no kernel over windows can compute."""
     return (

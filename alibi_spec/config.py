@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from alibi_spec.bias import DISTANCES
+from alibi_spec.bias import DISTANCES, default_scale
 from alibi_spec.options import (
     COUNT,
     CUTOFFS,
@@ -247,7 +247,7 @@ class ALiBiConfig:
         """Options that say what others imply."""
         if self.num_kv_heads == self.num_heads:
             yield "num_kv_heads", None
-        if self.attention_scale == 1 / math.sqrt(self.head_dim):
+        if self.attention_scale == default_scale(None, self.head_dim):
             yield "attention_scale", None
         if self.attention_dropout == self.dropout:
             yield "attention_dropout", None
@@ -348,9 +348,7 @@ class ALiBiConfig:
     @property
     def scale(self) -> float:
         """The factor on q·k (SPEC.md §3)."""
-        return (
-            1 / math.sqrt(self.head_dim) if self.attention_scale is None else self.attention_scale
-        )
+        return default_scale(self.attention_scale, self.head_dim)
 
     @property
     def probability_dropout(self) -> float:

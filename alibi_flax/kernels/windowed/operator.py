@@ -23,6 +23,7 @@ from jaxtyping import Float, Int32, Integer, Shaped
 from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.certificate import attention_plan
 from alibi_flax.kernels.partition import divided, varying, varying_axes
+from alibi_spec.checks import without_derivative
 from alibi_spec.windows import BLOCK_SIZE
 
 
@@ -276,9 +277,7 @@ def _divided(
 
 @_divided.defjvp
 def _(*_: Any) -> Any:
-    raise NotImplementedError(
-        "attention over windows has no second derivative; use implementation='dense'"
-    )
+    raise RuntimeError(without_derivative("second"))
 
 
 def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:

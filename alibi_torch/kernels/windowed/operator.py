@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from alibi_spec.checks import without_derivative
 from alibi_spec.windows import BLOCK_SIZE, tolerance_of
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.dropout import Dropout
@@ -40,7 +41,6 @@ from alibi_torch.kernels.windowed.workers import Team
 # Arrays as large as the logits that are held at once with dropout. Strips are so much shorter that
 # they still fit the cache.
 _ARRAYS_WITH_DROPOUT = 4
-_NO_TANGENTS = "attention over windows has no forward-mode derivative; use implementation='dense'"
 
 
 @runtime_checkable
@@ -132,9 +132,8 @@ def _attend(
     call, team = work.call, Team.of(work.call.query.device)
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
-        windows = torch.nn.functional.pad(
-            windows_of(call, work.block_size), (0, 1)
-        )  # see `_shapes`
+        windows = windows_of(call, work.block_size)
+        windows = torch.nn.functional.pad(windows, (0, 1))  # see `_shapes`
         cut = _Cut(work, windows)
         attended = call.value.new_zeros((*call.query.shape[:3], call.value.shape[3]))
         log_totals = call.slopes.new_zeros(call.query.shape[:3], dtype=cut.bias.dtype)
@@ -365,7 +364,7 @@ class _Attend(torch.autograd.Function):
 
 def _refuse_tangents(*arrays: Tensor) -> None:
     if any(unpack_dual(x).tangent is not None for x in arrays):
-        raise RuntimeError(_NO_TANGENTS)
+        raise RuntimeError(without_derivative("forward-mode"))
 
 
 class _AttendEagerly(_Attend):
@@ -373,7 +372,7 @@ class _AttendEagerly(_Attend):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: ARG004
-        raise RuntimeError(_NO_TANGENTS)
+        raise RuntimeError(without_derivative("forward-mode"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -393,9 +392,7 @@ class _AttendBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> None:  # noqa: ARG004
-        raise RuntimeError(
-            "attention over windows has no second derivative; use implementation='dense'"
-        )
+        raise RuntimeError(without_derivative("second"))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
