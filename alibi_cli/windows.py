@@ -15,7 +15,7 @@ from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.machine import require
 from alibi_convert.tokenizer import TOKENIZER_FILE
 from alibi_convert.writing.atomic import replacing
-from alibi_spec.windows import BLOCK_SIZE
+from alibi_spec.certificate import BLOCK_SIZE
 
 BYTES = 256
 _COLOURS = "viridis"

@@ -211,8 +211,10 @@ def check_tree(params: Mapping[str, Any], config: ALiBiConfig) -> dict[tuple[str
     """
     leaves: dict[tuple[str, ...], Any] = {}
     for path, leaf in _leaves(params, ()):
+        if path[-1:] == ("value",):  # of a box, written as the mapping of what it holds
+            path = path[:-1]
         if path in leaves:
-            raise CheckpointError(f"{'/'.join(path)} is there twice, flattened and not; remove one")
+            raise CheckpointError(f"{'/'.join(path)} is there twice, in two forms; remove one")
         leaves[path] = leaf
     check_shapes(
         {"/".join(row.flax_path): row.flax_shape for row in parameter_table(config)},
@@ -227,6 +229,8 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...],
             # Flattened trees have the whole path in one key: "a/b/c", or a tuple of names.
             steps = key if isinstance(key, tuple) else str(key).split("/")
             yield from _leaves(child, (*path, *map(str, steps)))
+    elif hasattr(node, "value"):  # linen's boxes, of fresh params
+        yield path, node.value
     elif hasattr(node, "shape") and hasattr(node, "dtype"):
         yield path, node
     else:

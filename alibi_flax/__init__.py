@@ -11,6 +11,7 @@ from alibi_flax.checkpoint import from_pretrained, save_pretrained
 from alibi_flax.generate import generate
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
+from alibi_flax.sharding import partition_specs
 from alibi_flax.trace import trace
 from alibi_spec import ALiBiConfig
 
@@ -26,6 +27,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "model_plans",
+    "partition_specs",
     "save_pretrained",
     "trace",
 ]

@@ -16,6 +16,7 @@ from alibi_flax.kernels.call import Call, has_values_on_host
 from alibi_flax.kernels.certificate import AttentionPlan
 from alibi_flax.kernels.dropout import drawn_dropout
 from alibi_spec.bias import default_scale
+from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
@@ -24,7 +25,6 @@ from alibi_spec.checks import (
     check_slopes,
     warning_of_dense_dropout,
 )
-from alibi_spec.windows import BLOCK_SIZE
 
 _WARNING_OF_SYMBOLIC_LENGTHS = (
     "attention of a symbolic length is computed whole: the exported program costs the square of "

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypedDict
 
 import flax.linen as nn
@@ -32,7 +32,7 @@ from alibi_flax.attention import (
     attention_implementations,
     biased_logits,
 )
-from alibi_spec import ALiBiConfig, model_slopes, slopes
+from alibi_spec import ALiBiConfig, Parameter, model_slopes, parameter_table, slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
     check_array,
@@ -108,23 +108,23 @@ class Attention(nn.Module):
             "param_dtype": self.param_dtype,
         }
         heads, kv_heads = (config.num_heads, config.head_dim), (config.kv_heads, config.head_dim)
-        init = nn.initializers.normal(config.init_std)
-        self.query = nn.DenseGeneral(heads, kernel_init=init, **options)
-        self.key = nn.DenseGeneral(kv_heads, kernel_init=init, **options)
-        self.value = nn.DenseGeneral(kv_heads, kernel_init=init, **options)
+        module = (f"layers_{self.layer}", "attn")
+        self.query = nn.DenseGeneral(heads, **_initialisers(config, *module, "query"), **options)
+        self.key = nn.DenseGeneral(kv_heads, **_initialisers(config, *module, "key"), **options)
+        self.value = nn.DenseGeneral(kv_heads, **_initialisers(config, *module, "value"), **options)
         if config.slopes == "learned":
+            init = _initialisers(config, *module)["slopes_init"]
             wide = jnp.promote_types(self.param_dtype, jnp.float32)  # never narrower
-            self.slopes = self.param("slopes", _initial_slopes, config, wide)
+            self.slopes = self.param("slopes", init, (config.num_heads,), wide)
         else:
             self.slopes = model_slopes(config)[self.layer]
         if config.qk_norm:
-            self.query_norm = _norm(config, self.dtype, self.param_dtype, axes=(-2, -1))
-            self.key_norm = _norm(config, self.dtype, self.param_dtype, axes=(-2, -1))
+            dtypes, axes = (self.dtype, self.param_dtype), (-2, -1)
+            self.query_norm = _norm(config, *dtypes, *module, "query_norm", axes=axes)
+            self.key_norm = _norm(config, *dtypes, *module, "key_norm", axes=axes)
         if config.output_projection:
-            init = nn.initializers.normal(config.residual_init_std)
-            self.output = nn.DenseGeneral(
-                config.d_model, axis=(-2, -1), kernel_init=init, **options
-            )
+            options |= _initialisers(config, *module, "output")
+            self.output = nn.DenseGeneral(config.d_model, axis=(-2, -1), **options)
 
     def __call__(
         self,
@@ -202,22 +202,22 @@ class FeedForward(nn.Module):
     """Two linear maps around an activation, which a third map may gate."""
 
     config: ALiBiConfig
+    layer: int
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        config = self.config
+        config, module = self.config, (f"layers_{self.layer}", "ffn")
         options = {
             "use_bias": config.ffn_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
-        init = nn.initializers.normal(config.init_std)
         if config.gated_ffn:
-            self.gate = nn.Dense(config.ffn_dim, kernel_init=init, **options)
-        self.fc1 = nn.Dense(config.ffn_dim, kernel_init=init, **options)
-        init = nn.initializers.normal(config.residual_init_std)
-        self.fc2 = nn.Dense(config.d_model, kernel_init=init, **options)
+            init = _initialisers(config, *module, "gate")
+            self.gate = nn.Dense(config.ffn_dim, **init, **options)
+        self.fc1 = nn.Dense(config.ffn_dim, **_initialisers(config, *module, "fc1"), **options)
+        self.fc2 = nn.Dense(config.d_model, **_initialisers(config, *module, "fc2"), **options)
 
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         activation = ACTIVATION_FUNCTIONS[self.config.activation]
@@ -236,13 +236,14 @@ class Block(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        config, dtype, param_dtype = self.config, self.dtype, self.param_dtype
-        self.attn_norm = _norm(config, dtype, param_dtype)
-        self.attn = Attention(config, self.layer, self.implementation, dtype, param_dtype)
+        config, module = self.config, f"layers_{self.layer}"
+        dtypes = (self.dtype, self.param_dtype)
+        self.attn_norm = _norm(config, *dtypes, module, "attn_norm")
+        self.attn = Attention(config, self.layer, self.implementation, *dtypes)
         if config.attention_output_norm:
-            self.attn_output_norm = _norm(config, dtype, param_dtype)
-        self.ffn_norm = _norm(config, dtype, param_dtype)
-        self.ffn = FeedForward(config, dtype, param_dtype)
+            self.attn_output_norm = _norm(config, *dtypes, module, "attn_output_norm")
+        self.ffn_norm = _norm(config, *dtypes, module, "ffn_norm")
+        self.ffn = FeedForward(config, self.layer, *dtypes)
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(
@@ -308,7 +309,7 @@ class ALiBiTransformer(nn.Module):
             for layer in range(config.num_layers)
         ]
         if config.final_norm:
-            self.final_norm = _norm(config, self.dtype, self.param_dtype)
+            self.final_norm = _norm(config, self.dtype, self.param_dtype, "final_norm")
 
     def __call__(
         self,
@@ -375,14 +376,15 @@ class ALiBiLM(nn.Module):
 
     def setup(self) -> None:
         config, vocab_size = self.config, require_vocabulary(self.config.vocab_size)
-        width, options = config.d_model, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = nn.initializers.normal(config.init_std)
-        self.token_embedding = nn.Embed(vocab_size, width, embedding_init=init, **options)
+        width, dtypes = config.d_model, (self.dtype, self.param_dtype)
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = _initialisers(config, "token_embedding")
+        self.token_embedding = nn.Embed(vocab_size, width, **init, **options)
         if config.type_vocab_size is not None:
-            types = config.type_vocab_size
-            self.token_type_embedding = nn.Embed(types, width, embedding_init=init, **options)
+            types, init = config.type_vocab_size, _initialisers(config, "token_type_embedding")
+            self.token_type_embedding = nn.Embed(types, width, **init, **options)
         if config.embedding_norm:
-            self.embedding_norm = _norm(config, self.dtype, self.param_dtype)
+            self.embedding_norm = _norm(config, *dtypes, "embedding_norm")
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = ALiBiTransformer(
             dataclasses.replace(config, vocab_size=None),
@@ -391,15 +393,17 @@ class ALiBiLM(nn.Module):
             **options,
         )
         if config.head == "masked_lm":
-            self.head_transform = nn.Dense(width, kernel_init=init, **options)
-            self.head_norm = _norm(config, self.dtype, self.param_dtype)
-            zeros = nn.initializers.zeros
-            self.head_bias = self.param("head_bias", zeros, (vocab_size,), self.param_dtype)
-        options = {"use_bias": False, "kernel_init": init, **options}
+            init = _initialisers(config, "head_transform")
+            self.head_transform = nn.Dense(width, **init, **options)
+            self.head_norm = _norm(config, *dtypes, "head_norm")
+            init = _initialisers(config)["head_bias_init"]
+            self.head_bias = self.param("head_bias", init, (vocab_size,), self.param_dtype)
+        options |= {"use_bias": False}
         if config.head != "none" and not config.tie_embeddings:
-            self.lm_head = nn.Dense(vocab_size, **options)
+            self.lm_head = nn.Dense(vocab_size, **_initialisers(config, "lm_head"), **options)
         if config.adaptive_cutoffs is not None:
-            self.cluster_head = nn.Dense(len(config.adaptive_cutoffs), **options)
+            clusters, init = len(config.adaptive_cutoffs), _initialisers(config, "cluster_head")
+            self.cluster_head = nn.Dense(clusters, **init, **options)
 
     def __call__(
         self,
@@ -481,11 +485,37 @@ def _adaptive_log_probabilities(
     return jnp.concatenate(parts, axis=-1)
 
 
+@cache
+def _initialisers(config: ALiBiConfig, *module: str) -> dict[str, Any]:
+    """How the parameters of one module start, as linen's modules take it: "kernel_init", …
+
+    Args:
+        config: that of the module at the root of the path, `ALiBiLM` or `ALiBiTransformer`.
+        module: the keys of its parameters in the Flax tree, without the last.
+    """
+    rows = [row for row in parameter_table(config) if row.flax_path[:-1] == module]
+    return {f"{row.flax_path[-1]}_init": _initialiser(config, row) for row in rows}
+
+
+def _initialiser(config: ALiBiConfig, row: Parameter) -> nn.initializers.Initializer:
+    if row.init == "slopes":
+        start = slopes(config.num_heads, config.bias_max)
+        return lambda _, __, dtype: jnp.asarray(start, dtype)
+    if isinstance(row.init, str):
+        return {"zeros": nn.initializers.zeros, "ones": nn.initializers.ones}[row.init]
+    return nn.initializers.normal(row.init)
+
+
 def _norm(
-    config: ALiBiConfig, dtype: Any, param_dtype: Any, axes: int | tuple[int, ...] = -1
+    config: ALiBiConfig,
+    dtype: Any,
+    param_dtype: Any,
+    *module: str,
+    axes: int | tuple[int, ...] = -1,
 ) -> nn.Module:
     options = {"reduction_axes": axes, "feature_axes": axes, "epsilon": config.norm_eps}
     options |= {"dtype": dtype, "param_dtype": param_dtype, "use_fast_variance": False}
+    options |= _initialisers(config, *module)
     if config.norm == "rms":
         return RMSNorm(**options)
     # Linen's fast variance loses everything when the mean is far from zero.
@@ -498,10 +528,6 @@ def _slope_factor(config: ALiBiConfig, key_len: Any) -> SlopeFactor:
     if limit is not None and is_symbolic_dim(key_len):
         return limit / jnp.maximum(limit, jnp.asarray(key_len))
     return interpolation(config, key_len)
-
-
-def _initial_slopes(_: Array, config: ALiBiConfig, dtype: Any) -> Float[Array, " heads"]:
-    return jnp.asarray(slopes(config.num_heads, config.bias_max), dtype)
 
 
 def checked_tokens(

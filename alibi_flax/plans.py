@@ -10,8 +10,8 @@ from jaxtyping import Integer, Num
 
 from alibi_flax.attention import AttentionPlan, attention_plan
 from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask
+from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import check_plannable
-from alibi_spec.windows import BLOCK_SIZE
 
 
 def model_plans(

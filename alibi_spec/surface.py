@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alibi_spec.windows import BLOCK_SIZE
+from alibi_spec.certificate import BLOCK_SIZE
 
 
 def attention(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from alibi_spec.bias import default_scale
+from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
@@ -20,7 +21,6 @@ from alibi_spec.checks import (
     check_slopes,
     warning_of_dense_dropout,
 )
-from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.kernels import KERNELS, certificate, dense
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.certificate import AttentionPlan

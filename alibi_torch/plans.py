@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Integer, Num
 from torch import Tensor
 
+from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import check_plannable
-from alibi_spec.windows import BLOCK_SIZE
 from alibi_torch.attention import AttentionPlan, attention_plan
 from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
 

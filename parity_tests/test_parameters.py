@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from flax.serialization import to_state_dict
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, PartitionSpec
 
 import alibi_flax
 import alibi_torch
@@ -28,9 +32,19 @@ def test_table_is_both_backends(config_name: str) -> None:
     table = parameter_table(config)
     ours = {name: tuple(value.shape) for name, value in _torch_model(config).state_dict().items()}
     assert ours == {row.name: row.shape for row in table}
-    leaves = jax.tree.flatten_with_path(_flax_params(config))[0]
-    theirs = {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+    theirs = {path: leaf.shape for path, leaf in flatten_dict(_flax_params(config)).items()}
     assert theirs == {row.flax_path: row.flax_shape for row in table}
+
+
+def test_boxed_params_are_params() -> None:
+    """Linen's boxes, which others put around params, live and as they are written to a file."""
+    config = CONFIGS["lm-tied"]
+    params = _flax_params(config)
+    plain = canonical_tensors(params, config)
+    boxed = jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, (None,) * leaf.ndim), params)
+    for params in (boxed, to_state_dict(boxed), flatten_dict(to_state_dict(boxed), sep="/")):
+        for name, tensor in canonical_tensors(params, config).items():
+            assert_bitwise(tensor, plain[name], name)
 
 
 @each_config
@@ -186,23 +200,24 @@ def test_initial_values_follow_the_table(config_name: str) -> None:
                 assert abs(values.mean() / row.init) < 5 / np.sqrt(values.size), row.name
 
 
-def test_logical_axes_shard_a_model() -> None:
-    """The table's axis names drive linen's sharding rules over the whole tree."""
-    import flax.linen as nn
-    from jax.sharding import Mesh, PartitionSpec
-
+def test_fresh_params_go_through_the_recipe_of_flax() -> None:
+    """Logical axes to the axes of a mesh, and parameters drawn where they belong."""
     config = CONFIGS["lm-tied"]
+    model, tokens = alibi_flax.ALiBiLM(config), jnp.zeros((1, 2), jnp.int32)
     mesh = Mesh(np.array(jax.devices("cpu")[:1]), ("model",))
-    rules = [("heads", "model"), ("mlp", "model"), ("embed", None), ("head_dim", None)]
-    specs = {
-        row.name: nn.logical_to_mesh_sharding(PartitionSpec(*row.logical_axes), mesh, rules).spec
-        for row in parameter_table(config)
+    rules = [("heads", "model"), ("kv_heads", "model"), ("mlp", "model"), ("vocab", "model")]
+    specs = {"params": alibi_flax.partition_specs(config)}
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+    variables = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), tokens)
+    layer = variables["params"]["transformer"]["layers_0"]
+    expected = {
+        ("attn", "query"): PartitionSpec(None, "model", None),
+        ("attn", "output"): PartitionSpec("model", None, None),
+        ("ffn", "fc1"): PartitionSpec(None, "model"),
+        ("ffn", "fc2"): PartitionSpec("model", None),
     }
-    layer = "transformer.layers.0"
-    assert specs[f"{layer}.attn.query.weight"] == PartitionSpec(None, "model", None)
-    assert specs[f"{layer}.attn.output.weight"] == PartitionSpec("model", None, None)
-    assert specs[f"{layer}.ffn.fc1.weight"] == PartitionSpec(None, "model")
-    assert specs[f"{layer}.ffn.fc2.weight"] == PartitionSpec("model", None)
+    for (branch, module), spec in expected.items():
+        assert layer[branch][module]["kernel"].sharding.spec == spec, module
 
 
 def _torch_model(config: ALiBiConfig) -> torch.nn.Module:

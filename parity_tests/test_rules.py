@@ -83,5 +83,5 @@ def test_flattened_params(separator: str | None) -> None:
         assert_bitwise(as_numpy(tensor), stored[name], name)
     with pytest.raises(CheckpointError, match="1 tensors missing"):
         flax_to_torch(dict(list(flat.items())[1:]), CONFIG)
-    with pytest.raises(CheckpointError, match="is there twice, flattened and not; remove one"):
+    with pytest.raises(CheckpointError, match="is there twice, in two forms; remove one"):
         flax_to_torch(nested | flat, CONFIG)

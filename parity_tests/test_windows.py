@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import alibi_spec
+from alibi_spec.certificate import TOLERANCES, AttentionPlan, attention_plan, dropped_mass
 from alibi_spec.reference import biased_logits, masked_softmax
-from alibi_spec.windows import TOLERANCES, AttentionPlan, attention_plan, dropped_mass
 
 SEQ, HEAD_DIM, BLOCK = 200, 8, 16
 

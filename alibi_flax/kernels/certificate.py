@@ -1,6 +1,6 @@
 """The certificate of SPEC.md §9 in JAX: which blocks of keys provably cannot change a result.
 
-`alibi_spec.windows` states it and proves it. Here the arithmetic is that of the computation
+`alibi_spec.certificate` states it and proves it. Here the arithmetic is that of the computation
 (float32, or float64 for float64 inputs), and a block of queries searches as one.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.partition import varying, varying_axes
-from alibi_spec.windows import tolerance_of
+from alibi_spec.certificate import tolerance_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -1,7 +1,7 @@
 """The certificate: which keys provably cannot change a result (SPEC.md §9).
 
-`alibi_spec.windows` is the same in NumPy, with the argument in words. Norms and products are taken
-in float32 (float64 for float64 inputs), and their rounding is part of the bound.
+`alibi_spec.certificate` is the same in NumPy, with the argument in words. Norms and products are
+taken in float32 (float64 for float64 inputs), and their rounding is part of the bound.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from alibi_spec.windows import tolerance_of
+from alibi_spec.certificate import tolerance_of
 from alibi_torch.kernels.call import Call
 
 # Sums over few numbers per query are exact enough in float64 that only norms and products count.

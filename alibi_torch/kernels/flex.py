@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from alibi_spec.windows import BLOCK_SIZE
+from alibi_spec.certificate import BLOCK_SIZE
 from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
 from alibi_torch.kernels.certificate import attention_plan
 

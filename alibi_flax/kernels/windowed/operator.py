@@ -23,8 +23,8 @@ from jaxtyping import Float, Int32, Integer, Shaped
 from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.certificate import attention_plan
 from alibi_flax.kernels.partition import divided, varying, varying_axes
+from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import without_derivative
-from alibi_spec.windows import BLOCK_SIZE
 
 
 @partial(

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from alibi_spec.certificate import BLOCK_SIZE, tolerance_of
 from alibi_spec.checks import without_derivative
-from alibi_spec.windows import BLOCK_SIZE, tolerance_of
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.dropout import Dropout
 from alibi_torch.kernels.finite import are_ordinary, broken_queries, cleaned
