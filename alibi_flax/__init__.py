@@ -7,8 +7,9 @@ from alibi_flax.attention import (
     attention_plan,
     biased_logits,
 )
+from alibi_flax.cache import KVCache
 from alibi_flax.checkpoint import from_pretrained, save_pretrained
-from alibi_flax.generate import generate
+from alibi_flax.generation import Generated, generate, stream
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
 from alibi_flax.sharding import partition_specs
@@ -20,6 +21,8 @@ __all__ = [
     "ALiBiLM",
     "ALiBiTransformer",
     "AttentionPlan",
+    "Generated",
+    "KVCache",
     "attention",
     "attention_implementations",
     "attention_plan",
@@ -29,5 +32,6 @@ __all__ = [
     "model_plans",
     "partition_specs",
     "save_pretrained",
+    "stream",
     "trace",
 ]

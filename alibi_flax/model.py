@@ -32,6 +32,7 @@ from alibi_flax.attention import (
     attention_implementations,
     biased_logits,
 )
+from alibi_flax.cache import KVCache
 from alibi_spec import ALiBiConfig, Parameter, model_slopes, parameter_table, slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
@@ -132,17 +133,24 @@ class Attention(nn.Module):
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq embed"]:
-        dropout = 0.0 if deterministic else self.config.probability_dropout
-        attended = attention(
-            **self.attention_inputs(x, slope_factor, attention_mask),
-            implementation=self.implementation,
-            dropout=dropout,
-            dropout_rng=self.make_rng("dropout") if dropout > 0 else None,
-        )
+        cache: KVCache | None = None,
+    ) -> Any:
+        inputs = self.attention_inputs(x, slope_factor, attention_mask)
+        if cache is None:
+            dropout = 0.0 if deterministic else self.config.probability_dropout
+            attended = attention(
+                **inputs,
+                implementation=self.implementation,
+                dropout=dropout,
+                dropout_rng=self.make_rng("dropout") if dropout > 0 else None,
+            )
+        else:
+            attended, cache = cache.attend(self.layer, inputs, self.implementation)
         if self.config.output_projection:
-            return self.output(attended)
-        return rearrange(attended, "batch seq heads head_dim -> batch seq (heads head_dim)")
+            attended = self.output(attended)
+        else:
+            attended = rearrange(attended, "batch seq heads head_dim -> batch seq (heads head_dim)")
+        return attended if cache is None else (attended, cache)
 
     def attention_inputs(
         self,
@@ -252,15 +260,19 @@ class Block(nn.Module):
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq embed"]:
+        cache: KVCache | None = None,
+    ) -> Any:
         def attn(y: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-            attended = self.attn(y, slope_factor, attention_mask, deterministic)
+            nonlocal cache
+            attended = self.attn(y, slope_factor, attention_mask, deterministic, cache)
+            attended, cache = (attended, None) if cache is None else attended
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
             return attended
 
         x = self._residual(x, self.attn_norm, attn, deterministic)
-        return self._residual(x, self.ffn_norm, self.ffn, deterministic)
+        x = self._residual(x, self.ffn_norm, self.ffn, deterministic)
+        return x if cache is None else (x, cache)
 
     def _residual(
         self,
@@ -317,16 +329,22 @@ class ALiBiTransformer(nn.Module):
         attention_mask: AttentionMask | None = None,
         *,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq embed"]:
+        cache: KVCache | None = None,
+    ) -> Any:
         """Hidden states after the last block (and final norm), in the dtype of the computation.
 
         Args:
             x: embeddings; sequences longer than `max_len` are welcome.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             deterministic: False applies dropout, drawn from the rng "dropout".
+            cache: what was read before these positions (SPEC.md §10).
+
+        Returns:
+            [batch, seq, d_model]; with a cache also the one that the next call takes.
 
         Raises:
-            ValueError: wrong shape or dtype of `x` or `attention_mask`.
+            ValueError: wrong shape or dtype of `x` or `attention_mask`, or a cache that is full,
+                donated, or another model's.
         """
         check_array("embeddings", x, (Array, np.ndarray), "a JAX or NumPy array")
         check_embeddings(x.shape, jnp.issubdtype(x.dtype, jnp.floating), self.config.d_model)
@@ -337,19 +355,16 @@ class ALiBiTransformer(nn.Module):
             is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
             check_mask("attention_mask", attention_mask.shape, is_integer, batch, key_len)
         slope_factor = _slope_factor(self.config, key_len)
-        return self.hidden_states(x, slope_factor, attention_mask, deterministic)
-
-    def hidden_states(
-        self,
-        x: Float[Array, "batch seq embed"],
-        slope_factor: SlopeFactor,
-        attention_mask: AttentionMask | None = None,
-        deterministic: bool = True,
-    ) -> Float[Array, "batch seq embed"]:
-        """What the call returns, for slopes multiplied by another factor than its own."""
+        if cache is not None:
+            if not deterministic:
+                raise ValueError("a cache is for inference; call the model with deterministic=True")
+            cache = cache.grown(self.config, (batch, key_len), attention_mask)
+            slope_factor = cache.slope_factor
         for layer in self.layers:
-            x = layer(x, slope_factor, attention_mask, deterministic)
-        return self.final_norm(x) if self.config.final_norm else x
+            x = layer(x, slope_factor, attention_mask, deterministic, cache)
+            x, cache = (x, None) if cache is None else x
+        x = self.final_norm(x) if self.config.final_norm else x
+        return x if cache is None else (cache.poisoned(x), cache)
 
 
 class ALiBiLM(nn.Module):
@@ -412,7 +427,9 @@ class ALiBiLM(nn.Module):
         *,
         token_type_ids: Integer[Array, "batch seq"] | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch seq output"]:
+        cache: KVCache | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Any:
         """Logits over the vocabulary: of the next token, or of this one for a masked LM.
 
         Args:
@@ -421,17 +438,23 @@ class ALiBiLM(nn.Module):
             attention_mask: 0 for padding on either side, 1 elsewhere.
             deterministic: False applies dropout, drawn from the rng "dropout".
             token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
+            cache: what was read before these tokens (SPEC.md §10).
+            logits_to_keep: only those of so many last positions; None is all.
 
         Returns:
             [batch, seq, vocab]; log-probabilities with `adaptive_cutoffs`; hidden states
-            [batch, seq, d_model] with `head="none"`.
+            [batch, seq, d_model] with `head="none"`. With a cache also the one that the next call
+            takes.
 
         Raises:
-            ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, or wrong
-                `attention_mask`.
+            ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, wrong
+                `attention_mask`, or a cache that is full, donated, or another model's.
         """
         x = self.embed(tokens, token_type_ids, deterministic)
-        return self.head(self.transformer(x, attention_mask, deterministic=deterministic))
+        x = self.transformer(x, attention_mask, deterministic=deterministic, cache=cache)
+        x, cache = (x, None) if cache is None else x
+        logits = self.head(x if logits_to_keep is None else x[:, -logits_to_keep:])
+        return logits if cache is None else (logits, cache)
 
     def embed(
         self,

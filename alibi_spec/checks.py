@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from alibi_spec.bias import DISTANCES
+
+if TYPE_CHECKING:
+    from alibi_spec.config import ALiBiConfig
 
 
 def require_vocabulary(vocab_size: int | None) -> int:
@@ -208,13 +212,72 @@ def check_plannable(distance: str, causal: bool) -> None:
         raise ValueError(f"this model's attention is computed whole, without a plan: {reason}")
 
 
+def check_cache(config: ALiBiConfig, batch_size: int, batch: int) -> None:
+    """Raise ValueError unless a model can read these inputs after a cache for so many sequences."""
+    if not config.causal:
+        raise ValueError(
+            "an encoder (causal=False) has no cache: its keys change with what follows"
+        )
+    if batch_size != batch:
+        raise ValueError(
+            f"the cache holds {batch_size} sequences and the inputs have {batch}; make one with "
+            f"KVCache.empty(config, {batch}, …)"
+        )
+
+
+def check_capacity(length: int, new_len: int, capacity: int) -> None:
+    """Raise ValueError unless so many new positions fit into a cache."""
+    if length + new_len > capacity:
+        raise ValueError(
+            f"the cache has room for {capacity} positions and holds {length}; {new_len} more do "
+            f"not fit; make one with KVCache.empty(config, batch_size, {length + new_len} or more)"
+        )
+
+
+def check_cache_dtype(cached: str, computed: str) -> None:
+    """Raise ValueError unless keys and values have the dtype of the cache that is to hold them."""
+    if cached != computed:
+        raise ValueError(
+            f"the cache holds {cached} and the model computes {computed} now; make another cache "
+            "for this dtype"
+        )
+
+
+USED_CACHE = (
+    "this cache was used already: its memory is that of the cache which that call returned; go on "
+    "with that one"
+)
+OTHER_CACHE = "this cache is of a model of another configuration; make one of this model's"
+
+
 def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
     """Raise ValueError unless a model of this kind can continue a sequence by so many tokens."""
     if not causal:
         raise ValueError("an encoder (causal=False) cannot generate; use a causal model")
     if head != "linear":
         raise ValueError(f"a model with head={head!r} cannot generate; it predicts no next token")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if not _is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(
             f"max_new_tokens={max_new_tokens!r} is not valid; expected an integer of at least 0"
         )
+
+
+def check_prefill_chunk(prefill_chunk: int) -> None:
+    """Raise ValueError unless a prompt can be read so many positions at a time."""
+    if not _is_integer(prefill_chunk) or prefill_chunk < 1:
+        raise ValueError(
+            f"prefill_chunk={prefill_chunk!r} is not valid; expected an integer of at least 1"
+        )
+
+
+def check_prompts(lengths: Sequence[int]) -> None:
+    """Raise ValueError unless every prompt has a token that the mask shows."""
+    for row, length in enumerate(lengths):
+        if length == 0:
+            raise ValueError(
+                f"prompt {row} is nothing but padding; expected at least one token in every row"
+            )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

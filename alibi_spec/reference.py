@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alibi_spec.bias import bias, default_scale, interpolation, model_slopes, rounded_bias
-from alibi_spec.checks import check_embeddings, check_mask, check_token_range, check_tokens
+from alibi_spec.checks import (
+    check_cache,
+    check_embeddings,
+    check_mask,
+    check_token_range,
+    check_tokens,
+)
 from alibi_spec.masks import masked_softmax, visible_keys
 from alibi_spec.parameters import parameter_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Integer, Num
 
+    from alibi_spec.cache import Cache
     from alibi_spec.config import ALiBiConfig
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -130,6 +137,9 @@ def reference_forward(
     inputs: Num[np.ndarray, "batch seq *d_model"],
     attention_mask: Integer[np.ndarray, "batch seq"] | None = None,
     token_type_ids: Integer[np.ndarray, "batch seq"] | None = None,
+    *,
+    cache: Cache | None = None,
+    interpolated_len: int | None = None,
 ) -> dict[str, Float64[np.ndarray, "..."]]:
     """The forward pass without dropout, in float64.
 
@@ -139,12 +149,16 @@ def reference_forward(
             [batch, seq, d_model].
         attention_mask: 1 for real positions, 0 for padding on either side.
         token_type_ids: of a model with `type_vocab_size`; None is 0 everywhere.
+        cache: what was read before these inputs (SPEC.md §10). The call that comes next takes
+            `cache.extended(result, attention_mask)`.
+        interpolated_len: how many keys interpolated slopes go by; None is all that there are now.
 
     Returns:
         Every intermediate by name, in the order of computation: "embedding"; per layer i
-        "layers.i.query", ".key", ".value", ".biased_logits" [batch, heads, seq, seq],
-        ".probabilities", ".attn" and ".ffn" (the two residual branches) and "layers.i" (the
-        block's output); "output"; and "logits" [batch, seq, vocab] with a vocabulary and a head.
+        "layers.i.query", ".key" and ".value" (of the cache as well), ".biased_logits"
+        [batch, heads, seq, key_len], ".probabilities", ".attn" and ".ffn" (the two residual
+        branches) and "layers.i" (the block's output); "output"; and "logits" [batch, seq, vocab]
+        with a vocabulary and a head.
 
     Raises:
         ValueError: inputs or mask have the wrong shape, dtype or range; parameters are missing.
@@ -162,7 +176,11 @@ def reference_forward(
     if missing:
         raise ValueError(f"{len(missing)} parameters are missing, first {missing[0]}")
     prefix = "" if config.vocab_size is None else "transformer."
-    slope_factor = interpolation(config, inputs.shape[1])
+    key_len = inputs.shape[1]
+    if cache is not None:
+        check_cache(config, cache.visible.shape[0], inputs.shape[0])
+        attention_mask, key_len = cache.mask(attention_mask, key_len), key_len + cache.length
+    slope_factor = interpolation(config, interpolated_len or key_len)
     fixed_slopes = model_slopes(config) * np.float32(slope_factor)
     activation = ACTIVATION_FUNCTIONS[config.activation]
     trace: dict[str, Float64[np.ndarray, "..."]] = {}
@@ -198,6 +216,10 @@ def reference_forward(
         module = f"{prefix}{layer}.attn"
         for name in ("query", "key", "value"):
             trace[f"{layer}.{name}"] = projection(x, module, name)
+        if cache is not None:
+            index = int(layer.removeprefix("layers."))
+            for name, before in (("key", cache.keys[index]), ("value", cache.values[index])):
+                trace[f"{layer}.{name}"] = np.concatenate([before, trace[f"{layer}.{name}"]], 2)
         trace[f"{layer}.biased_logits"] = biased_logits(
             trace[f"{layer}.query"],
             trace[f"{layer}.key"],

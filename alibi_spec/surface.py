@@ -5,6 +5,7 @@ No backend imports this file; `parity_tests/test_surface.py` holds both against 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from alibi_spec.certificate import BLOCK_SIZE
@@ -58,7 +59,47 @@ def attention_plan(
 ) -> Any: ...
 
 
-def generate(model: Any, prompt: Any, max_new_tokens: int) -> Any: ...
+def generate(
+    model: Any,
+    tokens: Any,
+    max_new_tokens: int,
+    *,
+    attention_mask: Any = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    prefill_chunk: int = 2048,
+    return_log_probabilities: bool = False,
+) -> Any: ...
+
+
+def stream(
+    model: Any,
+    tokens: Any,
+    max_new_tokens: int,
+    *,
+    attention_mask: Any = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    prefill_chunk: int = 2048,
+) -> Any: ...
 
 
 def trace(
@@ -81,11 +122,14 @@ PUBLIC = (
     "ALiBiConfig",
     "ALiBiLM",
     "ALiBiTransformer",
+    "Generated",
+    "KVCache",
     "attention",
     "attention_implementations",
     "attention_plan",
     "biased_logits",
     "generate",
     "model_plans",
+    "stream",
     "trace",
 )

@@ -8,7 +8,8 @@ from alibi_torch.attention import (
     attention_plan,
     biased_logits,
 )
-from alibi_torch.generate import generate
+from alibi_torch.cache import KVCache
+from alibi_torch.generation import Generated, generate, stream
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
 from alibi_torch.plans import model_plans
 from alibi_torch.trace import trace
@@ -18,11 +19,14 @@ __all__ = [
     "ALiBiLM",
     "ALiBiTransformer",
     "AttentionPlan",
+    "Generated",
+    "KVCache",
     "attention",
     "attention_implementations",
     "attention_plan",
     "biased_logits",
     "generate",
     "model_plans",
+    "stream",
     "trace",
 ]

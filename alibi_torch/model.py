@@ -37,6 +37,7 @@ from alibi_torch.attention import (
     attention_implementations,
     biased_logits,
 )
+from alibi_torch.cache import KVCache
 from alibi_torch.checkpoint import PretrainedModule
 from alibi_torch.kernels.finite import has_values_on_host
 
@@ -117,12 +118,14 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch seq embed"],
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
-        attended = attention(
-            **self.attention_inputs(x, slope_factor, attention_mask),
-            implementation=self.implementation,
-            dropout=self.config.probability_dropout if self.training else 0.0,
-        )
+        inputs = self.attention_inputs(x, slope_factor, attention_mask)
+        if cache is None:
+            dropout = self.config.probability_dropout if self.training else 0.0
+            attended = attention(**inputs, implementation=self.implementation, dropout=dropout)
+        else:
+            attended = cache.attend(self.layer, inputs, self.implementation)
         attended = rearrange(attended, "batch heads seq head_dim -> batch seq (heads head_dim)")
         return self.output(attended) if self.config.output_projection else attended
 
@@ -254,9 +257,10 @@ class Block(nn.Module):
         x: Float[Tensor, "batch seq embed"],
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         def attn(y: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
-            attended = self.attn(y, slope_factor, attention_mask)
+            attended = self.attn(y, slope_factor, attention_mask, cache)
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
             return attended
@@ -310,15 +314,22 @@ class ALiBiTransformer(PretrainedModule):
         self,
         x: Float[Tensor, "batch seq embed"],
         attention_mask: AttentionMask | None = None,
-    ) -> Float[Tensor, "batch seq embed"]:
+        *,
+        cache: KVCache | None = None,
+    ) -> Any:
         """Hidden states after the last block (and final norm), in the dtype of SPEC.md §5.1.
 
         Args:
             x: embeddings; sequences longer than `max_len` are welcome.
             attention_mask: 0 for padding on either side, 1 elsewhere.
+            cache: what was read before these positions (SPEC.md §10).
+
+        Returns:
+            [batch, seq, d_model]; with a cache also the one that the next call takes.
 
         Raises:
-            ValueError: wrong shape or dtype of `x` or `attention_mask`.
+            ValueError: wrong shape or dtype of `x` or `attention_mask`, or a cache that is full,
+                used, or another model's.
         """
         check_array("embeddings", x, (Tensor,), "a torch.Tensor")
         check_embeddings(x.shape, x.is_floating_point(), self.config.d_model)
@@ -328,9 +339,15 @@ class ALiBiTransformer(PretrainedModule):
             is_integer = not attention_mask.is_floating_point()
             check_mask("attention_mask", attention_mask.shape, is_integer, batch, key_len)
         slope_factor = interpolation(self.config, key_len)
+        if cache is not None:
+            if self.training:
+                raise ValueError("the model is in training mode, with dropout; call model.eval()")
+            cache = cache.grown(self.config, (batch, key_len), attention_mask)
+            slope_factor = cache.slope_factor
         for layer in self.layers:
-            x = layer(x, slope_factor, attention_mask)
-        return self.final_norm(x) if self.config.final_norm else x
+            x = layer(x, slope_factor, attention_mask, cache)
+        x = self.final_norm(x) if self.config.final_norm else x
+        return x if cache is None else (x, cache)
 
 
 class ALiBiLM(PretrainedModule):
@@ -376,7 +393,9 @@ class ALiBiLM(PretrainedModule):
         attention_mask: AttentionMask | None = None,
         *,
         token_type_ids: Integer[Tensor, "batch seq"] | None = None,
-    ) -> Float[Tensor, "batch seq output"]:
+        cache: KVCache | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Any:
         """Logits over the vocabulary: of the next token, or of this one for a masked LM.
 
         Args:
@@ -384,17 +403,22 @@ class ALiBiLM(PretrainedModule):
                 on the CPU, outside `torch.compile`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
+            cache: what was read before these tokens (SPEC.md §10).
+            logits_to_keep: only those of so many last positions; None is all.
 
         Returns:
             [batch, seq, vocab]; log-probabilities with `adaptive_cutoffs`; hidden states
-            [batch, seq, d_model] with `head="none"`.
+            [batch, seq, d_model] with `head="none"`. With a cache also the one that the next call
+            takes.
 
         Raises:
-            ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, or wrong
-                `attention_mask`.
+            ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, wrong
+                `attention_mask`, or a cache that is full, used, or another model's.
         """
-        x = self.embed(tokens, token_type_ids)
-        return self.head(self.transformer(x, attention_mask))
+        x = self.transformer(self.embed(tokens, token_type_ids), attention_mask, cache=cache)
+        x, cache = (x, None) if cache is None else x
+        logits = self.head(x if logits_to_keep is None else x[:, -logits_to_keep:])
+        return logits if cache is None else (logits, cache)
 
     def embed(
         self,

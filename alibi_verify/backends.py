@@ -112,7 +112,7 @@ class TorchBackend:
         import alibi_torch
 
         model = self._model(config, tensors, "float32")
-        return as_numpy(alibi_torch.generate(model, self._put(prompt), max_new_tokens))
+        return as_numpy(alibi_torch.generate(model, self._put(prompt), max_new_tokens).tokens)
 
     def _model(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
         import torch
@@ -202,10 +202,9 @@ class FlaxBackend:
 
         with self._settings():
             params = self._params(config, tensors, "float32")
-            tokens = alibi_flax.generate(
-                self._model(config, "float32"), params, self._put(prompt), max_new_tokens
-            )
-        return np.asarray(tokens)
+            model = self._model(config, "float32")
+            generated = alibi_flax.generate(model, params, self._put(prompt), max_new_tokens)
+        return np.asarray(generated.tokens)
 
     def _model(self, config: ALiBiConfig, dtype: str) -> Any:
         import alibi_flax

@@ -182,10 +182,9 @@ def test_greedy_generation_agrees_and_is_greedy() -> None:
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     params = torch_to_flax(model.state_dict(), CONFIG)
     prompt, new_tokens = TOKENS[:, :6], 80
-    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), new_tokens))
-    theirs = np.asarray(
-        alibi_flax.generate(alibi_flax.ALiBiLM(CONFIG), params, jnp.asarray(prompt), new_tokens)
-    )
+    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), new_tokens).tokens)
+    module = alibi_flax.ALiBiLM(CONFIG)
+    theirs = np.asarray(alibi_flax.generate(module, params, jnp.asarray(prompt), new_tokens).tokens)
     assert_bitwise(ours[:, :6], prompt, "prompt")
     assert_bitwise(ours, theirs, "tokens")
     logits = model(torch.from_numpy(ours))
@@ -209,13 +208,12 @@ def test_generation_from_narrow_prompts_past_the_interpolation(slopes: str, dtyp
     model.token_embedding.weight.data[: np.iinfo(dtype).max + 1] *= 0.1  # the others are likelier
     params = torch_to_flax(model.state_dict(), config)
     prompt = np.arange(5, dtype=dtype)[None]
-    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), 24))
-    theirs = np.asarray(
-        alibi_flax.generate(alibi_flax.ALiBiLM(config), params, jnp.asarray(prompt), 24)
-    )
-    assert_bitwise(theirs, ours.astype(np.int32), "tokens")
-    none = alibi_flax.generate(alibi_flax.ALiBiLM(config), params, jnp.asarray(prompt), 0)
-    assert_bitwise(np.asarray(none), prompt.astype(np.int32), "no new tokens")
+    ours = as_numpy(alibi_torch.generate(model, torch.from_numpy(prompt), 24).tokens)
+    module = alibi_flax.ALiBiLM(config)
+    theirs = alibi_flax.generate(module, params, jnp.asarray(prompt), 24)
+    assert_bitwise(np.asarray(theirs.tokens), ours.astype(np.int32), "tokens")
+    none = alibi_flax.generate(module, params, jnp.asarray(prompt), 0)
+    assert_bitwise(np.asarray(none.tokens), prompt.astype(np.int32), "no new tokens")
     assert ours.max() > np.iinfo(dtype).max
 
 

@@ -60,7 +60,7 @@ def _logits(call: Call) -> Float[Array, "batch heads query_len key_len"]:
         precision=jax.lax.Precision.HIGHEST,  # JAX's default would be bfloat16 or TF32 passes
     )
     if call.distance == "bfloat16":
-        bias = _rounded_bias(call.slopes, key.shape[1], call.attention_mask)
+        bias = rounded_bias(call.slopes, key.shape[1], call.attention_mask)
         return call.scale * (products + bias.astype(dtype))
     relative = _relative_position(call)
     if call.distance == "absolute":
@@ -75,11 +75,12 @@ def _shared_heads(
     return x if x.shape[2] == num_heads else jnp.repeat(x, num_heads // x.shape[2], axis=2)
 
 
-def _rounded_bias(
+def rounded_bias(
     slopes: Float[Array, " heads"],
     key_len: int,
     attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
 ) -> Float[Array, "#batch heads 1 key_len"]:
+    """Falcon-RW's bias, of keys alone (SPEC.md §2.3)."""
     if attention_mask is None:
         position = jnp.arange(key_len)[None]
     else:

@@ -1,0 +1,292 @@
+"""Continuation of prompts, with a cache, token by token (SPEC.md §11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int, Int32, Integer
+
+from alibi_flax.cache import KVCache, bucket
+from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
+from alibi_flax.sampling import chosen_tokens
+from alibi_spec.checks import (
+    check_array,
+    check_generation,
+    check_mask,
+    check_prefill_chunk,
+    require_vocabulary,
+)
+from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: the prompt as it was given, and the new tokens; `pad_token_id` where a sequence has
+            ended.
+        lengths: new tokens of each sequence, the one that ended it among them.
+        finish_reasons: of each sequence: "eos", "stop_string" or "length".
+        log_probabilities: of the new tokens, by the model (before penalty, temperature and cuts);
+            0 where a sequence has ended; None if they were not asked for.
+    """
+
+    tokens: Integer[Array, "batch total_len"]
+    lengths: Int[np.ndarray, " batch"]
+    finish_reasons: tuple[str, ...]
+    log_probabilities: Float[Array, "batch new_len"] | None
+
+
+def generate(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    tokens: Integer[Array, "batch prompt_len"],
+    max_new_tokens: int,
+    *,
+    attention_mask: AttentionMask | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    prefill_chunk: int = 2048,
+    return_log_probabilities: bool = False,
+) -> Generated:
+    """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
+
+    What is compiled serves prompts of any length in a bucket, and all steps (SPEC.md §10).
+
+    The same seed gives the same tokens in both backends, but where a number that is drawn lies
+    within rounding of the boundary between two tokens (SPEC.md §11).
+
+    Args:
+        tokens: the prompts.
+        attention_mask: 0 for padding, on either side: prompts may be of unequal length. Each is
+            continued as if it were by itself.
+        do_sample: draw from the distribution; else the likeliest token is taken.
+        temperature, top_k, top_p, min_p, repetition_penalty: `alibi_spec.sampling.Sampling`.
+        eos_token_id: tokens that end a sequence.
+        pad_token_id: what follows an ended sequence; None is the first of `eos_token_id`, or 0.
+        stop_strings: texts that end a sequence; the tokens that complete one are kept.
+        tokenizer: decodes tokens for `stop_strings`.
+        seed: of what is drawn.
+        prefill_chunk: positions of the prompt that are read at a time.
+        return_log_probabilities: return those of the new tokens.
+
+    Raises:
+        ValueError: an encoder, a prompt of nothing but padding, or an
+            option out of its range.
+    """
+    endings, steps = _begun(
+        *(model, params, tokens, max_new_tokens, attention_mask),
+        Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+    )
+    taken, scores = [jnp.asarray(tokens, jnp.promote_types(tokens.dtype, jnp.int32))], []
+    for new, logits in steps:
+        taken.append(new[:, None].astype(taken[0].dtype))
+        if return_log_probabilities:
+            scores.append(_log_probabilities(logits, new))
+    lengths, log_probabilities = np.array(endings.lengths), None
+    if return_log_probabilities:
+        every = jnp.stack(scores, axis=1) if scores else jnp.zeros((len(tokens), 0))
+        goes_on = np.arange(every.shape[1])[None] < lengths[:, None]
+        log_probabilities = jnp.where(goes_on, every, 0.0)
+    return Generated(
+        jnp.concatenate(taken, axis=1), lengths, tuple(endings.reasons), log_probabilities
+    )
+
+
+def stream(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    tokens: Integer[Array, "batch prompt_len"],
+    max_new_tokens: int,
+    *,
+    attention_mask: AttentionMask | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    prefill_chunk: int = 2048,
+) -> Iterator[Integer[Array, " batch"]]:
+    """The new tokens of `generate`, [batch], as they come. Arguments and errors are the same."""
+    _, steps = _begun(
+        *(model, params, tokens, max_new_tokens, attention_mask),
+        Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+    )
+    return (new for new, _ in steps)
+
+
+_Steps = Iterator[tuple[Integer[Array, " batch"], Float[Array, "batch vocab"]]]
+
+
+def _begun(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    tokens: Integer[Array, "batch prompt_len"],
+    max_new_tokens: int,
+    attention_mask: AttentionMask | None,
+    sampling: Sampling,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    stop_strings: str | Sequence[str] | None,
+    tokenizer: Any,
+    seed: int,
+    prefill_chunk: int,
+) -> tuple[Endings, _Steps]:
+    """Checked arguments, as what is known of the endings and the steps that are to be taken."""
+    config = model.config
+    check_generation(config.causal, config.head, max_new_tokens)
+    check_prefill_chunk(prefill_chunk)
+    vocab_size = require_vocabulary(config.vocab_size)
+    prompts = np.asarray(checked_tokens(tokens, vocab_size))
+    visible = np.ones(prompts.shape, bool)
+    if attention_mask is not None:
+        kinds = (Array, np.ndarray)
+        check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
+        is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
+        check_mask("attention_mask", attention_mask.shape, is_integer, *prompts.shape)
+        prompts, visible = left_padded(prompts, np.asarray(attention_mask))
+    endings = Endings.of(
+        *(len(prompts), vocab_size),
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+    )
+    drawn = uniforms(seed, max_new_tokens, len(prompts)) if sampling.do_sample else None
+    return endings, _steps(
+        *(model, params, prompts, visible, max_new_tokens, sampling, endings, drawn),
+        prefill_chunk,
+    )
+
+
+def _steps(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    prompts: Integer[np.ndarray, "batch prompt_len"],
+    visible: Bool[np.ndarray, "batch prompt_len"],
+    max_new_tokens: int,
+    sampling: Sampling,
+    endings: Endings,
+    drawn: Float[np.ndarray, "steps batch"] | None,
+    prefill_chunk: int,
+) -> _Steps:
+    """The new tokens of each step, and the logits that they were chosen by."""
+    if max_new_tokens == 0:
+        return
+    batch, prompt_len = prompts.shape
+    is_there = None
+    if sampling.repetition_penalty != 1.0:
+        is_there = np.zeros((batch, require_vocabulary(model.config.vocab_size)), bool)
+        is_there[np.nonzero(visible)[0], prompts[visible]] = True
+        is_there = jnp.asarray(is_there)
+    # More padding on the left, so that few programs serve all lengths.
+    prefill_chunk = min(prefill_chunk, bucket(prompt_len))
+    filler = -prompt_len % prefill_chunk
+    prompts, visible = (np.pad(each, ((0, 0), (filler, 0))) for each in (prompts, visible))
+    cache = _empty_cache(model, params, batch, bucket(prompts.shape[1] + max_new_tokens - 1))
+    read_len, logits = jnp.int32(prompt_len), jnp.zeros(0)
+    for start in range(0, prompts.shape[1], prefill_chunk):
+        chunk = slice(start, start + prefill_chunk)
+        logits, cache = _read(model, params, prompts[:, chunk], visible[:, chunk], read_len, cache)
+    new = _chosen(logits, is_there, None if drawn is None else drawn[0], sampling)
+    for step in range(max_new_tokens):
+        shown = new
+        if endings.can_come:
+            shown = jnp.asarray(endings.take(np.asarray(new).tolist()), new.dtype)
+        else:
+            endings.count()
+        yield shown, logits
+        if endings.are_all or step + 1 == max_new_tokens:
+            return
+        uniform = None if drawn is None else drawn[step + 1]
+        read_len = np.int32(prompt_len + step + 1)
+        new, logits, is_there, cache = _step(
+            model, params, new, is_there, uniform, read_len, cache, sampling
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _empty_cache(model: ALiBiLM, params: dict[str, Any], batch: int, capacity: int) -> KVCache:
+    def first_key(model: ALiBiLM) -> Array:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return model.transformer.layers[0].attn.attention_inputs(model.embed(tokens))["key"]
+
+    key = jax.eval_shape(lambda: model.apply({"params": params}, method=first_key))
+    return KVCache.empty(model.config, batch, capacity, dtype=key.dtype)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _read(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    tokens: Integer[Array, "batch seq"],
+    visible: Bool[Array, "batch seq"],
+    interpolated_len: Int32[Array, ""],
+    cache: KVCache,
+) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    """The logits behind the last of these tokens, and the cache that holds them."""
+    cache = replace(cache, interpolated_len=interpolated_len)
+    call: Any = partial(model.apply, {"params": params})
+    logits, cache = call(tokens, visible, cache=cache, logits_to_keep=1)
+    return logits[:, 0], replace(cache, interpolated_len=None)
+
+
+@partial(jax.jit, static_argnums=(0, 7), donate_argnums=6)
+def _step(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    tokens: Integer[Array, " batch"],
+    is_there: Bool[Array, "batch vocab"] | None,
+    uniform: Float[Array, " batch"] | None,
+    interpolated_len: Int32[Array, ""],
+    cache: KVCache,
+    sampling: Sampling,
+) -> tuple[
+    Integer[Array, " batch"],
+    Float[Array, "batch vocab"],
+    Bool[Array, "batch vocab"] | None,
+    KVCache,
+]:
+    """The tokens that follow these, and what the next step takes."""
+    if is_there is not None:
+        is_there = is_there.at[jnp.arange(len(tokens)), tokens].set(True)
+    visible = jnp.ones((len(tokens), 1), jnp.bool_)
+    logits, cache = _read(model, params, tokens[:, None], visible, interpolated_len, cache)
+    return _chosen(logits, is_there, uniform, sampling), logits, is_there, cache
+
+
+_chosen = partial(jax.jit, static_argnums=3)(chosen_tokens)
+
+
+@jax.jit
+def _log_probabilities(
+    logits: Float[Array, "batch vocab"], tokens: Integer[Array, " batch"]
+) -> Float[Array, " batch"]:
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    every = jax.nn.log_softmax(wide, axis=-1)
+    return jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0]

@@ -1,0 +1,52 @@
+"""One query for each sequence, against all keys of a cache: the step of generation.
+
+Its cost is reading the keys and values once, as far as the cache goes: how much of it is filled is
+known to the program only when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Integer
+
+from alibi_flax.kernels.call import wide_dtype
+from alibi_flax.kernels.dense import rounded_bias
+
+
+def attention(
+    query: Float[Array, "batch 1 heads head_dim"],
+    key: Float[Array, "batch kv_heads capacity head_dim"],
+    value: Float[Array, "batch kv_heads capacity value_dim"],
+    slopes: Float[Array, " heads"],
+    *,
+    position: Integer[Array, ""],
+    visible: Bool[Array, "batch capacity"],
+    scale: float,
+    distance: str,
+) -> Float[Array, "batch 1 heads value_dim"]:
+    """Attention of the query at `position`, which is the last that is visible."""
+    batch, _, heads, head_dim = query.shape
+    kv_heads, capacity = key.shape[1:3]
+    dtype: Any = wide_dtype(query)
+    groups = (batch, kv_heads, heads // kv_heads)
+    options: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": dtype}
+    products = jnp.einsum("bkgd,bkcd->bkgc", query.reshape(*groups, head_dim), key, **options)
+    if distance == "bfloat16":
+        bias = rounded_bias(slopes, capacity, visible).astype(dtype)
+        logits = scale * (products + bias.reshape(batch, kv_heads, -1, capacity))
+    else:
+        relative = (jnp.arange(capacity) - position).astype(dtype)
+        bias = slopes.astype(dtype).reshape(1, *groups[1:], 1) * relative[None, None, None]
+        logits = scale * products + bias
+    seen = visible[:, None, None]
+    no_key = ~seen.any(axis=-1, keepdims=True)  # gives zeros, and no NaN
+    logits = jnp.where(seen, logits, jnp.where(no_key, 0.0, -math.inf).astype(dtype))
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bkgc,bkcd->bkgd", probabilities, value)
+    attended = jnp.where(no_key, jnp.zeros((), attended.dtype), attended)
+    return attended.reshape(batch, 1, heads, value.shape[3])

@@ -1,0 +1,224 @@
+"""Continuation of prompts, with a cache, token by token (SPEC.md §11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor
+
+from alibi_spec.checks import (
+    check_array,
+    check_generation,
+    check_mask,
+    check_prefill_chunk,
+    require_vocabulary,
+)
+from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
+from alibi_torch.cache import KVCache
+from alibi_torch.model import ALiBiLM, AttentionMask, checked_tokens
+from alibi_torch.sampling import chosen_tokens
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: the prompt as it was given, and the new tokens; `pad_token_id` where a sequence has
+            ended.
+        lengths: new tokens of each sequence, the one that ended it among them.
+        finish_reasons: of each sequence: "eos", "stop_string" or "length".
+        log_probabilities: of the new tokens, by the model (before penalty, temperature and cuts);
+            0 where a sequence has ended; None if they were not asked for.
+    """
+
+    tokens: Integer[Tensor, "batch total_len"]
+    lengths: Int[np.ndarray, " batch"]
+    finish_reasons: tuple[str, ...]
+    log_probabilities: Float[Tensor, "batch new_len"] | None
+
+
+def generate(
+    model: ALiBiLM,
+    tokens: Integer[Tensor, "batch prompt_len"],
+    max_new_tokens: int,
+    *,
+    attention_mask: AttentionMask | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    prefill_chunk: int = 2048,
+    return_log_probabilities: bool = False,
+) -> Generated:
+    """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
+
+    The same seed gives the same tokens in both backends, but where a number that is drawn lies
+    within rounding of the boundary between two tokens (SPEC.md §11).
+
+    Args:
+        tokens: the prompts.
+        attention_mask: 0 for padding, on either side: prompts may be of unequal length. Each is
+            continued as if it were by itself.
+        do_sample: draw from the distribution; else the likeliest token is taken.
+        temperature, top_k, top_p, min_p, repetition_penalty: `alibi_spec.sampling.Sampling`.
+        eos_token_id: tokens that end a sequence.
+        pad_token_id: what follows an ended sequence; None is the first of `eos_token_id`, or 0.
+        stop_strings: texts that end a sequence; the tokens that complete one are kept.
+        tokenizer: decodes tokens for `stop_strings`.
+        seed: of what is drawn.
+        prefill_chunk: positions of the prompt that are read at a time.
+        return_log_probabilities: return those of the new tokens.
+
+    Raises:
+        ValueError: an encoder, a model in training mode, a prompt of nothing but padding, or an
+            option out of its range.
+    """
+    endings, steps = _begun(
+        *(model, tokens, max_new_tokens, attention_mask),
+        Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+    )
+    taken, scores = [tokens.long()], []
+    for new, logits in steps:
+        taken.append(new[:, None])
+        if return_log_probabilities:
+            scores.append(_log_probabilities(logits, new))
+    lengths = np.array(endings.lengths)
+    log_probabilities = None
+    if return_log_probabilities:
+        every = torch.stack(scores, dim=1) if scores else torch.zeros(len(tokens), 0)
+        step = torch.arange(every.shape[1], device=every.device)
+        goes_on = step < torch.from_numpy(lengths).to(every.device)[:, None]
+        log_probabilities = every.where(goes_on, 0.0)
+    return Generated(torch.cat(taken, dim=1), lengths, tuple(endings.reasons), log_probabilities)
+
+
+def stream(
+    model: ALiBiLM,
+    tokens: Integer[Tensor, "batch prompt_len"],
+    max_new_tokens: int,
+    *,
+    attention_mask: AttentionMask | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    prefill_chunk: int = 2048,
+) -> Iterator[Integer[Tensor, " batch"]]:
+    """The new tokens of `generate`, [batch], as they come. Arguments and errors are the same."""
+    _, steps = _begun(
+        *(model, tokens, max_new_tokens, attention_mask),
+        Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+    )
+    return (new for new, _ in steps)
+
+
+_Steps = Iterator[tuple[Integer[Tensor, " batch"], Float[Tensor, "batch vocab"]]]
+
+
+def _begun(
+    model: ALiBiLM,
+    tokens: Integer[Tensor, "batch prompt_len"],
+    max_new_tokens: int,
+    attention_mask: AttentionMask | None,
+    sampling: Sampling,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    stop_strings: str | Sequence[str] | None,
+    tokenizer: Any,
+    seed: int,
+    prefill_chunk: int,
+) -> tuple[Endings, _Steps]:
+    """Checked arguments, as what is known of the endings and the steps that are to be taken."""
+    config = model.config
+    check_generation(config.causal, config.head, max_new_tokens)
+    check_prefill_chunk(prefill_chunk)
+    if model.training:
+        raise ValueError("the model is in training mode, with dropout; call model.eval() first")
+    vocab_size = require_vocabulary(config.vocab_size)
+    prompts, visible = checked_tokens(tokens, vocab_size), None
+    if attention_mask is not None:
+        check_array("attention_mask", attention_mask, (Tensor,), "a torch.Tensor")
+        is_integer = not attention_mask.is_floating_point()
+        check_mask("attention_mask", attention_mask.shape, is_integer, *tokens.shape)
+        moved = left_padded(prompts.numpy(force=True), attention_mask.numpy(force=True))
+        prompts, visible = (torch.from_numpy(each).to(tokens.device) for each in moved)
+    endings = Endings.of(
+        *(len(prompts), vocab_size),
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+    )
+    drawn = uniforms(seed, max_new_tokens, len(prompts)) if sampling.do_sample else None
+    return endings, _steps(
+        model, prompts, visible, max_new_tokens, sampling, endings, drawn, prefill_chunk
+    )
+
+
+@torch.no_grad()
+def _steps(
+    model: ALiBiLM,
+    prompts: Integer[Tensor, "batch prompt_len"],
+    visible: Bool[Tensor, "batch prompt_len"] | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    endings: Endings,
+    drawn: Float[np.ndarray, "steps batch"] | None,
+    prefill_chunk: int,
+) -> _Steps:
+    """The new tokens of each step, and the logits that they were chosen by."""
+    if max_new_tokens == 0:
+        return
+    batch, prompt_len = prompts.shape
+    cache = KVCache.empty(model.config, batch, prompt_len + max_new_tokens - 1)
+    cache, logits = replace(cache, interpolated_len=prompt_len), torch.empty(0)
+    for start in range(0, prompt_len, prefill_chunk):
+        chunk = slice(start, start + prefill_chunk)
+        mask = None if visible is None else visible[:, chunk]
+        logits, cache = model(prompts[:, chunk], mask, cache=cache, logits_to_keep=1)
+    cache, is_there = replace(cache, interpolated_len=None), None
+    if sampling.repetition_penalty != 1.0:
+        shown = torch.ones_like(prompts) if visible is None else visible.to(prompts.dtype)
+        is_there = prompts.new_zeros(logits[:, 0].shape).scatter_add(1, prompts, shown) > 0
+    for step in range(max_new_tokens):
+        uniform = None if drawn is None else torch.from_numpy(drawn[step]).to(prompts.device)
+        new = chosen_tokens(logits[:, 0], is_there, uniform, sampling)
+        if endings.can_come:
+            new = new.new_tensor(endings.take(new.tolist()))
+        else:
+            endings.count()
+        yield new, logits[:, 0]
+        if endings.are_all or step + 1 == max_new_tokens:
+            return
+        if is_there is not None:
+            is_there = is_there.scatter(1, new[:, None], True)
+        logits, cache = model(new[:, None], cache=cache, logits_to_keep=1)
+
+
+def _log_probabilities(
+    logits: Float[Tensor, "batch vocab"], tokens: Integer[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
