@@ -45,7 +45,7 @@ def processed(
     if sampling.top_k is not None:
         largest, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))
         logits = _from(logits, largest[:, -1])
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # sums may reach 1 before all are in
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = probabilities.cumsum(axis=-1) - probabilities

@@ -94,6 +94,11 @@ BUDGETS: Mapping[tuple[str, str], Budget] = {
 }
 
 
+# How far a number that draws a token may be from the boundary between two (SPEC.md §11): logits
+# err by 1e-5 of about 10, so that probabilities do by 1e-4 of themselves, and their sums by less.
+DRAWING = 1e-4
+
+
 def relative_error(
     actual: Num[np.ndarray, "*shape"], exact: Float64[np.ndarray, "*shape"], floor: float = 0.0
 ) -> float:

@@ -47,7 +47,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (_is_number(self.temperature) and self.temperature > 0, "above 0"),
+            "temperature": (
+                _is_number(self.temperature) and self.temperature > 0,
+                "a number above 0",
+            ),
             "top_k": (self.top_k is None or _is_count(self.top_k), "an integer of at least 1"),
             "top_p": (self.top_p is None or _is_share(self.top_p), "a number in (0, 1]"),
             "min_p": (self.min_p is None or _is_share(self.min_p), "a number in (0, 1]"),
@@ -104,7 +107,7 @@ def processed(
     if sampling.top_k is not None:
         ranked = -np.sort(-logits, axis=-1)
         logits = _from(logits, ranked[:, min(sampling.top_k, logits.shape[1]) - 1])
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         ranked = -np.sort(-logits, axis=-1)
         probabilities = _softmax(ranked)
         before = probabilities.cumsum(axis=-1) - probabilities
@@ -218,10 +221,10 @@ class Endings:
             ValueError: an id that is not in the vocabulary, or stop strings without a tokenizer, or
                 empty ones.
         """
-        eos = () if eos_token_id is None else tuple(np.atleast_1d(np.asarray(eos_token_id)))
+        eos = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
         pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
         for name, token in (*(("eos_token_id", each) for each in eos), ("pad_token_id", pad)):
-            if not (isinstance(token, int | np.integer) and 0 <= token < vocab_size):
+            if not (isinstance(token, int) and 0 <= token < vocab_size):
                 raise ValueError(
                     f"{name}={token!r} is not a token; expected an integer in 0 … {vocab_size - 1}"
                 )
@@ -232,7 +235,7 @@ class Endings:
             raise ValueError("stop_strings need a tokenizer, to decode tokens; pass tokenizer=")
         decode = tokenizer.decode if stop_strings else None
         return cls(
-            *(frozenset(map(int, eos)), int(pad), tuple(stop_strings), decode),
+            *(frozenset(eos), pad, tuple(stop_strings), decode),
             *([0] * rows, ["length"] * rows, [[] for _ in range(rows)]),
         )
 

@@ -44,7 +44,7 @@ def processed(
     if sampling.top_k is not None:
         largest = logits.topk(min(sampling.top_k, logits.shape[1])).values
         logits = _from(logits, largest[:, -1])
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # sums may reach 1 before all are in
         ranked = logits.sort(dim=-1, descending=True).values
         probabilities = ranked.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
