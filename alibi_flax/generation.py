@@ -96,7 +96,8 @@ def generate(
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
         *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
     )
-    taken, scores = [jnp.asarray(tokens, jnp.promote_types(tokens.dtype, jnp.int32))], []
+    prompts = jnp.asarray(tokens)
+    taken, scores = [prompts.astype(jnp.promote_types(prompts.dtype, jnp.int32))], []
     for new, logits in steps:
         taken.append(new[:, None].astype(taken[0].dtype))
         if return_log_probabilities:
