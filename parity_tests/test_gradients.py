@@ -28,7 +28,7 @@ from parity_tests.implementations import (
 TORCH_CPU = IMPLEMENTATIONS[0]
 
 
-@each_implementation(("cpu", "gpu"), besides=TORCH_CPU)
+@each_implementation(("cpu", "gpu"), other_than=TORCH_CPU)
 @each_padded_config
 def test_float64(implementation: Implementation, config_name: str, padding: str) -> None:
     """Two independent derivations by two frameworks agree where nothing is rounded away."""
@@ -48,7 +48,7 @@ def test_narrow_dtypes(config_name: str, padding: str, dtype: str) -> None:
         found = _gradients(each, config_name, padding, dtype)
         limit = BUDGETS[dtype, each.platform].gradient
         errors.setdefault(each.platform, {})[each.name] = assert_gradients_within(
-            found, exact, limit, each.name
+            found, exact, limit, each.name, dtype=dtype
         )
     resolution = float(ml_dtypes.finfo(dtype).eps)
     for platform, peers in errors.items():
