@@ -227,7 +227,7 @@ FAULTS = (
         "                    yield path, journal\n",
         "                    shutil.rmtree(destination, ignore_errors=True)\n"
         "                    yield path, journal\n",
-        "test_damage.py -k nothing_stays",
+        "test_destinations.py -k nothing_stays",
     ),
     Mutant(
         "an interrupted run forgets its shards",
@@ -241,14 +241,14 @@ FAULTS = (
         "alibi_convert/formats/pt.py",
         "weights_only=True",
         "weights_only=False",
-        "test_damage.py -k pickles",
+        "test_damaged_pickles.py -k need_consent",
     ),
     Mutant(
         "an index leads to pickles without consent",
         "alibi_convert/formats/shards.py",
         "state_dict(load_pickle(path, allow_pt), path)",
         "state_dict(load_pickle(path, True), path)",
-        "test_damage.py -k every_way",
+        "test_damaged_pickles.py -k every_way",
     ),
     Mutant(
         "pipes waited for",
@@ -269,21 +269,21 @@ FAULTS = (
         "alibi_convert/formats/zip_file.py",
         "if crc != entry.CRC:",
         "if crc != entry.CRC and not entry.CRC:",
-        "test_damage.py -k archives",
+        "test_damaged_pickles.py -k archives",
     ),
     Mutant(
         "an archive's own headers not looked at",
         "alibi_convert/formats/zip_file.py",
         "    if not agrees:",
         "    if entry.compress_type:",
-        "test_damage.py -k archives",
+        "test_damaged_pickles.py -k archives",
     ),
     Mutant(
         "sizes of mapped tensors believed",
         "alibi_convert/formats/pt.py",
         "if begins and not set.intersection(*begins):",
         "if not begins and entries is None:",
-        "test_damage.py -k less_data",
+        "test_damaged_pickles.py -k less_data",
     ),
     Mutant(
         "manifests of orbax unchecked",
@@ -332,7 +332,7 @@ FAULTS = (
         "alibi_convert/formats/__init__.py",
         "suffix[1:].isalpha() or suffix.lower()",
         "suffix.lower()",
-        "test_convert.py -k suffixes",
+        "test_command_line.py -k suffixes",
     ),
     Mutant(
         "memory that the process is not allowed counts as available",
@@ -346,7 +346,7 @@ FAULTS = (
         "alibi_convert/conversion.py",
         "require_same(work.meant, replace(written, path=work.destination), advance)",
         "require_same(work.meant, work.meant, advance)",
-        "test_damage.py -k wrong_write",
+        "test_destinations.py -k wrong_write",
     ),
     Mutant(
         "verify runs the same checkpoint twice",
@@ -472,7 +472,7 @@ FAULTS = (
         "alibi_convert/formats/folder.py",
         "    require_model(folder)\n",
         "    if not (folder / CONFIG_FILE).exists():\n        require_model(folder)\n",
-        "test_damage.py -k adapters_alone",
+        "test_damage.py -k adapters_without",
     ),
     Mutant(
         "a torch model that forgets its tokenizer and ids",
@@ -825,11 +825,39 @@ FAULTS = (
         "test_surface.py -k does_no_work",
     ),
     Mutant(
+        "a float64 result in a float32 test",
+        "parity_tests/compare.py",
+        "if actual.dtype != (dtype or expected.dtype):",
+        "if dtype is None and actual.dtype != expected.dtype:",
+        "meta/test_compare.py -k within_sees_shapes",
+    ),
+    Mutant(
+        "a trace that lacks a layer",
+        "parity_tests/compare.py",
+        "    _assert_names(actual, shown, what)\n",
+        "    shown = [name for name in shown if name in actual]\n",
+        "meta/test_compare.py -k trace",
+    ),
+    Mutant(
+        "errors of one implementation that lack a layer",
+        "parity_tests/compare.py",
+        "        _assert_names(found, names, implementation)\n",
+        "        pass\n",
+        "meta/test_compare.py -k comparable",
+    ),
+    Mutant(
+        "nothing compared",
+        "parity_tests/compare.py",
+        "    if not expected:\n",
+        "    if expected is None:\n",
+        "meta/test_compare.py",
+    ),
+    Mutant(
         "a comparison that compares nothing",
         "parity_tests/compare.py",
         "    if not error <= relative:",
         "    if error > 1e9 * relative:",
-        "meta",
+        "meta/test_compare.py",
     ),
     Mutant(
         "a window one block short",
