@@ -12,8 +12,9 @@ import pytest
 from _pytest.mark import KeywordMatcher
 from _pytest.mark.expression import Expression
 
-from parity_tests.meta.faults import Mutant
-from parity_tests.meta.mutants import MUTANTS, ROOT
+from parity_tests.meta.faults import FAULTS
+from parity_tests.meta.mutant import Mutant
+from parity_tests.meta.mutants import ROOT
 
 
 def _is_plantable(mutant: Mutant) -> bool:
@@ -22,8 +23,8 @@ def _is_plantable(mutant: Mutant) -> bool:
 
 
 def test_faults_can_be_planted() -> None:
-    assert [mutant.fault for mutant in MUTANTS if not _is_plantable(mutant)] == []
-    assert len({mutant.fault for mutant in MUTANTS}) == len(MUTANTS)
+    assert [mutant.fault for mutant in FAULTS if not _is_plantable(mutant)] == []
+    assert len({mutant.fault for mutant in FAULTS}) == len(FAULTS)
 
 
 def test_the_tests_are_there() -> None:
@@ -37,7 +38,7 @@ def test_the_tests_are_there() -> None:
 
 def collect() -> None:
     """Print the selections that select nothing."""
-    selections = sorted({mutant.tests for mutant in MUTANTS})
+    selections = sorted({mutant.tests for mutant in FAULTS})
     files = sorted({str(ROOT / "parity_tests" / shlex.split(each)[0]) for each in selections})
     collected = _Collected()
     code = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *files], [collected])
