@@ -295,7 +295,7 @@ def test_rows_without_keys(kernel: Kernel) -> None:
 def test_what_is_hidden_changes_nothing(
     kernel: Kernel, masks: str, causal: bool, kv_heads: int
 ) -> None:
-    """NaN or infinity in a key leaves alone the queries that do not see it (SPEC.md §4.2).
+    """NaN or infinity in a key changes no query that does not see it (SPEC.md §4.2).
 
     In torch also in a value or a query, and in gradients; and who sees it gives NaN.
     """

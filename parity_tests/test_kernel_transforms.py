@@ -110,7 +110,7 @@ def test_no_forward_mode_derivative_in_jax() -> None:
 
 
 @forward_mode
-def test_what_has_no_tangent_may_stand_beside() -> None:
+def test_attention_without_tangents_in_forward_mode() -> None:
     query, key, value = draw(300, 300).values()
     expected = alibi_torch.attention(query, key, value, SLOPES)
 
@@ -154,7 +154,7 @@ def test_forward_mode_of_dense_attention(backend: str, masks: str) -> None:
 
 @each_windowed
 def test_per_sample_gradients(implementation: str, dropout: float) -> None:
-    """vmap over grad, and vmap alone; each sample with the same dropout."""
+    """vmap over grad, and only vmap; each sample with the same dropout."""
     arrays = [each[:, None] for each in draw(300, 300, dtype="float32").values()]
 
     def loss(*arrays: torch.Tensor) -> torch.Tensor:
@@ -190,27 +190,28 @@ def test_computing_again_in_torch_changes_nothing(implementation: str, dropout: 
 
 
 def test_mapped_and_computed_again_in_jax() -> None:
-    """vmap, remat, and a gradient through both, of keys and of traced slopes."""
+    """vmap and remat of gradients, of every array and of traced slopes."""
     arrays = draw(LONG // 2, LONG // 2)
     query, key, value = (jnp.asarray(as_numpy(x[:1])).swapaxes(1, 2) for x in arrays.values())
     slopes = 6 * jnp.asarray(JAX_SLOPES)
 
-    def attend(query: Array, slopes: Array) -> Array:
+    def attend(*arrays: Array) -> Array:
         options: dict[str, Any] = {"dropout": 0.3, "dropout_rng": jax.random.key(3)}
-        return alibi_flax.attention(
-            query, key, value, slopes, implementation="blockwise", **options
-        )
+        return alibi_flax.attention(*arrays, implementation="blockwise", **options)
 
-    def total(scale: Array, slopes: Array, query: Array, attend: Any = attend) -> Array:
-        return attend(scale * query, slopes).sum()
+    def total(attend: Any, scale: Array, slopes: Array, query: Array, *rest: Array) -> Array:
+        return attend(scale * query, *rest, slopes).sum()
 
     limit = BUDGETS["float64", "cpu"].gradient
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    again = jax.jit(jax.grad(partial(total, attend=jax.checkpoint(attend)), argnums=(0, 1, 2)))
+    gradient, again = (
+        jax.jit(jax.grad(partial(total, each), argnums=(0, 1, 2, 3, 4)))
+        for each in (attend, jax.checkpoint(attend))
+    )
     scales, rates = jnp.asarray([0.5, 2.0]), jnp.stack([slopes, 2 * slopes])
-    found = jax.jit(jax.vmap(gradient, in_axes=(0, 0, None)))(scales, rates, query)
+    mapping = jax.vmap(gradient, in_axes=(0, 0, None, None, None))
+    found = jax.jit(mapping)(scales, rates, query, key, value)
     for number in range(2):
-        arguments = (scales[number], rates[number], query)
+        arguments = (scales[number], rates[number], query, key, value)
         expected = gradient(*arguments)
         mapped = [part[number] for part in found]
         for what, parts in (("vmap", mapped), ("remat", again(*arguments))):
