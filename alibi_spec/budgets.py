@@ -99,6 +99,21 @@ BUDGETS: Mapping[tuple[str, str], Budget] = {
 DRAWING = 1e-4
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How far two computations of one array may differ, relative to its largest magnitude."""
+
+    relative: float
+    derivation: str
+
+
+AGREEMENTS: Mapping[str, Agreement] = {
+    "float64 sums": Agreement(1e-12, "u = 2^-53: 9,000 u, two sums of the same 10^7 products."),
+    "float32 sums": Agreement(1e-6, "u = 2^-24: 17 u, the sum of 280 products in two orders."),
+    "rounding": Agreement(1e-6, "x'/x - 1 errs by u = 2^-53, 2e-9 of the 2^-24 that it measures."),
+}
+
+
 def relative_error(
     actual: Num[np.ndarray, "*shape"], exact: Float64[np.ndarray, "*shape"], floor: float = 0.0
 ) -> float:

@@ -100,7 +100,7 @@ def assert_same_logits(found: Mapping[str, np.ndarray], expected: np.ndarray, li
     """At every real position, where both sides define the result."""
     real = batch()[1] == 1
     for name, logits in found.items():
-        assert_within(logits[real], expected[real].astype(np.float64), limit, name)
+        assert_within(logits[real], expected[real], limit, name)
 
 
 def assert_same_gradients(family: Family, folder: Path, model: torch.nn.Module) -> None:
@@ -113,8 +113,7 @@ def assert_same_gradients(family: Family, folder: Path, model: torch.nn.Module) 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     config = open_checkpoint(folder).config
     source = Source(read_config(folder), Tensors.of(gradients))
-    expected = import_tensors(family, config, source).tensors
-    exact = {name: gradient.astype(np.float64) for name, gradient in expected.items()}
+    exact = dict(import_tensors(family, config, source).tensors)
     for name, found in _our_gradients(folder, config, cotangent).items():
         assert_gradients_within(found, exact, BUDGETS["float32", "cpu"].gradient, name)
 

@@ -63,8 +63,8 @@ def present() -> list[Implementation]:
 
 
 def each_implementation(
-    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu"), besides: Implementation | None = None
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu"), other_than: Implementation | None = None
 ) -> pytest.MarkDecorator:
     """Run a test once per implementation that is present, on these platforms."""
-    chosen = [each for each in present() if each.platform in platforms and each is not besides]
+    chosen = [each for each in present() if each.platform in platforms and each is not other_than]
     return pytest.mark.parametrize("implementation", chosen, ids=lambda each: each.name)

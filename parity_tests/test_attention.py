@@ -49,9 +49,9 @@ def flax_attention(
 
 
 # Every implementation of either backend is held to every test below, but those that need a GPU or a
-# TPU (test_torch_kernels.py and test_flax_kernels.py assert that these refuse the CPU; they,
-# test_torch_gpu.py and test_pallas_gpu.py test what can be tested there). "auto" is dense attention
-# in JAX at these lengths.
+# TPU: test_kernel_choice.py asserts that these refuse the CPU, test_kernel_numbers.py interprets
+# JAX's, and test_torch_gpu.py and test_pallas_gpu.py test what else can be tested without one.
+# "auto" is dense attention in JAX at these lengths.
 ON_ACCELERATORS = ("flex", "flash_attn", "pallas_tpu", "pallas_gpu")
 each_backend = pytest.mark.parametrize(
     "attention",

@@ -1,85 +1,34 @@
-"""Broken, foreign and unsafe input: one clear error, nothing half-written, nothing lost."""
+"""Broken and foreign input: one clear error, and nothing written.
+
+Pickles: test_damaged_pickles.py; destinations: test_destinations.py.
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import importlib.util
-import json
 import os
 import re
-import resource
 import shutil
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
-from alibi_convert import CheckpointError, MismatchError, convert, open_checkpoint, torch_to_flax
-from alibi_convert.formats import FORMATS
+from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.formats.config_file import config_json
 from alibi_convert.formats.shards import read_tensors
-from alibi_convert.tensors import Tensors
 from alibi_convert.writing.layout import sidecar
-from alibi_spec import ALiBiConfig
-from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import CONFIG, assert_holds, edit, make_folder, truncate, write
 
 
-def test_pickles_need_consent_and_stay_harmless(tmp_path: Path) -> None:
-    """Refused by default; with consent, tensors alone are read and code is not run."""
-    path = write(tmp_path / "model", "pt")
-    with pytest.raises(CheckpointError, match=r"is a pickle, .* pass allow_pt=True \(--allow-pt\)"):
-        open_checkpoint(path)
-    assert_holds(path, CONFIG)
-
-    class Attack:
-        def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
-            return os.mkdir, (str(tmp_path / "attacked"),)
-
-    torch.save({"weight": Attack()}, tmp_path / "attack.pt")
-    with pytest.raises(CheckpointError, match="not a plain state dict"):
-        open_checkpoint(tmp_path / "attack.pt", allow_pt=True)
-    assert not (tmp_path / "attacked").exists()
-    torch.save({"generator": {"weight": torch.zeros(1)}, "step": 3}, tmp_path / "nested.pt")
-    with pytest.raises(CheckpointError, match=r"more than tensors \(generator, step\); save the"):
-        open_checkpoint(tmp_path / "nested.pt", allow_pt=True)
-
-
-@pytest.mark.parametrize("index", ["model.safetensors", "pytorch_model.bin"])
-def test_every_way_to_a_pickle_needs_consent(tmp_path: Path, index: str) -> None:
-    """Whatever names it: refused although it is not even a pickle, so nothing of it was read."""
-    folder = write(tmp_path / "model")
-    os.rename(folder / "model.safetensors", folder / "weights.bin")
-    weight_map = dict.fromkeys(draw_parameters(CONFIG), "weights.bin")
-    (folder / f"{index}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    for read in (open_checkpoint, alibi_torch.ALiBiLM.from_pretrained, alibi_flax.from_pretrained):
-        with pytest.raises(CheckpointError, match=r"run code; .* allow_pt=True \(--allow-pt\)"):
-            read(folder)
-    with pytest.raises(CheckpointError, match="is truncated or not"):
-        open_checkpoint(folder, allow_pt=True)
-
-
-def test_a_pickle_by_another_name_is_not_unpickled(tmp_path: Path) -> None:
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "pickle.pt")
-    (tmp_path / "model.safetensors").symlink_to("pickle.pt")
-    (tmp_path / "model.msgpack").symlink_to("pickle.pt")
-    for name in ("model.safetensors", "model.msgpack"):
-        with pytest.raises(CheckpointError, match="is truncated or not"):
-            open_checkpoint(tmp_path / name, config=CONFIG, allow_pt=True)
-
-
 @pytest.mark.timeout(60)
-def test_regular_files_alone(tmp_path: Path) -> None:
+def test_only_regular_files(tmp_path: Path) -> None:
     """A pipe would be waited for, a device never ends; a link to a file is one."""
     folder, file = write(tmp_path / "model"), write(tmp_path / "model", "pt")
     files = [folder / "config.json", folder / "model.safetensors", file, sidecar(file)]
@@ -125,103 +74,6 @@ def test_truncated_files(tmp_path: Path, kind: str) -> None:
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="is truncated or not"):
         open_checkpoint(path, allow_pt=True)
-
-
-def test_every_truncation_of_a_pickle(tmp_path: Path) -> None:
-    path = write(tmp_path / "model", "pt")
-    whole = path.read_bytes()
-    for length in range(0, len(whole), len(whole) // 60):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="is truncated or not"):
-            open_checkpoint(path, allow_pt=True)
-
-
-def test_archives_are_checked_from_end_to_end(tmp_path: Path) -> None:
-    """Mapped files are not checked by torch: a flipped bit of data, of a header, of a name."""
-    path = tmp_path / "model.pt"
-    torch.save({"weight": torch.arange(64.0)}, path)
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo("model/data/0")
-    data = whole.index(np.arange(64.0, dtype=np.float32).tobytes())
-    for at, message in (
-        (data + 5, "model/data/0 has another CRC"),
-        (entry.header_offset, "no header where model/data/0 should be"),
-        (entry.header_offset + 8, "the two headers of model/data/0 disagree"),
-        (entry.header_offset + 28, "model/data/0 has another CRC"),
-        (entry.header_offset + 33, "the two headers of model/data/0 disagree"),
-        (len(whole) - 1, "does not end|Bad"),
-    ):
-        damaged = bytearray(whole)
-        damaged[at] ^= 4
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"not a sound zip archive: .*({message})"):
-            open_checkpoint(path, allow_pt=True)
-    path.write_bytes(whole + b"more")
-    with pytest.raises(CheckpointError, match="does not end as an archive does"):
-        open_checkpoint(path, allow_pt=True)
-
-
-def test_an_archive_with_less_data_than_its_pickle_says(tmp_path: Path) -> None:
-    """Every CRC is right, and the tensor would reach into what follows its data."""
-    path = tmp_path / "model.pt"
-    torch.save({"weight": torch.arange(64.0), "other": torch.ones(64)}, path)
-    with zipfile.ZipFile(path) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    contents["model/data/0"] = contents["model/data/0"][:-8]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in contents.items():
-            archive.writestr(name, data)
-    with pytest.raises(CheckpointError, match="its tensors do not fit the data it holds"):
-        open_checkpoint(path, allow_pt=True)
-
-
-def test_tensors_that_are_not_plain(tmp_path: Path) -> None:
-    """float8, expanded, quantised, without data, sparse; and names that are no text."""
-    path, one = tmp_path / "model.pt", torch.ones(2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # quantised tensors leave torch
-        quantised = torch.quantize_per_tensor(one, 0.1, 0, torch.qint8)
-    for state, message in (
-        ({"a": one.to(torch.float8_e4m3fn)}, "a is torch.float8_e4m3fn"),
-        ({"a": torch.ones(1).expand(10**12)}, r"a is torch.float32 \[1000000000000\]"),
-        ({"a": quantised}, "a is .* \\(quantised"),
-        ({"a": one.to("meta")}, "a is .* on meta"),
-        ({"a": one.to_sparse()}, "a is .*sparse"),
-        ({3: one}, r"holds more than tensors \(3\)"),
-    ):
-        torch.save(state, path)
-        with pytest.raises(CheckpointError, match=message):
-            open_checkpoint(path, allow_pt=True)
-    with pytest.raises(CheckpointError, match=r"^a is torch\.float8"):
-        torch_to_flax({"a": one.to(torch.float8_e4m3fn)}, CONFIG)
-
-
-@pytest.mark.parametrize("is_zip", [True, False])
-def test_damaged_pickles(tmp_path: Path, is_zip: bool) -> None:
-    """Whatever the unpickler stumbles over, also inside an archive whose CRCs are right."""
-    path = tmp_path / "model.pt"
-    torch.save({"weight": torch.arange(4.0)}, path, _use_new_zipfile_serialization=is_zip)
-    contents = {"": path.read_bytes()}
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            contents = {name: archive.read(name) for name in archive.namelist()}
-    name = "model/data.pkl" if is_zip else ""
-    pickled = contents[name]
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        damaged = bytearray(pickled)
-        damaged[rng.integers(len(damaged))] = rng.integers(256)
-        end = rng.integers(len(damaged)) if rng.random() < 0.3 else len(damaged)
-        contents[name] = bytes(damaged[:end])
-        if is_zip:
-            with zipfile.ZipFile(path, "w") as archive:
-                for each, data in contents.items():
-                    archive.writestr(each, data)
-        else:
-            path.write_bytes(contents[name])
-        with pytest.raises(CheckpointError):
-            open_checkpoint(path, allow_pt=True)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +136,7 @@ def test_what_holds_no_model_as_it_is(tmp_path: Path, name: str, message: str) -
         open_checkpoint(folder)
 
 
-def test_adapters_alone(tmp_path: Path) -> None:
+def test_adapters_without_their_model(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "adapter")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/bloom"}')
     (folder / "adapter_model.safetensors").write_bytes(b"")
@@ -316,21 +168,6 @@ def test_shards_without_an_index(tmp_path: Path) -> None:
         CheckpointError, match=r"has shards of several checkpoints .*; remove those"
     ):
         open_checkpoint(folder)
-
-
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """In pickles of our layout and of a family's, and in a live state dict."""
-    state: dict[Any, Any] = {7: torch.zeros(2), "weight": torch.zeros(2)}
-    namespace = argparse.Namespace(decoder_layers=1)
-    path = tmp_path / "model.pt"
-    for saved in (state, {"args": namespace, "model": state | {"decoder.embed_tokens.weight": 1}}):
-        torch.save(saved, path)
-        with pytest.raises(
-            CheckpointError, match=r"under the key 7; expected names|more than tens"
-        ):
-            open_checkpoint(path, allow_pt=True, config=CONFIG)
-    with pytest.raises(CheckpointError, match="the state dict has a tensor under the key 7"):
-        torch_to_flax(state, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -430,14 +267,6 @@ def test_parameters_are_floating_point(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_a_changed_model_is_not_saved(tmp_path: Path) -> None:
-    model = alibi_torch.ALiBiLM(CONFIG)
-    model.token_embedding = torch.nn.Embedding(20, CONFIG.d_model)
-    with pytest.raises(CheckpointError, match=r"token_embedding\.weight  is \[20, 48\]"):
-        model.save_pretrained(tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("file", "kind"),
     [
@@ -519,140 +348,3 @@ def test_wrong_class(tmp_path: Path) -> None:
     write(tmp_path / "model")
     with pytest.raises(ValueError, match="vocab_size=101 describes an ALiBiLM"):
         alibi_torch.ALiBiTransformer.from_pretrained(tmp_path / "model")
-
-
-def test_destinations_are_respected(tmp_path: Path) -> None:
-    """Existing checkpoints need consent, other people's files are never touched."""
-    source = write(tmp_path / "model")
-    other = write(tmp_path / "other", config=CONFIGS["decoder"])
-    with pytest.raises(CheckpointError, match=r"other exists; .*overwrite=True \(--overwrite\)"):
-        convert(source, other)
-    assert_holds(other, CONFIGS["decoder"])
-    convert(source, other, overwrite=True)
-    assert_holds(other, CONFIG)
-    convert(source, make_folder(tmp_path / "empty"))
-    assert_holds(tmp_path / "empty", CONFIG)
-
-    home = make_folder(tmp_path / "home")
-    (home / "thesis.txt").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match=r"holds other files \(thesis\.txt\); choose"):
-            convert(source, home, overwrite=overwrite)
-    beside = sidecar(tmp_path / "model.msgpack")
-    beside.write_text("mine")
-    with pytest.raises(CheckpointError, match=r"model\.msgpack\.json exists"):
-        convert(source, tmp_path / "model.msgpack")
-    assert beside.read_text() == "mine"
-    assert not (tmp_path / "model.msgpack").exists()
-    with pytest.raises(
-        ValueError, match=r"does not end in \.msgpack, the suffix of format msgpack"
-    ):
-        convert(source, tmp_path / "model.bin", to="msgpack")
-    with pytest.raises(ValueError, match="to='onnx' is not known; expected one of alibi, "):
-        convert(source, tmp_path / "model.onnx", to="onnx")
-    with pytest.raises(ValueError, match=r"model\.pth: \.pth is not written; expected .*\.pt"):
-        convert(source, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="dtype='int8' is not known"):
-        convert(source, tmp_path / "small", dtype="int8")
-
-
-def test_folders_that_only_look_like_ours(tmp_path: Path) -> None:
-    source = write(tmp_path / "model")
-    thesis = make_folder(make_folder(tmp_path / "home") / "params") / "thesis.txt"
-    thesis.write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"holds other files \(params\)"):
-        convert(source, tmp_path / "home", overwrite=True)
-    assert thesis.exists()
-
-
-def test_nothing_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up half way leaves the source, the old destination and no debris."""
-    source = write(tmp_path / "model")
-    old = write(tmp_path / "old", config=CONFIGS["decoder"])
-
-    def full_disk(path: Path, *_: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("alibi_convert.formats.shards.write_safetensors", full_disk)
-    message = (
-        r"cannot be written: No space left on device; 190,848 bytes are needed, [\d,]+ are free"
-    )
-    for destination in (old, tmp_path / "new"):
-        with pytest.raises(CheckpointError, match=message):
-            convert(source, destination, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "old"]
-    assert_holds(old, CONFIGS["decoder"])
-
-
-# orbax's threads and callbacks say what they saw, too.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kind", ["pt", "msgpack", "orbax"])
-def test_a_disk_that_fills_up_under_other_libraries(tmp_path: Path, kind: str) -> None:
-    source = write(tmp_path / "model")
-    destination = (tmp_path / "new").with_suffix(FORMATS[kind].suffix)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"new.* cannot be written: File too large"):
-            convert(source, destination, kind)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_failures_leave_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write(tmp_path / "model")
-
-    def full_disk(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("alibi_convert.formats.shards.write_safetensors", full_disk)
-    with pytest.raises(CheckpointError, match="No space left"):
-        convert(source, tmp_path / "new" / "deep" / "result")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("target", ["old", "old.msgpack"])
-def test_what_was_there_comes_back_when_the_swap_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
-) -> None:
-    """The last rename fails: the old checkpoint, and the configuration beside it, are as before."""
-    source = write(tmp_path / "model")
-    kind = "msgpack" if target.endswith("msgpack") else "alibi"
-    old = write(tmp_path / "old", kind, config=CONFIGS["decoder"])
-    before = {path.name for path in tmp_path.iterdir()}
-    rename = os.replace
-
-    def failing(origin: Any, destination: Any) -> None:
-        if Path(destination) == old and "replaced" not in str(origin):
-            raise OSError(5, "Input/output error")
-        rename(origin, destination)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        convert(source, old, overwrite=True)
-    monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == before
-    assert_holds(old, CONFIGS["decoder"])
-
-
-def test_a_wrong_write_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The destination is read back: one flipped bit on the way and it never appears."""
-    source = write(tmp_path / "model")
-    save = FORMATS["safetensors"].write
-
-    def corrupting(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-        hashes = save(path, config, tensors)
-        contents = bytearray(path.read_bytes())
-        contents[-5] ^= 1
-        path.write_bytes(contents)
-        return hashes
-
-    corrupted = dataclasses.replace(FORMATS["safetensors"], write=corrupting)
-    monkeypatch.setitem(FORMATS, "safetensors", corrupted)
-    with pytest.raises(MismatchError, match=r"copy.*\.(weight|bias)\[.*\] is .*, expected"):
-        convert(source, tmp_path / "copy.safetensors")
-    assert not (tmp_path / "copy.safetensors").exists()
-    convert(source, tmp_path / "copy.safetensors", verify="none")

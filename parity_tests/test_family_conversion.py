@@ -23,12 +23,14 @@ from alibi_convert.formats.safetensors import write_safetensors
 from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
+from alibi_spec.budgets import BUDGETS
 from alibi_verify import verify_steps
 from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise
 from parity_tests.families import redraw
 
+FLOAT64 = BUDGETS["float64", "cpu"].forward
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 24, "n_layer": 2, "n_head": 3},
     "mpt": {"d_model": 24, "n_layers": 2, "n_heads": 3, "max_seq_len": 64},
@@ -183,9 +185,10 @@ def test_what_is_not_run_is_named(
     assert logits["against"] == "alibi_torch"  # the backends prove each other
     assert (set(logits["errors"]), logits["dtype"]) == ({"alibi_flax"}, "float32")
     with monkeypatch.context() as patch:  # more than float32 can give: float64 settles it
-        patch.setattr("alibi_verify.logits.BUDGET", 1e-10)
+        patch.setattr("alibi_verify.logits.BUDGET", FLOAT64)
         logits = convert(source, tmp_path / "exact").verification["logits"]
-        assert (logits["dtype"], logits["errors"]["alibi_flax"] < 1e-10) == ("float64", True)
+        assert logits["dtype"] == "float64"
+        assert logits["errors"]["alibi_flax"] < FLOAT64
 
     monkeypatch.setattr("alibi_verify.logits.available_memory", lambda: 10**8)
     assert main(["convert", str(source), str(tmp_path / "large")]) == 0

@@ -16,24 +16,20 @@ from alibi_convert import CheckpointError, open_checkpoint
 from alibi_convert.families import Source, mosaicbert
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
-from parity_tests import published
 from parity_tests.compare import assert_bitwise
-from parity_tests.encoders import (
+from parity_tests.peers import published
+from parity_tests.peers.encoders import (
     HIDDEN,
-    LAYERS,
     SMALL,
     TOKENS,
     TYPES,
     WIDTH,
-    Encoder,
     Shapes,
-    embedding_shapes,
     head_shapes,
-    linear_shapes,
-    norm_shapes,
     pooler_shapes,
 )
-from parity_tests.published import Arrays, gelu
+from parity_tests.peers.mosaicbert import forward, shapes
+from parity_tests.peers.published import Arrays
 
 MOSAIC_BERT_BASE = """{"_name_or_path": "bert-base-uncased", "alibi_starting_size": 512,
 "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.0, "auto_map": {},
@@ -44,32 +40,6 @@ MOSAIC_BERT_BASE = """{"_name_or_path": "bert-base-uncased", "alibi_starting_siz
 "position_embedding_type": "absolute", "torch_dtype": "float32", "transformers_version": "4.28.1",
 "type_vocab_size": 2, "use_cache": true, "vocab_size": 30528}"""
 DNABERT_2 = MOSAIC_BERT_BASE.replace("30528", "4096").replace("bert-base", "zhihan1996/DNABERT-2")
-
-
-def shapes() -> Shapes:
-    found = embedding_shapes()
-    for layer in LAYERS:
-        found |= linear_shapes(f"{layer}.attention.self.Wqkv", 3 * WIDTH)
-        found |= linear_shapes(f"{layer}.attention.output.dense")
-        found |= norm_shapes(f"{layer}.attention.output.LayerNorm")
-        found[f"{layer}.mlp.gated_layers.weight"] = (2 * HIDDEN, WIDTH)
-        found |= linear_shapes(f"{layer}.mlp.wo", WIDTH, HIDDEN)
-        found |= norm_shapes(f"{layer}.mlp.layernorm")
-    return found
-
-
-def forward(has_head: bool, arrays: Arrays, tokens: np.ndarray, types: np.ndarray) -> np.ndarray:
-    """The published forward pass for one sequence."""
-    model = Encoder(arrays)
-    x = model.embed(tokens, types)
-    for layer in LAYERS:
-        fused = model.linear(x, f"{layer}.attention.self.Wqkv")
-        query, key, value = np.split(fused, 3, axis=1)
-        x = model.attend(x, query, key, value, layer)
-        fused = model.linear(x, f"{layer}.mlp.gated_layers", has_bias=False)
-        hidden = gelu(fused[:, :HIDDEN]) * fused[:, HIDDEN:]
-        x = model.norm(model.linear(hidden, f"{layer}.mlp.wo") + x, f"{layer}.mlp.layernorm")
-    return model.predict(x, "decoder.bias") if has_head else x
 
 
 def with_tied_decoder(arrays: Arrays) -> Arrays:

@@ -97,8 +97,8 @@ def test_token_types_are_added() -> None:
             ),
         )
         limit = BUDGETS["float32", "cpu"].forward
-        assert_within(as_numpy(ours["logits"]), exact, limit, "torch")
-        assert_within(np.asarray(theirs["logits"]), exact, limit, "flax")
+        for name, logits in {"torch": as_numpy(ours["logits"]), "flax": theirs["logits"]}.items():
+            assert_within(np.asarray(logits), exact, limit, name, dtype="float32")
     with pytest.raises(ValueError, match="token type 2 is outside the vocabulary; expected 0 … 1"):
         model(torch.from_numpy(tokens), token_type_ids=torch.from_numpy(types + 1))
     with pytest.raises(ValueError, match="token_type_ids need a model with type_vocab_size"):

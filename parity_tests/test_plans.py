@@ -1,4 +1,7 @@
-"""What a model's plans say: the specification's certificate, of every layer, in both backends."""
+"""What a model's plans say: the specification's certificate, of every layer, in both backends.
+
+The plans of single calls: test_kernel_plans.py.
+"""
 
 from __future__ import annotations
 
@@ -109,48 +112,6 @@ def test_other_biases_have_no_plan(changes: dict[str, Any]) -> None:
     params = torch_to_flax(ours.state_dict(), ours.config)
     with pytest.raises(ValueError, match=f"computed whole.*distance='{changes['distance']}'"):
         alibi_flax.model_plans(alibi_flax.ALiBiLM(ours.config), params, jnp.asarray(TOKENS))
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "two-sided"])
-@pytest.mark.parametrize("is_masked", [True, False], ids=["padded", "whole"])
-@pytest.mark.parametrize(("batch", "query_len"), [(0, 70), (2, 0), (0, 0)])
-def test_plans_of_nothing(batch: int, query_len: int, is_masked: bool, causal: bool) -> None:
-    """No block is needed, and the share of none is 0."""
-    query = np.zeros((batch, 5, query_len, 6), np.float32)
-    key, slopes = np.zeros((batch, 5, 80, 6), np.float32), np.ones(5, np.float32)
-    mask = np.ones((batch, 80), np.int64) if is_masked else None
-    options: dict[str, Any] = {"causal": causal, "block_size": BLOCK}
-    one = {"query": np.zeros((1, 5, 9, 6), np.float32), "key": np.zeros((1, 5, 80, 6), np.float32)}
-
-    def of_spec(query: np.ndarray, key: np.ndarray, mask: np.ndarray | None) -> Any:
-        return windows.attention_plan(query, key, slopes, attention_mask=mask, **options)
-
-    def of_torch(query: np.ndarray, key: np.ndarray, mask: np.ndarray | None) -> Any:
-        arrays = [torch.from_numpy(x) for x in (query, key, slopes)]
-        hidden = None if mask is None else torch.from_numpy(mask)
-        return alibi_torch.attention_plan(*arrays, attention_mask=hidden, **options)
-
-    def of_flax(query: np.ndarray, key: np.ndarray, mask: np.ndarray | None) -> Any:
-        arrays = [jnp.asarray(x) for x in (query.swapaxes(1, 2), key.swapaxes(1, 2), slopes)]
-        hidden = None if mask is None else jnp.asarray(mask)
-        return alibi_flax.attention_plan(*arrays, attention_mask=hidden, **options)
-
-    for plan_of in (of_spec, of_torch, of_flax):
-        plan, other = plan_of(query, key, mask), plan_of(**one, mask=None)
-        blocks = -(-query_len // BLOCK)
-        assert plan.first.shape == plan.last.shape == (batch, 5, blocks)
-        assert plan.share.shape == (batch, 5)
-        assert not np.asarray(plan.share).any()
-        for name in ("first", "last", "share"):
-            assert getattr(plan, name).dtype == getattr(other, name).dtype, name
-
-
-def test_blocks_hold_something() -> None:
-    query, key = np.zeros((2, 1, 1, 1, 4), np.float32)
-    slopes = np.ones(1, np.float32)
-    for backend, array in ((alibi_torch, torch.from_numpy), (alibi_flax, jnp.asarray)):
-        with pytest.raises(ValueError, match="block_size=0 is not valid; expected an integer"):
-            backend.attention_plan(array(query), array(key), array(slopes), block_size=0)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

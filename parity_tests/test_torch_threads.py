@@ -139,6 +139,8 @@ def test_threads_outlive_the_main_one(is_first: bool) -> None:
     """Python ends the pools of its own library when the main thread does."""
     code = f"""
         import threading, torch, alibi_torch
+        from alibi_spec.budgets import BUDGETS
+        from parity_tests.compare import assert_within
         torch.set_num_threads(2)
         array = torch.randn(1, 2, 300, 8, dtype=torch.float64)
 
@@ -150,8 +152,9 @@ def test_threads_outlive_the_main_one(is_first: bool) -> None:
 
         def attend_late():
             threading.main_thread().join()
+            limit = BUDGETS["float64", "cpu"].gradient
             for ours, dense in zip(attend("aten_flash"), attend("dense"), strict=True):
-                torch.testing.assert_close(ours, dense)
+                assert_within(ours.detach().numpy(), dense.detach().numpy(), limit, "late")
             print("attended")
 
         if not {is_first}:

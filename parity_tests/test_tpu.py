@@ -1,7 +1,7 @@
 """Real TPU programs, compiled ahead of time on a machine without a TPU, and what memory they need.
 
-libtpu compiles for a described topology. That a program is right is what the interpreted kernels of
-test_flax_kernels.py show; here it must compile, and must not grow with the square of the sequence.
+libtpu compiles for a described topology. test_kernel_numbers.py interprets the kernels, and
+shows that they are right; here they must compile, and not grow with the square of the sequence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of torch's kernels for their tests."""
+"""Calls of torch's kernels on tensors, for what only torch is asked."""
 
 from __future__ import annotations
 
@@ -12,46 +12,30 @@ import alibi_spec
 import alibi_torch
 from alibi_convert.tensors import as_numpy, as_torch
 from alibi_torch.kernels.call import Call
+from parity_tests import kernel_calls
+from parity_tests.kernel_calls import WIDTH
 
-BLOCK, WIDTH = 16, 8
 each_fused = pytest.mark.parametrize("implementation", ["aten_flash", "blockwise"])
 each_windowed = pytest.mark.parametrize(
     ("implementation", "dropout"), [("aten_flash", 0.0), ("blockwise", 0.0), ("blockwise", 0.3)]
 )
 
 
-def draw(
-    query_len: int,
-    key_len: int,
-    heads: int = 4,
-    kv_heads: int = 4,
-    dtype: str = "float64",
-    width: int = WIDTH,
-) -> dict[str, torch.Tensor]:
+def draw(query_len: int, key_len: int, *heads: int, **options: Any) -> dict[str, torch.Tensor]:
     """query, key, value [2, heads, seq, width]."""
-    rng = np.random.default_rng(0)
-    shapes = {"query": (heads, query_len), "key": (kv_heads, key_len), "value": (kv_heads, key_len)}
-    return {
-        name: as_torch(rng.standard_normal((2, *shape, width)).astype(dtype))
-        for name, shape in shapes.items()
-    }
+    arrays = kernel_calls.draw(query_len, key_len, *heads, **options)
+    return {name: as_torch(arrays[name]) for name in ("query", "key", "value")}
 
 
 def slopes_of(heads: int = 4) -> torch.Tensor:
     return as_torch(alibi_spec.slopes(heads))
 
 
+SLOPES = slopes_of()
+
+
 def masks_of(kind: str, key_len: int) -> dict[str, torch.Tensor]:
-    """Padding on both sides with gaps, an empty sequence's worth of it, and packed segments."""
-    rng, masks = np.random.default_rng(1), {}
-    if "mask" in kind:
-        mask = rng.random((2, key_len)) < 0.9
-        mask[0, : key_len // 3] = False
-        mask[1, -key_len // 4 :] = False
-        masks["attention_mask"] = torch.from_numpy(mask)
-    if "segments" in kind:
-        masks["segment_ids"] = torch.from_numpy(np.sort(rng.integers(0, 4, (2, key_len))))
-    return masks
+    return {name: as_torch(mask) for name, mask in kernel_calls.masks_of(kind, key_len).items()}
 
 
 def with_gradients(
@@ -73,6 +57,12 @@ def with_gradients(
     gradients = torch.autograd.grad(attended, list(leaves.values()), cotangent)
     named = dict(zip(leaves, gradients, strict=True)) | {"attended": attended}
     return {name: as_numpy(array.detach().cpu()) for name, array in named.items()}
+
+
+def loss_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    """Dropout draws from torch's own generator, as in models."""
+    attended = alibi_torch.attention(query, key, value, SLOPES, **options)
+    return attended.square().mean()
 
 
 def call_of(**changes: Any) -> Call:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests import published
-from parity_tests.published import Arrays, attention, gelu, layer_norm
+from parity_tests.peers import published
+from parity_tests.peers.published import Arrays, attention, gelu, layer_norm
 
 Shapes = dict[str, tuple[int, ...]]
 

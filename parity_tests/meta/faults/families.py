@@ -1,10 +1,10 @@
-"""Plausible mistakes in the families' tables, for `make mutants`: one row each."""
+"""Plausible mistakes in the families of checkpoints."""
 
 from __future__ import annotations
 
-from parity_tests.meta.faults import Mutant
+from parity_tests.meta.mutant import Mutant
 
-FAMILY_FAULTS = (
+FAULTS = (
     Mutant(
         "BLOOM's queries, keys and values one after another",
         "alibi_convert/families/bloom.py",

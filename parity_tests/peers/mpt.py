@@ -140,3 +140,117 @@ class PlainMPT:
         centred = x - x.mean(-1, keepdims=True)
         y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight
         return y if self.config["no_bias"] else y + self.weights[f"{module}.bias"]
+
+
+# As published with mosaicml/mpt-7b, mpt-7b-storywriter and mpt-30b.
+MPT_7B: dict[str, Any] = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    },
+    "auto_map": {
+        "AutoConfig": "configuration_mpt.MPTConfig",
+        "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM",
+    },
+    "d_model": 4096,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "expansion_ratio": 4,
+    "init_config": {
+        "emb_init_std": None,
+        "emb_init_uniform_lim": None,
+        "fan_mode": "fan_in",
+        "init_div_is_residual": True,
+        "init_gain": 0,
+        "init_nonlinearity": "relu",
+        "init_std": 0.02,
+        "name": "kaiming_normal_",
+        "verbose": 0,
+    },
+    "init_device": "cpu",
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 2048,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "norm_type": "low_precision_layernorm",
+    "resid_pdrop": 0,
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.28.1",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50432,
+}
+
+
+def with_attention(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return config | {"attn_config": config["attn_config"] | changes}
+
+
+STORYWRITER = with_attention(
+    MPT_7B | {"max_seq_len": 65536}, alibi_bias_max=16, attn_impl="triton", clip_qkv=6
+)
+MPT_30B = MPT_7B | {"d_model": 7168, "max_seq_len": 8192, "n_heads": 64, "n_layers": 48}
+# As published with replit/replit-code-v1-3b.
+REPLIT: dict[str, Any] = {
+    "_name_or_path": "replit/replit-code-v1-3b",
+    "alibi": True,
+    "alibi_bias_max": 8,
+    "architectures": ["MPTForCausalLM"],
+    "attn_clip_qkv": None,
+    "attn_impl": "torch",
+    "attn_pdrop": 0,
+    "attn_qk_ln": False,
+    "attn_uses_sequence_id": False,
+    "d_model": 2560,
+    "emb_init_std": None,
+    "emb_init_uniform_lim": None,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "fan_mode": "fan_in",
+    "init_device": "cpu",
+    "init_div_is_residual": True,
+    "init_gain": 0,
+    "init_nonlinearity": "relu",
+    "init_std": 0.02,
+    "logit_scale": None,
+    "low_precision_layernorm": True,
+    "max_seq_len": 2048,
+    "mlp_ratio": 4,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "param_init_fn": "kaiming_normal_",
+    "prefix_lm": False,
+    "resid_pdrop": 0,
+    "softmax_scale": None,
+    "tokenizer_name": "replit/replit-code-v1-3b",
+    "torch_dtype": "float32",
+    "transformers_version": "4.29.2",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 32768,
+}
+# mosaicml/mpt-1b-redpajama-200b differs from it in these.
+MPT_1B = REPLIT | {
+    "architectures": ["MosaicGPT"],
+    "attn_qk_ln": True,
+    "d_model": 2048,
+    "model_type": "mosaic_gpt",
+    "n_heads": 16,
+    "n_layers": 24,
+    "vocab_size": 50368,
+}

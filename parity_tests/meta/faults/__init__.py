@@ -1,0 +1,25 @@
+"""Plausible mistakes, for `make mutants`: one row each, in files by what is broken."""
+
+from __future__ import annotations
+
+from parity_tests.meta.faults import (
+    comparison,
+    conversion,
+    families,
+    files,
+    flax_attention,
+    models,
+    spec,
+    torch_attention,
+)
+
+FAULTS = (
+    *spec.FAULTS,
+    *models.FAULTS,
+    *torch_attention.FAULTS,
+    *flax_attention.FAULTS,
+    *conversion.FAULTS,
+    *files.FAULTS,
+    *families.FAULTS,
+    *comparison.FAULTS,
+)

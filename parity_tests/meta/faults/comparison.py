@@ -1,0 +1,43 @@
+"""Plausible mistakes in the tests' own comparison."""
+
+from __future__ import annotations
+
+from parity_tests.meta.mutant import Mutant
+
+FAULTS = (
+    Mutant(
+        "a float64 result in a float32 test",
+        "parity_tests/compare.py",
+        "if actual.dtype != (dtype or expected.dtype):",
+        "if dtype is None and actual.dtype != expected.dtype:",
+        "meta/test_compare.py -k within_sees_shapes",
+    ),
+    Mutant(
+        "a trace that lacks a layer",
+        "parity_tests/compare.py",
+        "    _assert_names(actual, shown, what)\n",
+        "    shown = [name for name in shown if name in actual]\n",
+        "meta/test_compare.py -k trace",
+    ),
+    Mutant(
+        "errors of one implementation that lack a layer",
+        "parity_tests/compare.py",
+        "        _assert_names(found, names, implementation)\n",
+        "        pass\n",
+        "meta/test_compare.py -k comparable",
+    ),
+    Mutant(
+        "nothing compared",
+        "parity_tests/compare.py",
+        "    if not expected:\n",
+        "    if expected is None:\n",
+        "meta/test_compare.py",
+    ),
+    Mutant(
+        "a comparison that compares nothing",
+        "parity_tests/compare.py",
+        "    if not error <= relative:",
+        "    if error > 1e9 * relative:",
+        "meta/test_compare.py",
+    ),
+)

@@ -1,0 +1,68 @@
+"""Every planted fault can be planted, and selects tests: a row that rots is seen at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+from _pytest.mark import KeywordMatcher
+from _pytest.mark.expression import Expression
+
+from parity_tests.meta.faults import FAULTS
+from parity_tests.meta.mutant import Mutant
+from parity_tests.meta.mutants import ROOT
+
+
+def _is_plantable(mutant: Mutant) -> bool:
+    code = (ROOT / mutant.file).read_text(encoding="utf-8")
+    return mutant.before in code and mutant.before != mutant.after
+
+
+def test_faults_can_be_planted() -> None:
+    assert [mutant.fault for mutant in FAULTS if not _is_plantable(mutant)] == []
+    assert len({mutant.fault for mutant in FAULTS}) == len(FAULTS)
+
+
+def test_the_tests_are_there() -> None:
+    """pytest's own -k, on one collection of all tests in a process of its own."""
+    code = "from parity_tests.meta.test_faults import collect; collect()"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def collect() -> None:
+    """Print the selections that select nothing."""
+    selections = sorted({mutant.tests for mutant in FAULTS})
+    files = sorted({str(ROOT / "parity_tests" / shlex.split(each)[0]) for each in selections})
+    collected = _Collected()
+    code = pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *files], [collected])
+    print(json.dumps([each for each in selections if not selects(each, collected.items)]))
+    sys.exit(code)
+
+
+class _Collected:
+    """A plugin that keeps what was collected."""
+
+    items: Sequence[pytest.Item] = ()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.items = session.items
+
+
+def selects(tests: str, items: Sequence[pytest.Item]) -> bool:
+    """Whether a row's `tests`, a path and perhaps -k with an expression, select any of these."""
+    path, *options = shlex.split(tests)
+    expression = Expression.compile(options[1] if options else "")
+    assert options[:1] in ([], ["-k"])
+    wanted = ROOT / "parity_tests" / path
+    return any(
+        (item.path == wanted or wanted in item.path.parents)
+        and (not options or expression.evaluate(KeywordMatcher.from_item(item)))
+        for item in items
+    )

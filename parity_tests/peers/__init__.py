@@ -1,0 +1,1 @@
+"""What families of checkpoints are held against: their published formulas, in float64."""
