@@ -25,7 +25,7 @@ from alibi_flax.kernels import call as flax_call
 from alibi_flax.kernels.dropout import drawn_dropout
 from alibi_flax.kernels.windowed import operator as flax_operator
 from alibi_flax.kernels.windowed import pallas_gpu, pallas_tpu, xla_loops
-from alibi_spec import windows
+from alibi_spec import certificate
 from alibi_torch.kernels.windowed import operator as torch_operator
 
 BATCH, WIDTH, WIDE = 2, 8, 12  # WIDE is a width of values that differs from the heads'
@@ -145,7 +145,7 @@ class FlaxKernel(Kernel):
         call = flax_call.Call(
             **arrays, **{**defaults, **options}, query_start=start, dropout=dropout
         )
-        block = {"blockwise": BLOCK, "pallas_tpu": windows.BLOCK_SIZE, "pallas_gpu": None}
+        block = {"blockwise": BLOCK, "pallas_tpu": certificate.BLOCK_SIZE, "pallas_gpu": None}
         return flax_operator.attention(call, PASSES[self.name], block[self.name])
 
 

@@ -19,7 +19,7 @@ import alibi_flax
 import alibi_torch
 from alibi_convert.tensors import as_numpy, as_torch
 from alibi_flax.kernels.certificate import query_block_ranges
-from alibi_spec import windows as spec
+from alibi_spec import certificate as spec
 from alibi_spec.budgets import BUDGETS
 from alibi_torch.kernels.windowed import tiles
 from parity_tests import torch_calls

@@ -19,7 +19,7 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import torch_to_flax
-from alibi_spec import ALiBiConfig, model_slopes, windows
+from alibi_spec import ALiBiConfig, certificate, model_slopes
 from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise
 
@@ -92,7 +92,7 @@ def _check_plans(kind: str, causal: bool, tolerance: str | float) -> None:
     for backend, plans in found.items():
         assert len(plans) == len(layers) == CONFIG.num_layers
         for index, (plan, (query, key)) in enumerate(zip(plans, layers, strict=True)):
-            expected = windows.attention_plan(
+            expected = certificate.attention_plan(
                 *(query, key, slopes[index]), causal=causal, attention_mask=MASK, **options
             )
             assert 0 < expected.share.min() < 1, "some blocks are left out"

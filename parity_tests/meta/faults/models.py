@@ -35,7 +35,7 @@ FAULTS = (
     ),
     Mutant(
         "generation takes the slopes of the final length",
-        "alibi_flax/generate.py",
+        "alibi_flax/generation.py",
         "interpolation(model.config, prompt_len + step)",
         "interpolation(model.config, prompt_len + max_new_tokens)",
         "test_models.py -k narrow_prompts",
@@ -105,7 +105,7 @@ FAULTS = (
     ),
     Mutant(
         "greedy generation reads the wrong position",
-        "alibi_flax/generate.py",
+        "alibi_flax/generation.py",
         "hidden[:, position - 1, None]",
         "hidden[:, position - 2, None]",
         "test_models.py -k greedy",
