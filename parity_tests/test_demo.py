@@ -15,7 +15,7 @@ from alibi_spec import ALiBiConfig
 from alibi_torch import ALiBiLM
 
 SMALL = ["--steps=3", "--length=16", "--batch=2", "--layers=1", "--width=16", "--heads=2"]
-SMALL += ["--seeds=1"]
+SMALL += ["--seeds=1", "--processes=1"]
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +24,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notes = tmp_path / "demo" / "notes.txt"
     output.mkdir()
     notes.write_text("mine")
-    arguments = ["demo", *SMALL, "--seeds=2", f"--output={output}"]
+    arguments = ["demo", *SMALL, "--seeds=2", "--processes=2", f"--output={output}"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "256 tokens, identical" in printed
@@ -52,8 +52,10 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds alibi, alibi.msgpack, report.json, extrapolation.png; pass --overwrite" in (
         capsys.readouterr().err
     )
-    assert main([*arguments, "--overwrite"]) == 0
+    assert main([*arguments, "--overwrite", "--processes=1"]) == 0
     assert notes.read_text() == "mine"
+    again = json.loads((output / "report.json").read_text())
+    assert again["bits_per_byte"] == report["bits_per_byte"]
 
 
 def test_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from alibi_cli.arguments import count, path
@@ -20,15 +21,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=path, default=Path("demo"), help="folder for results (default: demo)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
-    parser.add_argument("--steps", type=count, default=500, help="training steps (default: 500)")
-    parser.add_argument("--length", type=count, default=128, help="training length (default: 128)")
+    parser.add_argument("--steps", type=count, default=1500, help="training steps (default: 1500)")
+    parser.add_argument("--length", type=count, default=64, help="training length (default: 64)")
     parser.add_argument("--batch", type=count, default=16, help="sequences per step (default: 16)")
-    parser.add_argument("--layers", type=count, default=3, help="(default: 3)")
-    parser.add_argument("--width", type=count, default=128, help="d_model (default: 128)")
-    parser.add_argument("--heads", type=count, default=8, help="(default: 8)")
+    parser.add_argument("--layers", type=count, default=2, help="(default: 2)")
+    parser.add_argument("--width", type=count, default=64, help="d_model (default: 64)")
+    parser.add_argument("--heads", type=count, default=4, help="(default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument(
         "--seeds", type=count, default=3, help="models of each kind, one per seed (default: 3)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=count,
+        default=os.cpu_count() or 1,
+        help="models that are trained at a time (default: one per core)",
     )
 
 

@@ -15,7 +15,6 @@ from alibi_cli.rendering import check_line, print_lines
 from alibi_convert import convert, torch_to_flax
 from alibi_convert.machine import require
 from alibi_convert.writing.atomic import check_destination
-from alibi_spec import ALiBiConfig
 from alibi_verify import Check, verify_steps
 
 if TYPE_CHECKING:
@@ -38,24 +37,13 @@ def run(options: argparse.Namespace) -> bool:
     require("tqdm", "demo", "the demo")
     import alibi_flax
     from alibi_cli.demo.measuring import in_flax, in_torch
-    from alibi_cli.demo.positions import ALIBI, POSITIONS, config_for
+    from alibi_cli.demo.positions import ALIBI, POSITIONS, config_for, model_config
     from alibi_cli.demo.report import Curve, draw, table_lines, write_report
-    from alibi_cli.demo.text import BYTES, read_text
-    from alibi_cli.demo.training import Training, train
+    from alibi_cli.demo.text import read_text
+    from alibi_cli.demo.training import LEARNING_RATES, Task, Training, train
     from alibi_torch import ALiBiLM
 
-    # The same initial deviation for all: with it, embeddings scaled by sqrt(d_model) match the
-    # sinusoids that are added to them.
-    config = ALiBiConfig(
-        num_layers=options.layers,
-        d_model=options.width,
-        num_heads=options.heads,
-        max_len=options.length,
-        dropout=0.0,
-        expansion_factor=4,
-        vocab_size=BYTES,
-        init_std=options.width**-0.5,
-    )
+    config = model_config(options.layers, options.width, options.heads, options.length)
     text = read_text(options.text, options.length)
     output: Path = options.output
     _check_output(output, options.overwrite)
@@ -66,8 +54,16 @@ def run(options: argparse.Namespace) -> bool:
 
     print(f"\ntraining at length {options.length}", flush=True)
     training = Training(config, text.training, options.steps, options.batch)
-    seeds = range(options.seed, options.seed + options.seeds)
-    models = {kind: [train(training, kind, seed) for seed in seeds] for kind in POSITIONS}
+    tasks = [
+        Task(kind, seed, LEARNING_RATES[kind])
+        for kind in POSITIONS
+        for seed in range(options.seed, options.seed + options.seeds)
+    ]
+    trained = train(training, tasks, options.processes)
+    models = {
+        kind: [model for model, task in zip(trained, tasks, strict=True) if task.positions == kind]
+        for kind in POSITIONS
+    }
 
     print("\nconverting and verifying")
     models[ALIBI][0].save_pretrained(output / FOLDER, overwrite=options.overwrite)

@@ -20,9 +20,28 @@ from flax import linen as nn
 
 import alibi_flax
 import alibi_torch
+from alibi_cli.demo.text import BYTES
 from alibi_spec import ALiBiConfig
 
 ALIBI, ROTARY, SINUSOIDAL = POSITIONS = ("ALiBi", "rotary", "sinusoidal")
+
+
+def model_config(layers: int, width: int, heads: int, length: int) -> ALiBiConfig:
+    """The configuration of the ALiBi model.
+
+    The initial deviation is the same for all: with it, embeddings scaled by sqrt(d_model) match
+    the sinusoids that are added to them.
+    """
+    return ALiBiConfig(
+        num_layers=layers,
+        d_model=width,
+        num_heads=heads,
+        max_len=length,
+        dropout=0.0,
+        expansion_factor=4,
+        vocab_size=BYTES,
+        init_std=width**-0.5,
+    )
 
 
 def config_for(positions: str, config: ALiBiConfig) -> ALiBiConfig:

@@ -19,7 +19,7 @@ from alibi_cli.demo.training import LEARNING_RATES
 from alibi_convert.writing.atomic import replacing
 from alibi_verify import Check
 
-KNOBS = ("steps", "length", "batch", "layers", "width", "heads", "seed", "seeds")
+OPTIONS = ("steps", "length", "batch", "layers", "width", "heads", "seed", "seeds")
 VERSIONS = ("torch", "jax", "flax", "numpy", "python")
 COLOURS = {"ALiBi": "#0b6e99", "rotary": "#4b8b3b", "sinusoidal": "#c2571a"}
 
@@ -129,7 +129,7 @@ def write_report(
             for name in VERSIONS
         },
         "text": source,
-        "options": {name: getattr(options, name) for name in KNOBS},
+        "options": {name: getattr(options, name) for name in OPTIONS},
         "learning_rates": LEARNING_RATES,
         "checks": [asdict(check) for check in checks],
         "bits_per_byte": [curve.to_dict() for curve in curves],
