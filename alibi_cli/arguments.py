@@ -1,10 +1,19 @@
-"""What the words of a command line may be."""
+"""What the words of a command line may be, and the options that several commands share.
+
+Nothing here is imported from the packages below before it is needed: `alibi --help` stays fast.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alibi_convert.checkpoint import GivenConfig
+
+SOURCE = "checkpoint folder or file, or org/name on the hub"
 
 
 def count(text: str) -> int:
@@ -18,3 +27,81 @@ def count(text: str) -> int:
 def path(text: str) -> Path:
     """A path; a `~` that the shell left there, as in `--output=~/x`, is the user's home."""
     return Path(os.path.expanduser(text))
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """How a checkpoint is read; and `--json`."""
+    parser.add_argument(
+        "--config",
+        type=path,
+        help="for files that carry none: JSON of an ALiBiConfig, or another config.json",
+    )
+    parser.add_argument(
+        "--allow-pt", action="store_true", help="read pickles, by torch's weights_only unpickler"
+    )
+    parser.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a config.json: one that is not known and changes nothing; may be repeated",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a source on the hub")
+    parser.add_argument(
+        "--step", type=int, help="of a folder of orbax's CheckpointManager (default: the latest)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def source_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_source_options` as arguments of `open_checkpoint`."""
+    return {
+        "config": _read_config(options.config),
+        "allow_pt": options.allow_pt,
+        "ignore_keys": options.ignore_key,
+        "revision": options.revision,
+        "step": options.step,
+    }
+
+
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """What a conversion writes."""
+    from alibi_convert.formats import FORMATS
+    from alibi_convert.tensors import DTYPES
+
+    parser.add_argument(
+        "--to",
+        choices=list(FORMATS),
+        help="; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items())
+        + " (default: by the destination's suffix)",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="cast every tensor")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of the files of a folder (default: 5GB)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+
+
+def target_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_target_options` as arguments of `plan` and `convert`."""
+    return {
+        "to": options.to,
+        "dtype": options.dtype,
+        "max_shard_size": options.max_shard_size,
+        "overwrite": options.overwrite,
+    }
+
+
+def _read_config(file: Path | None) -> GivenConfig | None:
+    if file is None:
+        return None
+    from alibi_convert.files import read_json
+    from alibi_convert.formats.config_file import OURS, read_config
+    from alibi_spec import ALiBiConfig
+
+    values = read_json(file)
+    if values.get("format") == OURS:
+        return read_config(file)
+    if "model_type" in values:  # of a family
+        return values
+    return ALiBiConfig.from_dict(values)

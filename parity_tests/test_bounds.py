@@ -150,3 +150,13 @@ def test_nothing_is_claimed_where_nothing_is_proved() -> None:
     assert (model_windows(BASE, parameters, tolerance=0) == -1).all()
     parameters["layers.0.attn.key.weight"][3, 3] = np.nan
     assert (model_windows(BASE, parameters)[0] == -1).any()
+
+
+def test_the_series_is_cut_where_it_passes_the_tolerance() -> None:
+    """All keys at the gap that is proved: one fewer would be too few."""
+    config = dataclasses.replace(BASE, slopes=(1.5, 0.2, 0.02))
+    parameters = _parameters(config, 0.2)
+    gaps, windows = logit_gaps(config, parameters, 0), model_windows(config, parameters)[0]
+    for gap, window, slope in zip(gaps, windows, np.float32(config.slopes), strict=True):
+        terms = np.exp(gap - np.float64(slope) * np.arange(window - 1, window + 10_000))
+        assert terms[1:].sum() <= TOLERANCES["float32"] < terms.sum()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from alibi_cli.demo.positions import torch_logits, torch_model
 from alibi_cli.main import main
+from alibi_spec import ALiBiConfig
+from alibi_torch import ALiBiLM
 
 SMALL = ["--steps=3", "--length=16", "--batch=2", "--layers=1", "--width=16", "--heads=2"]
+SMALL += ["--seeds=1", "--processes=1"]
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,35 +24,38 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notes = tmp_path / "demo" / "notes.txt"
     output.mkdir()
     notes.write_text("mine")
-    arguments = ["demo", *SMALL, f"--output={output}"]
+    arguments = ["demo", *SMALL, "--seeds=2", "--processes=2", f"--output={output}"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "256 tokens, identical" in printed
+    assert re.search(r"rotary +Flax +\d\.\d{4} ± 0\.\d{4}", printed)
     assert "every check passed" in printed
     report = json.loads((output / "report.json").read_text())
     assert all(check["passed"] for check in report["checks"])
-    curves = {
-        (curve["positions"], curve["backend"]): curve["bits_per_byte"]
-        for curve in report["bits_per_byte"]
-    }
-    assert set(curves) == {
-        (positions, backend)
-        for positions in ("ALiBi", "sinusoidal")
-        for backend in ("PyTorch", "Flax")
-    }
-    for positions in ("ALiBi", "sinusoidal"):
-        ours, theirs = curves[positions, "PyTorch"], curves[positions, "Flax"]
-        assert list(ours) == list(theirs) == ["16", "32", "64", "128"]
-        for length in ours:
-            assert abs(ours[length] - theirs[length]) < 1e-5 * ours[length]
+    curves = {(curve["positions"], curve["backend"]): curve for curve in report["bits_per_byte"]}
+    kinds = ("ALiBi", "rotary", "sinusoidal")
+    assert set(curves) == {(kind, backend) for kind in kinds for backend in ("PyTorch", "Flax")}
+    for kind in kinds:
+        ours, theirs = curves[kind, "PyTorch"], curves[kind, "Flax"]
+        for name in ("bits_per_byte", "mean", "spread"):
+            assert list(ours[name]) == list(theirs[name]) == ["16", "32", "64", "128"]
+        for length, losses in ours["bits_per_byte"].items():
+            assert len(losses) == 2
+            assert losses[0] != losses[1]
+            for loss, other in zip(losses, theirs["bits_per_byte"][length], strict=True):
+                assert abs(loss - other) < 1e-5 * loss
+            assert min(losses) < ours["mean"][length] < max(losses)
+            assert 0 < ours["spread"][length] < 1
     assert (output / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
 
     assert main(arguments) == 2
     assert "holds alibi, alibi.msgpack, report.json, extrapolation.png; pass --overwrite" in (
         capsys.readouterr().err
     )
-    assert main([*arguments, "--overwrite"]) == 0
+    assert main([*arguments, "--overwrite", "--processes=1"]) == 0
     assert notes.read_text() == "mine"
+    again = json.loads((output / "report.json").read_text())
+    assert again["bits_per_byte"] == report["bits_per_byte"]
 
 
 def test_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,8 +82,34 @@ def test_a_folder_of_the_same_name_survives(
     assert clone.exists()
 
 
-@pytest.mark.parametrize("knob", ["--steps=0", "--batch=-1", "--layers=x"])
-def test_impossible_knobs(knob: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--steps=0", "--batch=-1", "--layers=x"])
+def test_impossible_options(option: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as usage:
-        main(["demo", *SMALL, knob, f"--output={tmp_path}"])
+        main(["demo", *SMALL, option, f"--output={tmp_path}"])
     assert usage.value.code == 2
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "rotary"])
+def test_positions_are_told_apart(kind: str) -> None:
+    """The compared models see order, as ALiBi does; without positions slopes of zero would not."""
+    config = ALiBiConfig(1, 16, 2, 16, 0.0, vocab_size=256, init_std=0.25)
+    torch.manual_seed(0)
+    model = torch_model(config, kind).eval()
+    blind = ALiBiLM(model.config)
+    blind.load_state_dict(model.state_dict())
+    there, back = torch.tensor([[1, 2, 3, 9]]), torch.tensor([[3, 2, 1, 9]])
+    for forward, sees in ((lambda x: torch_logits(model, x, kind), True), (blind.eval(), False)):
+        difference = (forward(there) - forward(back))[0, -1].abs().max()
+        assert (difference > 1e-3) == sees
+
+
+def test_rotation_is_relative() -> None:
+    """Queries times keys depend on the distance alone (Su et al. 2021, eq. 16)."""
+    config = ALiBiConfig(1, 16, 2, 16, 0.0, vocab_size=256, init_std=0.25)
+    attn = torch_model(config, "rotary").transformer.layers[0].attn
+    x = torch.randn(1, 1, 16).expand(1, 12, 16)
+    query, key = (map_(x).view(12, 2, 8).transpose(0, 1) for map_ in (attn.query, attn.key))
+    logits = query @ key.transpose(1, 2)
+    shifted = logits[:, 1:, 1:] - logits[:, :-1, :-1]
+    assert shifted.abs().max() < 1e-5 * logits.abs().max()
+    assert logits.std(dim=2).min() > 1e-3

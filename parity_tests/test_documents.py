@@ -1,22 +1,30 @@
-"""The documents are true: examples of SPEC.md and README.md run, and what they name exists."""
+"""The documents are true: examples run, figures are those of the results, and links lead on."""
 
 from __future__ import annotations
 
 import dataclasses
 import doctest
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from alibi_spec import ALiBiConfig
 from alibi_spec.options import kind_of, meaning_of
+from benchmarks.render import BLOCK, rendered
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("document", ["docs/SPEC.md", "docs/attention.md", "README.md"])
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+WITH_EXAMPLES = [page for page in PAGES if ">>> " in (ROOT / page).read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("document", WITH_EXAMPLES)
 def test_examples(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every `>>>` example, in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
@@ -26,18 +34,88 @@ def test_examples(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert results.failed == 0
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/SPEC.md", "docs/attention.md"]
-)
+@pytest.mark.slow
+def test_shardings_on_eight_devices(tmp_path: Path) -> None:
+    """The example of loading.md divides a model over more devices than the other tests have."""
+    page = ROOT / "docs/loading.md"
+    program = (
+        "import doctest, jax\n"
+        "assert jax.device_count() == 8\n"
+        f"results = doctest.testfile({str(page)!r}, module_relative=False)\n"
+        "assert results.attempted > 4 and not results.failed"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | flags | {"PYTHONPATH": paths}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr).decode()
+
+
+def test_pages_with_examples() -> None:
+    """No page has lost its examples."""
+    tasks = ("README.md", "docs/attention.md", "docs/converting.md", "docs/loading.md")
+    assert {*tasks, "docs/models.md", "docs/SPEC.md"} <= set(WITH_EXAMPLES)
+
+
+@pytest.mark.parametrize("document", [*PAGES, "CONTRIBUTING.md"])
 def test_links_and_paths(document: str) -> None:
-    """Every relative link, and every file or make target that is named, exists."""
+    """Every relative link, its section, and every make target that is named, exists."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     for link in links:
-        assert (ROOT / document).parent.joinpath(link).exists(), link
+        file, _, section = link.partition("#")
+        target = (ROOT / document).parent / file if file else ROOT / document
+        assert target.exists(), link
+        if section:
+            assert section in sections_of(target), link
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in targets, target
+
+
+def sections_of(document: Path) -> set[str]:
+    """What links call the sections of a document."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_listed() -> None:
+    """README.md leads to each page of docs, by itself or by another page."""
+    linked, new = set(), {"README.md"}
+    while new:
+        linked |= new
+        found = {
+            f"docs/{Path(link).name}"
+            for page in new
+            for link in re.findall(r"\]\(([^)#:]+\.md)", (ROOT / page).read_text(encoding="utf-8"))
+        }
+        new = (found & set(PAGES)) - linked
+    assert linked == set(PAGES)
+
+
+@pytest.mark.parametrize("document", PAGES)
+def test_figures(document: str) -> None:
+    """They are what `python -m benchmarks.render` writes."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert rendered(text) == text
+
+
+def test_figures_are_rendered() -> None:
+    """What stands between markers is replaced, whatever it is; an unknown figure is an error."""
+    markers = "a\n<!-- begin: conversion -->\n{}<!-- end -->\nb\n"
+    once = rendered(markers.format("typed by hand\n"))
+    assert "| memory taken | 25 MB |" in once
+    assert "typed" not in once
+    assert once.startswith("a\n")
+    assert once.endswith("\nb\n")
+    assert rendered(once) == once
+    with pytest.raises(KeyError):
+        rendered("<!-- begin: absent -->\n<!-- end -->")
+    begins = sum((ROOT / page).read_text(encoding="utf-8").count("<!-- begin") for page in PAGES)
+    blocks = sum(len(BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))) for page in PAGES)
+    assert begins == blocks > 10
 
 
 def test_table_of_options() -> None:

@@ -180,7 +180,7 @@ def test_a_killed_run_resumes(killed: Path, source: Path, tmp_path: Path, damage
             "alibi_convert.values.Watched.require_finite",
             signal.SIGTERM,
         ),
-        ("inspect SOURCE", "alibi_cli.main.inspect", signal.SIGINT),
+        ("inspect SOURCE", "alibi_convert.inspect", signal.SIGINT),
         ("verify SOURCE", "alibi_verify.backends.TorchBackend.exact_logits", signal.SIGTERM),
         ("plot-windows SOURCE --output=OUT.png", "matplotlib.figure.Figure.savefig", signal.SIGINT),
     ],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from parity_tests.meta.faults import (
+    command,
     comparison,
     conversion,
     families,
     files,
     flax_attention,
+    inference,
     models,
     spec,
     torch_attention,
@@ -18,8 +20,10 @@ FAULTS = (
     *models.FAULTS,
     *torch_attention.FAULTS,
     *flax_attention.FAULTS,
+    *inference.FAULTS,
     *conversion.FAULTS,
     *files.FAULTS,
     *families.FAULTS,
     *comparison.FAULTS,
+    *command.FAULTS,
 )

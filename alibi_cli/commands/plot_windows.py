@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+from alibi_cli.arguments import SOURCE, add_source_options, path, source_options
+from alibi_cli.exit_codes import OK
+from alibi_cli.rendering import print_json
 
-from alibi_cli.arguments import path
-from alibi_convert import load_tokenizer, open_checkpoint
-from alibi_convert.checkpoint import Checkpoint
-from alibi_convert.machine import require
-from alibi_convert.tokenizer import TOKENIZER_FILE
-from alibi_convert.writing.atomic import replacing
-from alibi_spec.certificate import BLOCK_SIZE
+if TYPE_CHECKING:
+    import numpy as np
 
+    from alibi_convert.checkpoint import Checkpoint
+
+HELP = "draw what share of its attention a model has to compute"
 BYTES = 256
 _COLOURS = "viridis"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The knobs of `alibi plot-windows`, besides those of its source."""
+    """The model, what it reads, and what is drawn."""
+    from alibi_spec.certificate import BLOCK_SIZE
+
+    parser.add_argument("source", type=path, help=SOURCE)
     parser.add_argument(
         "--text", type=path, help="what the model reads (default: random tokens of its vocabulary)"
     )
@@ -41,54 +43,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=path, default=Path("windows.png"), help="picture (default: windows.png)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
+    add_source_options(parser)
 
 
 def _tolerance(text: str) -> str | float:
     return text if text == "dtype" else float(text)
 
 
-def run(options: argparse.Namespace, source_options: dict[str, Any]) -> None:
+def run(options: argparse.Namespace) -> int:
     """Plan every layer, print the shares and draw them.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
         ValueError: the text is too short, has no tokenizer, or the picture exists.
     """
+    from alibi_convert.machine import require
+
     require("torch", "torch", "planning attention")
     require("matplotlib", "demo", "drawing")
+    import numpy as np
     import torch
 
     import alibi_torch
+    from alibi_convert import open_checkpoint
 
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output} exists; pass --overwrite or another --output")
     if options.length < 1 or options.block_size < 1:
         raise ValueError("--length and --block-size are numbers of at least 1")
-    checkpoint = open_checkpoint(options.source, **source_options)
+    reading = source_options(options)
+    checkpoint = open_checkpoint(options.source, **reading)
     has_vocabulary = checkpoint.config.vocab_size is not None
     kind = alibi_torch.ALiBiLM if has_vocabulary else alibi_torch.ALiBiTransformer
-    model = kind.from_pretrained(options.source, **source_options).eval()
+    model = kind.from_pretrained(options.source, **reading).eval()
     inputs, description = _inputs(checkpoint, options)
     plans = alibi_torch.model_plans(
         model, torch.from_numpy(inputs), tolerance=options.tolerance, block_size=options.block_size
     )
     shares = np.stack([plan.share[0].numpy() for plan in plans])
     if options.json:
-        print(json.dumps({"inputs": description, "share": shares.tolist()}, indent=2))
+        print_json({"inputs": description, "share": shares.tolist()})
     else:
         _print_shares(shares, description)
     first = np.stack([plan.first[0].numpy() for plan in plans])
     _draw(shares, first, options, description)
     if not options.json:
         print(f"drawn in {options.output}")
+    return OK
 
 
 def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.ndarray, str]:
     """What the model reads, [1, length] or [1, length, d_model], and what it is."""
+    import numpy as np
+
     config, rng = checkpoint.config, np.random.default_rng(options.seed)
     if config.vocab_size is None:
         if options.text is not None:
-            raise ValueError("this model has no vocabulary; leave --text away")
+            raise ValueError("this model has no vocabulary; leave out --text")
         shape = (1, options.length, config.d_model)
         return rng.standard_normal(shape, np.float32), "random embeddings"
     if options.text is None:
@@ -103,13 +114,18 @@ def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.nda
 
 
 def _tokens(checkpoint: Checkpoint, text: Path) -> np.ndarray:
+    import numpy as np
+
+    from alibi_convert import load_tokenizer
+    from alibi_convert.tokenizer import TOKENIZER_FILE
+
     if (checkpoint.path / TOKENIZER_FILE).is_file():
         encoded = load_tokenizer(checkpoint.path).encode(text.read_text(encoding="utf-8"))
         return np.array(encoded.ids)
     if checkpoint.config.vocab_size == BYTES:
         return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int64)
     raise ValueError(
-        f"{checkpoint.path} has no {TOKENIZER_FILE}; put one there, or leave --text away"
+        f"{checkpoint.path} has no {TOKENIZER_FILE}; put one there, or leave out --text"
     )
 
 
@@ -128,6 +144,9 @@ def _draw(
 ) -> None:
     """Shares of all heads; and of the layer with most to do, how far back each head looks."""
     import matplotlib
+    import numpy as np
+
+    from alibi_convert.writing.atomic import replacing
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -1,0 +1,42 @@
+"""The commands of `alibi`: one module each, one row each.
+
+A module says in `HELP` what its command does, adds its arguments to a parser in
+`add_arguments(parser)`, and does it in `run(options)`, which returns an exit code. Whatever takes
+time to import, it imports in these functions: all modules are imported for `alibi --help`, but only
+the command that was named is asked for its arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Protocol, cast
+
+# By name, in the order of the help: the module in this folder.
+COMMANDS = {
+    "inspect": "inspect",
+    "plan": "plan",
+    "convert": "convert",
+    "verify": "verify",
+    "plot-windows": "plot_windows",
+    "demo": "demo",
+}
+
+
+class Command(Protocol):
+    """What the module of a command holds."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of this command."""
+        ...
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Do it; return the exit code. Errors are raised: `alibi_cli.main` knows their codes."""
+        ...
+
+
+def load(name: str) -> Command:
+    """The module of a command."""
+    return cast(Command, import_module(f"{__name__}.{COMMANDS[name]}"))

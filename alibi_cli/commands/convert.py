@@ -1,0 +1,66 @@
+"""`alibi convert`: a checkpoint in another format, or under another family's names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from alibi_cli.arguments import (
+    SOURCE,
+    add_source_options,
+    add_target_options,
+    path,
+    source_options,
+    target_options,
+)
+from alibi_cli.exit_codes import OK
+from alibi_cli.rendering import print_json, print_lines, report_lines
+
+HELP = "convert a checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Both sides of the conversion, and how it is done."""
+    from alibi_convert.conversion import VERIFY
+
+    parser.add_argument("source", type=path, help=SOURCE)
+    parser.add_argument("destination", type=path, help="a path that does not exist yet")
+    add_target_options(parser)
+    parser.add_argument(
+        "--strict-values", action="store_true", help="refuse NaN and infinity, do not report them"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the shards that a killed run had finished"
+    )
+    parser.add_argument(
+        "--progress", action="store_true", help="show progress even where no terminal is"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=VERIFY,
+        default="logits",
+        help="bits: read the result back; logits: run both sides too, between families (default); "
+        "none: neither",
+    )
+    add_source_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert, and print the report."""
+    from alibi_convert import convert
+
+    report = convert(
+        options.source,
+        options.destination,
+        verify=options.verify,
+        strict_values=options.strict_values,
+        resume=options.resume,
+        progress=not options.json and (options.progress or sys.stderr.isatty()),
+        **target_options(options),
+        **source_options(options),
+    )
+    if options.json:
+        print_json(report.to_dict())
+    else:
+        print_lines(report_lines(report))
+    return OK

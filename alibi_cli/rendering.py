@@ -1,0 +1,135 @@
+"""What commands print: the lines of an inspection, a plan, a report, a check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alibi_convert import Plan, Report
+    from alibi_verify import Check
+
+
+def print_json(value: Any) -> None:
+    """A result as JSON, for `--json`."""
+    print(json.dumps(value, indent=2))
+
+
+def print_lines(lines: Iterator[str]) -> None:
+    """Lines as they come."""
+    for line in lines:
+        print(line)
+
+
+def check_line(check: Check) -> str:
+    """One check of a verification: whether it passed, and what was measured."""
+    return f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.measured}"
+
+
+def inspection_lines(contents: Mapping[str, Any]) -> Iterator[str]:
+    """What a checkpoint holds."""
+    from alibi_spec import ALiBiConfig
+
+    yield f"{contents['path']}: {contents['model']}, {contents['family']} ({contents['format']})"
+    yield f"{contents['parameters']:,} parameters, {contents['nbytes']:,} bytes"
+    yield "configuration (*: not the default):"
+    defaults = ALiBiConfig().to_dict()
+    for name, value in contents["config"].items():
+        yield f"  {name} = {value}" + ("" if value == defaults[name] else "  *")
+    width = max(map(len, contents["tensors"]))
+    for name, tensor in contents["tensors"].items():
+        yield f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}"
+    yield from _wrappers(contents["wrappers"])
+    for name, reason in contents["derived"].items():
+        yield f"  {name:{width}}  not carried over: {reason}"
+    yield from _ignored(contents["ignored"])
+
+
+def plan_lines(planned: Plan) -> Iterator[str]:
+    """What a conversion would do."""
+    yield (
+        f"{planned.source} ({planned.family}, {planned.source_format}) -> "
+        f"{planned.destination_format}"
+    )
+    for name, value in planned.config.items():
+        yield f"  {name} = {value}"
+    width = max(map(len, planned.tensors))
+    for name, row in planned.tensors.items():
+        dtype = row.dtype if row.dtype == row.source_dtype else f"{row.source_dtype} -> {row.dtype}"
+        origin = "" if row.sources == (name,) else f"  from {', '.join(row.sources)}"
+        yield f"  {name:{width}}  {dtype} {list(row.shape)} {row.nbytes:,} bytes{origin}"
+    yield from _differences(planned.dropped, planned.folded)
+    yield from _ignored(planned.ignored)
+    for file, names in planned.files.items():
+        yield f"{file}: {len(names)} tensors"
+    free = planned.free_disk_bytes
+    free_text = "unknown" if free is None else f"{free:,}"
+    yield (
+        f"{planned.nbytes:,} bytes to write, {free_text} free; "
+        f"about {planned.peak_memory_bytes:,} bytes of memory"
+    )
+    for problem in planned.problems:
+        yield f"{'problem' if problem.stops else 'note'}: {problem.cause}; {problem.mend}"
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    """What a conversion did."""
+    yield (
+        f"{report.source} ({report.family}, {report.source_format}) -> "
+        f"{report.destination} ({report.destination_format})"
+    )
+    yield f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s"
+    yield from _wrappers(report.wrappers)
+    yield from _differences(report.dropped, report.folded)
+    yield from _ignored(report.ignored)
+    for cast in report.casts:
+        where = f" in {cast.where}" if cast.where else ""
+        yield (
+            f"{cast.tensors} tensors cast from {cast.source} to {cast.target}: largest relative "
+            f"rounding error {cast.rounding:.1e}{where}"
+        )
+    for name, elements in report.nonfinite.items():
+        yield f"  NaN or infinite: {elements:,} elements of {name}"
+    if report.kept:
+        yield f"kept from the killed run: {', '.join(report.kept)}"
+    if report.copied:
+        yield f"copied: {', '.join(report.copied)}"
+    if report.left_behind:
+        yield f"left behind: {', '.join(report.left_behind)}"
+    for name, xxh3 in report.destination_xxh3.items():
+        yield f"  xxh3 {xxh3}  {name}"
+    if report.verified:
+        yield "read back: bitwise what was meant"
+        yield from _outputs(report.verification["logits"])
+    else:
+        yield "not read back"
+
+
+def _wrappers(wrappers: Sequence[str]) -> Iterator[str]:
+    if wrappers:
+        yield f"  left out of the names: {', '.join(wrappers)}"
+
+
+def _differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> Iterator[str]:
+    for name, reason in dropped.items():
+        yield f"  not carried over: {name} ({reason})"
+    for name, reason in folded.items():
+        yield f"  computed: {name} ({reason})"
+
+
+def _ignored(ignored: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in ignored.items():
+        yield f"  ignored: {name}={value!r}"
+
+
+def _outputs(logits: Mapping[str, Any]) -> Iterator[str]:
+    """How far the outputs of both sides of a conversion differ."""
+    if "not_run" in logits:
+        yield f"outputs not compared: {logits['not_run']}"
+        return
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in logits["errors"].items())
+    limit = f"{logits['dtype']}, {logits['budget']:.0e} is allowed"
+    yield f"outputs against {logits['against']}: {errors} ({limit})"
+    if "no_peer" in logits:
+        yield f"  its own library was not run: {logits['no_peer']}"

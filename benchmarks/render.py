@@ -1,0 +1,239 @@
+"""The figures of the documents, from the files of results: `python -m benchmarks.render`.
+
+What a document has between `<!-- begin: NAME ARGUMENT … -->` and `<!-- end -->` is what the
+function of that name in `FIGURES` returns; `parity_tests/test_documents.py` compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LENGTHS = (2_048, 4_096, 16_384, 32_768, 65_536)
+PASSES = {"forward": "forward", "both": "forward and backward"}
+BLOCK = re.compile(r"(<!-- begin: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# The peers of each file, in the order of the tables, and what the documents call them.
+PEERS = {
+    "torch": {
+        "alibi_torch, aten_flash": "`aten_flash`",
+        "alibi_torch, blockwise": "`blockwise`",
+        "sdpa, causal, no bias": "`scaled_dot_product_attention`, causal, **no bias**",
+        "FlexAttention, compiled": "FlexAttention, compiled",
+        "sdpa with a materialised bias": "`scaled_dot_product_attention`, bias as a matrix",
+        "alibi_torch, dense": "`dense`",
+        "jaketae/alibi": "jaketae/alibi",
+        "x-transformers": "x-transformers",
+        "transformers BLOOM": "transformers' BLOOM",
+        "transformers MPT": "transformers' MPT",
+    },
+    "flax": {
+        "alibi_flax, blockwise": "`blockwise`",
+        "alibi_flax, dense": "`dense`",
+        "jax.nn with a bias": "`jax.nn.dot_product_attention`, bias as a matrix",
+        "flax.linen with a bias": "`flax.linen.dot_product_attention`, bias as a matrix",
+    },
+}
+STEPS = {
+    "seed": "jaketae/alibi's default model, by its own formulas",
+    "ours": "the same model, ours",
+    "no dropout on probabilities": "`ALiBiConfig()`, no dropout on probabilities",
+    "dropout on probabilities": "`ALiBiConfig()`, dropout on probabilities",
+}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def attention(backend: str, passes: str, field: str) -> str:
+    """Milliseconds ("seconds") or MB ("extra_bytes") of every peer: float32, normal inputs."""
+    pass_name = PASSES[passes]
+    unit, factor = {"seconds": ("ms", 1e3), "extra_bytes": ("MB", 1e-6)}[field]
+    found = {
+        (row["peer"], row["seq"]): row[field]
+        for row in _read(f"attention_{backend}")["rows"]
+        if field in row
+        and (row["dtype"], row["inputs"], row["pass"]) == ("float32", "normal", pass_name)
+    }
+    rows = [
+        [label, *(_number(found.get((peer, seq)), factor) for seq in LENGTHS)]
+        for peer, label in PEERS[backend].items()
+        if any((peer, seq) in found for seq in LENGTHS)
+    ]
+    return table([f"{pass_name}, {unit}", *(f"{seq:,}" for seq in LENGTHS)], rows)
+
+
+def other_inputs(backend: str) -> str:
+    """What our first kernel takes for other numbers."""
+    ours = next(iter(PEERS[backend]))
+    found = {
+        (row["dtype"], row["inputs"], row["pass"], row["seq"]): row["seconds"]
+        for row in _read(f"attention_{backend}")["rows"]
+        if row["peer"] == ours and "seconds" in row
+    }
+    kinds = {
+        ("float32", "normal"): "float32, normal",
+        ("bfloat16", "normal"): "bfloat16, normal",
+        ("float32", "trained-like"): "float32, trained-like",
+    }
+    rows = [
+        [label, *(_number(found.get((*kind, PASSES["forward"], seq)), 1e3) for seq in LENGTHS)]
+        for kind, label in kinds.items()
+    ]
+    return table(["inputs, forward, ms", *(f"{seq:,}" for seq in LENGTHS)], rows)
+
+
+def goals(*names: str) -> str:
+    """What was wanted and found, in files of results."""
+    rows = [goal for name in names for goal in _read(name)["goals"]]
+    cells = ((row["goal"], _figure(row["found"]), _sign(row), _verdict(row)) for row in rows)
+    return table(("", "found", "wanted", ""), cells)
+
+
+def products(backend: str) -> str:
+    """The bare products of a call's blocks."""
+    found = _read(f"attention_{backend}")["bare_products_of_one_forward"]
+    header = ("bare products of one forward call", "ms", "share of our call")
+    row = (f"N={found['seq']}", _number(found["seconds"], 1e3), f"{found['share_of_ours']:.0%}")
+    return table(header, [row])
+
+
+def training(backend: str) -> str:
+    """Steps of training: time and memory."""
+    steps = _read(f"training_{backend}")["training_step"]
+    rows = []
+    for name, label in STEPS.items():
+        if name in steps:
+            step = steps[name]
+            memory = step.get("peak_extra_bytes", step.get("extra_bytes"))
+            cells = f"{step['seq']:,}", f"{step['seconds']:.2f}", _number(memory, 1e-6)
+            rows.append([label, *cells])
+    return table(("training step", "positions", "s", "MB"), rows)
+
+
+def origin(name: str) -> str:
+    """When, on what and with which versions a file of results was measured."""
+    results = _read(name)
+    machine = results["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
+    file = f"[{name}.json](../benchmarks/results/{name}.json)"
+    return (
+        f"{file}: {results['date'][:10]}, {machine['cpu']}, {machine['cores']} cores; {versions}.\n"
+    )
+
+
+def conversion() -> str:
+    """Time and memory of converting a large checkpoint."""
+    results = _read("conversion")
+    facts = {
+        "checkpoint": f"{results['nbytes'] / 1e9:.1f} GB, {results['source']}",
+        "largest tensor": f"{results['largest_tensor_bytes'] / 1e6:.0f} MB",
+        "limit of memory": f"{results['memory_limit_bytes'] / 1e9:.0f} GB",
+        "memory taken": f"{results['peak_anonymous_bytes'] / 1e6:.0f} MB",
+    }
+    for name, seconds in results["median_seconds"].items():
+        speed = results["speed_relative_to_cp"][name]
+        facts[f"`{name}`" if name == "cp" else name] = f"{seconds:.1f} s, {speed:.2f} × cp's speed"
+    return table(("", ""), facts.items())
+
+
+def demo() -> str:
+    """Means and spreads of the demo's curves, and how it was run."""
+    report = json.loads((ROOT / "docs" / "demo" / "report.json").read_text())
+    curves = [curve for curve in report["bits_per_byte"] if curve["backend"] == "PyTorch"]
+    rows = [
+        [
+            curve["positions"],
+            f"{report['learning_rates'][curve['positions']]:g}",
+            *(
+                f"{mean:.3f} ± {curve['spread'][length]:.3f}"
+                for length, mean in curve["mean"].items()
+            ),
+        ]
+        for curve in curves
+    ]
+    options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    header = ("bits per byte at length", "learning rate", *curves[0]["mean"])
+    origin = f"{report['date']}, {report['machine']}; {versions}; options: {options}."
+    return f"{table(header, rows)}\n{origin}\n"
+
+
+def demo_rates() -> str:
+    """Loss of the demo's models at the training length, by learning rate."""
+    rows = _read("demo_rates")["rows"]
+    rates = sorted({row["learning_rate"] for row in rows})
+    found = {
+        (row["positions"], row["learning_rate"]): next(iter(row["bits_per_byte"].values()))
+        for row in rows
+    }
+    kinds = dict.fromkeys(row["positions"] for row in rows)
+    lines = ([kind, *(f"{found[kind, rate]:.3f}" for rate in rates)] for kind in kinds)
+    return table(("bits per byte at a learning rate of", *(f"{rate:g}" for rate in rates)), lines)
+
+
+FIGURES: dict[str, Callable[..., str]] = {
+    "attention": attention,
+    "conversion": conversion,
+    "demo": demo,
+    "demo_rates": demo_rates,
+    "goals": goals,
+    "origin": origin,
+    "other_inputs": other_inputs,
+    "products": products,
+    "training": training,
+}
+
+
+def rendered(text: str) -> str:
+    """A document with its figures as the files of results have them."""
+
+    def replaced(found: re.Match[str]) -> str:
+        begin, words, end = found.groups()
+        name, *arguments = words.split()
+        return begin + FIGURES[name](*arguments) + end
+
+    return BLOCK.sub(replaced, text)
+
+
+def main() -> None:
+    """Rewrite every document."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _number(value: float | None, factor: float) -> str:
+    return "" if value is None else f"{value * factor:,.0f}"
+
+
+def _figure(found: float | None) -> str:
+    return "" if found is None else f"{found:.2f}"
+
+
+def _sign(row: dict[str, Any]) -> str:
+    return row["wanted"].replace(">=", "≥").replace("<=", "≤")
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return {True: "", False: "not reached", None: "not measured"}[row.get("met")]
+
+
+if __name__ == "__main__":
+    main()
