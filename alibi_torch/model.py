@@ -260,7 +260,7 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         def attn(y: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
-            attended = self.attn(y, slope_factor, attention_mask, cache)
+            attended = self.attn(y, slope_factor, attention_mask, cache=cache)
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
             return attended

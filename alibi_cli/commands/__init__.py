@@ -18,6 +18,8 @@ COMMANDS = {
     "plan": "plan",
     "convert": "convert",
     "verify": "verify",
+    "generate": "generate",
+    "windows": "windows",
     "plot-windows": "plot_windows",
     "demo": "demo",
 }

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from alibi_convert.checkpoint import Checkpoint
 
 HELP = "draw what share of its attention a model has to compute"
-BYTES = 256
 _COLOURS = "viridis"
 
 
@@ -96,6 +95,8 @@ def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.nda
     """What the model reads, [1, length] or [1, length, d_model], and what it is."""
     import numpy as np
 
+    from alibi_cli.tokens import tokenizer_of
+
     config, rng = checkpoint.config, np.random.default_rng(options.seed)
     if config.vocab_size is None:
         if options.text is not None:
@@ -104,29 +105,13 @@ def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.nda
         return rng.standard_normal(shape, np.float32), "random embeddings"
     if options.text is None:
         return rng.integers(0, config.vocab_size, (1, options.length)), "random tokens"
-    tokens = _tokens(checkpoint, options.text)
+    tokens = np.array(tokenizer_of(checkpoint).encode_file(options.text))
     if len(tokens) < options.length:
         raise ValueError(
             f"{options.text} has {len(tokens):,} tokens; choose a longer text or a --length of at "
             "most that"
         )
     return tokens[None, : options.length], options.text.name
-
-
-def _tokens(checkpoint: Checkpoint, text: Path) -> np.ndarray:
-    import numpy as np
-
-    from alibi_convert import load_tokenizer
-    from alibi_convert.tokenizer import TOKENIZER_FILE
-
-    if (checkpoint.path / TOKENIZER_FILE).is_file():
-        encoded = load_tokenizer(checkpoint.path).encode(text.read_text(encoding="utf-8"))
-        return np.array(encoded.ids)
-    if checkpoint.config.vocab_size == BYTES:
-        return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int64)
-    raise ValueError(
-        f"{checkpoint.path} has no {TOKENIZER_FILE}; put one there, or leave out --text"
-    )
 
 
 def _print_shares(shares: np.ndarray, description: str) -> None:

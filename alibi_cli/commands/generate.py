@@ -1,0 +1,176 @@
+"""`alibi generate`: continue texts with the model of a checkpoint, in either backend."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from alibi_cli.arguments import SOURCE, add_source_options, count, path, source_options
+from alibi_cli.exit_codes import OK
+from alibi_cli.rendering import print_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from alibi_cli.tokens import Bytes, Subwords
+    from alibi_convert.checkpoint import Checkpoint
+
+HELP = "continue texts"
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SETTINGS = ("generation_config.json", "config.json")  # where a folder names its eos_token_id
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prompts, how tokens are chosen, and by which backend."""
+    parser.add_argument("source", type=path, help=SOURCE)
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt", action="append", help="may be repeated (default: the standard input)"
+    )
+    prompts.add_argument("--prompt-file", type=path, help="one prompt: the whole file")
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=128, help="for each prompt (default: 128)"
+    )
+    parser.add_argument(
+        "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
+    )
+    parser.add_argument("--stream", action="store_true", help="print tokens as they come")
+    parser.add_argument(
+        "--do-sample", action="store_true", help="draw tokens (default: the likeliest)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest with this probability")
+    parser.add_argument("--min-p", type=float, help="least probability, over the largest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument(
+        "--eos-token-id",
+        type=int,
+        action="append",
+        help="a token that ends a text; may be repeated (default: those of the folder's settings)",
+    )
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="a text that ends one; may be repeated"
+    )
+    add_source_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what follows each prompt.
+
+    Raises:
+        CheckpointError: as for `open_checkpoint`.
+        ValueError: no prompt, no tokenizer, or an option that `generate` refuses.
+    """
+    import numpy as np
+
+    from alibi_cli.tokens import tokenizer_of
+    from alibi_convert import open_checkpoint
+    from alibi_spec.checks import require_vocabulary
+
+    if options.stream and (options.json or len(options.prompt or ()) > 1):
+        raise ValueError("--stream prints one text as it grows; give one prompt, and no --json")
+    checkpoint = open_checkpoint(options.source, **source_options(options))
+    require_vocabulary(checkpoint.config.vocab_size)
+    tokenizer = tokenizer_of(checkpoint)
+    rows = _prompts(options, tokenizer)
+    if not all(rows):
+        raise ValueError(f"prompt {rows.index([])} has no tokens; expected at least one")
+    width = max(map(len, rows))
+    prompts = np.array([[0] * (width - len(row)) + row for row in rows])
+    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    arguments = {
+        "attention_mask": mask if len({*map(len, rows)}) > 1 else None,
+        "do_sample": options.do_sample,
+        **{name: getattr(options, name) for name in _SAMPLING},
+        "eos_token_id": options.eos_token_id or _eos(checkpoint),
+        "stop_strings": options.stop,
+        "tokenizer": tokenizer,
+        "seed": options.seed,
+    }
+    begin = _torch if options.backend == "torch" else _flax
+    if options.stream:
+        _print_stream(begin(options, "stream", prompts, arguments), tokenizer)
+        return OK
+    generated = begin(options, "generate", prompts, arguments)
+    new = np.asarray(generated.tokens)[:, width:].tolist()
+    results = [
+        {
+            "prompt": tokenizer.decode(row),
+            "text": tokenizer.decode(tokens[:length]),
+            "tokens": tokens[:length],
+            "finish_reason": reason,
+        }
+        for row, tokens, length, reason in zip(
+            rows, new, generated.lengths.tolist(), generated.finish_reasons, strict=True
+        )
+    ]
+    if options.json:
+        print_json(results)
+    else:
+        print("\n\n".join(result["text"] for result in results))
+    return OK
+
+
+def _prompts(options: argparse.Namespace, tokenizer: Bytes | Subwords) -> list[list[int]]:
+    if options.prompt is not None:
+        return [tokenizer.encode(text) for text in options.prompt]
+    if options.prompt_file is not None:
+        return [tokenizer.encode_file(options.prompt_file)]
+    return [tokenizer.encode(sys.stdin.read())]
+
+
+def _eos(checkpoint: Checkpoint) -> int | list[int] | None:
+    from alibi_convert.files import read_json
+
+    for name in _SETTINGS:
+        file = checkpoint.path / name
+        if file.is_file() and (eos := read_json(file).get("eos_token_id")) is not None:
+            return eos
+    return None
+
+
+def _torch(
+    options: argparse.Namespace, what: str, prompts: np.ndarray, arguments: dict[str, Any]
+) -> Any:
+    from alibi_convert.machine import require
+
+    require("torch", "torch", "the PyTorch backend")
+    import torch
+
+    import alibi_torch
+
+    model = alibi_torch.ALiBiLM.from_pretrained(options.source, **source_options(options))
+    mask = arguments["attention_mask"]
+    arguments |= {"attention_mask": None if mask is None else torch.from_numpy(mask)}
+    call = getattr(alibi_torch, what)
+    return call(model, torch.from_numpy(prompts), options.max_new_tokens, **arguments)
+
+
+def _flax(
+    options: argparse.Namespace, what: str, prompts: np.ndarray, arguments: dict[str, Any]
+) -> Any:
+    from alibi_convert.machine import require
+
+    require("flax", "flax", "the Flax backend")
+    import alibi_flax
+
+    model, params = alibi_flax.from_pretrained(options.source, **source_options(options))
+    call = getattr(alibi_flax, what)
+    return call(model, params, prompts, options.max_new_tokens, **arguments)
+
+
+def _print_stream(steps: Iterator[Any], tokenizer: Bytes | Subwords) -> None:
+    """The text as it grows; a character of several tokens is held back until it is whole."""
+    ids: list[int] = []
+    shown = ""
+    for step in steps:
+        ids.append(int(step[0]))
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(tokenizer.decode(ids)[len(shown) :])

@@ -1,0 +1,69 @@
+"""`alibi windows`: how far each head can look, proved from the weights, and what a cache holds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from alibi_cli.arguments import SOURCE, add_source_options, path, source_options
+from alibi_cli.exit_codes import OK
+from alibi_cli.rendering import print_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELP = "show how far each head can look, proved from the weights"
+LENGTHS = (4_096, 32_768, 131_072)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and what may be left out."""
+    parser.add_argument("source", type=path, help=SOURCE)
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default="dtype",
+        help="share of attention mass that may be left out (default: half an ulp of float32)",
+    )
+    add_source_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the windows, and the share of all keys that lies in them at several lengths.
+
+    Raises:
+        CheckpointError: as for `open_checkpoint`.
+    """
+
+    from alibi_convert import open_checkpoint
+    from alibi_spec.bounds import model_windows
+
+    checkpoint = open_checkpoint(options.source, **source_options(options))
+    tensors = checkpoint.tensors  # read one by one
+    windows = model_windows(checkpoint.config, tensors, tolerance=options.tolerance)
+    shares = {length: _share(windows, length) for length in LENGTHS}
+    bounded = bool((windows >= 0).all())
+    if options.json:
+        keys = int(windows.sum()) if bounded else None
+        print_json({"windows": windows.tolist(), "share": shares, "keys_at_any_length": keys})
+        return OK
+    print("keys that a head can need, its own position among them (-: not bounded)")
+    print("  layer " + "".join(f"{f'head {head}':>10}" for head in range(windows.shape[1])))
+    for layer, row in enumerate(windows):
+        print(f"  {layer:>5} " + "".join(f"{'-' if w < 0 else f'{w:,}':>10}" for w in row))
+    for length, share in shares.items():
+        print(f"  of all keys at {length:,} positions: {share:.1%}")
+    print(
+        f"  at any length: at most {int(windows.sum()):,} keys of a head"
+        if bounded
+        else "  some head may need every key"
+    )
+    return OK
+
+
+def _share(windows: np.ndarray, length: int) -> float:
+    """The keys inside the windows, over all keys, of a sequence of this length."""
+    import numpy as np
+
+    kept = np.where(windows < 0, length, np.minimum(windows, length))
+    return float(kept.sum() / (windows.size * length))
