@@ -20,12 +20,14 @@ from alibi_convert import torch_to_flax
 from alibi_convert.tensors import as_numpy, as_torch
 from alibi_flax.cache import bucket
 from alibi_spec import ALiBiConfig, reference_forward
-from alibi_spec.budgets import BUDGETS
+from alibi_spec.budgets import AGREEMENTS, BUDGETS
 from alibi_spec.cache import Cache
 from parity_tests.cases import CONFIGS, SEQ, draw_inputs, draw_mask, draw_parameters
 from parity_tests.compare import assert_within
 
 CACHED = tuple(name for name, config in CONFIGS.items() if config.causal)
+# Those whose attention differs; the rest of a model does not know of a cache.
+DISTINCT = ("lm-tied", "odd-heads", "bare", "own-slopes", "grouped", "rounded-bias")
 CHUNKS = (0, 149, 150, SEQ - 1, SEQ)  # twice a chunk and a single query, of two shapes in all
 
 Call = Callable[[np.ndarray, np.ndarray | None, Any], tuple[np.ndarray, Any]]
@@ -90,13 +92,14 @@ def test_the_reference_cached(config_name: str, padding: str) -> None:
         cache = cache.extended(trace, its_mask)
         parts.append(trace["output"])
     assert cache.length == SEQ
-    assert_within(np.concatenate(parts, axis=1), whole["output"], 1e-12, config_name)
+    limit = AGREEMENTS["float64 sums"].relative
+    assert_within(np.concatenate(parts, axis=1), whole["output"], limit, config_name)
 
 
 @each_backend
 @pytest.mark.parametrize(
     ("config_name", "padding"),
-    [*((name, "both-and-empty") for name in CACHED), ("lm-tied", "unpadded")],
+    [*((name, "both-and-empty") for name in DISTINCT), ("lm-tied", "unpadded")],
 )
 def test_cached_is_uncached(config_name: str, padding: str, backend: str) -> None:
     """Chunks and single queries against the float64 reference, which reads all at once."""
@@ -107,7 +110,8 @@ def test_cached_is_uncached(config_name: str, padding: str, backend: str) -> Non
     for part in _parts():
         output, cache = call(inputs[:, part], None if mask is None else mask[:, part], cache)
         limit = BUDGETS["float32", "cpu"].forward
-        assert_within(output, exact[:, part], limit, f"{config_name}, {part}")
+        what = f"{config_name}, {part}"
+        assert_within(output, exact[:, part], limit, what, dtype="float32")
     assert int(cache.length) == SEQ
 
 
@@ -122,9 +126,7 @@ def test_dtypes(dtype: str, backend: str) -> None:
     cache, budget = empty(len(inputs)), BUDGETS[dtype, "cpu"]
     for part in _parts():
         output, cache = call(inputs[:, part], mask[:, part], cache)
-        assert str(output.dtype) == dtype
-        output = output.astype(np.float64)
-        assert_within(output, exact[:, part], budget.forward, f"{dtype}, {part}")
+        assert_within(output, exact[:, part], budget.forward, f"{part}", dtype=dtype)
 
 
 @each_backend
@@ -138,7 +140,7 @@ def test_every_step_far_past_the_trained_length(backend: str) -> None:
     for position in range(8, 520):
         output, cache = call(inputs[:, position : position + 1], None, cache)
         found, limit = output[:, 0], BUDGETS["float32", "cpu"].forward
-        assert_within(found, exact[:, position], limit, f"position {position}")
+        assert_within(found, exact[:, position], limit, f"{position}", dtype="float32")
 
 
 @each_backend
@@ -152,7 +154,8 @@ def test_interpolated_slopes_go_by_all_keys(backend: str) -> None:
         trace = reference_forward(config, parameters, inputs[:, part], cache=reference)
         reference = reference.extended(trace)
         output, cache = call(inputs[:, part], None, cache)
-        assert_within(output, trace["logits"], BUDGETS["float32", "cpu"].forward, str(part))
+        limit = BUDGETS["float32", "cpu"].forward
+        assert_within(output, trace["logits"], limit, str(part), dtype="float32")
 
 
 @each_backend

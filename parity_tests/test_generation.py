@@ -97,7 +97,8 @@ def test_each_prompt_is_continued_as_if_by_itself(backend: str) -> None:
         exact = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         exact = exact[np.arange(40), whole[-40:]]
         limit = BUDGETS["float32", "cpu"].forward
-        assert_within(found.log_probabilities[row], exact, limit, f"row {row}", floor=10.0)
+        scores = found.log_probabilities[row]
+        assert_within(scores, exact, limit, f"row {row}", dtype="float32", floor=10.0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,8 @@ def test_processors_are_those_of_the_specification(package: Any) -> None:
         sampling = Sampling(do_sample=True, **options)
         found = np.asarray(package.processed(array(logits), array(is_there), sampling))
         exact = processed(logits, is_there, sampling)
-        assert_within(found, exact, BUDGETS["float32", "cpu"].forward, str(options))
+        limit = BUDGETS["float32", "cpu"].forward
+        assert_within(found, exact, limit, str(options), dtype="float32")
 
 
 def test_processors_are_those_of_transformers() -> None:
@@ -189,10 +191,10 @@ def test_processors_are_those_of_transformers() -> None:
         expected = processor(torch.tensor(seen), torch.tensor(logits))
         found = processed(logits, is_there, Sampling(do_sample=True, **options))
         limit = BUDGETS["float32", "cpu"].forward
-        assert_within(as_numpy(expected), found, limit, str(options))
+        assert_within(as_numpy(expected), found, limit, str(options), dtype="float32")
         every, chained = every | options, processor(torch.tensor(seen), chained)
     found = processed(logits, is_there, Sampling(do_sample=True, **every))
-    assert_within(as_numpy(chained), found, limit, "all of them")
+    assert_within(as_numpy(chained), found, limit, "all of them", dtype="float32")
 
 
 @pytest.mark.parametrize("package", [alibi_torch.sampling, alibi_flax.sampling])

@@ -274,6 +274,6 @@ def test_bad_prompts(prompt: np.ndarray, message: str) -> None:
 
 def test_generated_tokens_can_be_trained_on() -> None:
     model = torch_model()
-    tokens = alibi_torch.generate(model, torch.from_numpy(TOKENS[:, :4]), 3)
+    tokens = alibi_torch.generate(model, torch.from_numpy(TOKENS[:, :4]), 3).tokens
     model(tokens).square().mean().backward()
     assert model.token_embedding.weight.grad is not None
