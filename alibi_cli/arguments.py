@@ -29,6 +29,11 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def tolerance(text: str) -> str | float:
+    """A share of attention mass, or "dtype"."""
+    return text if text == "dtype" else float(text)
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint is read; and `--json`."""
     parser.add_argument(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alibi_cli.arguments import SOURCE, add_source_options, path, source_options
+from alibi_cli.arguments import SOURCE, add_source_options, path, source_options, tolerance
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048, help="in tokens (default: 2048)")
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=tolerance,
         default="dtype",
         help="share of attention mass that may be left out (default: dtype, half an ulp)",
     )
@@ -43,10 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier picture")
     add_source_options(parser)
-
-
-def _tolerance(text: str) -> str | float:
-    return text if text == "dtype" else float(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -155,8 +151,8 @@ def _draw(
     right.set_title(f"layer {busiest}")
     right.legend(frameon=False, fontsize="small", ncols=2)
     right.spines[["top", "right"]].set_visible(False)
-    tolerance = options.tolerance
-    figure.suptitle(f"{options.source.name}, {options.length:,} × {description}, {tolerance=!s}")
+    title = f"{options.source.name}, {options.length:,} × {description}"
+    figure.suptitle(f"{title}, tolerance={options.tolerance}")
     with replacing(options.output, overwrite=True) as new:
         figure.savefig(new, dpi=150)
     plt.close(figure)

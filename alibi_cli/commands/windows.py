@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from alibi_cli.arguments import SOURCE, add_source_options, path, source_options
+from alibi_cli.arguments import SOURCE, add_source_options, path, source_options, tolerance
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=path, help=SOURCE)
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=tolerance,
         default="dtype",
-        help="share of attention mass that may be left out (default: half an ulp of float32)",
+        help="share of attention mass that may be left out (default: dtype, half an ulp of float32)",
     )
     add_source_options(parser)
 
