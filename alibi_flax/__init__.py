@@ -12,6 +12,7 @@ from alibi_flax.checkpoint import from_pretrained, save_pretrained
 from alibi_flax.generation import Generated, generate, stream
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
+from alibi_flax.scoring import token_log_probabilities
 from alibi_flax.sharding import partition_specs
 from alibi_flax.trace import trace
 from alibi_spec import ALiBiConfig
@@ -33,5 +34,6 @@ __all__ = [
     "partition_specs",
     "save_pretrained",
     "stream",
+    "token_log_probabilities",
     "trace",
 ]

@@ -262,6 +262,16 @@ def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
         )
 
 
+def check_scoring(causal: bool, head: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a model of this kind predicts tokens of these."""
+    if not causal:
+        raise ValueError("an encoder (causal=False) predicts no next token; use a causal model")
+    if head != "linear":
+        raise ValueError(f"a model with head={head!r} predicts no next token")
+    if len(shape) == 2 and shape[1] < 2:
+        raise ValueError(f"tokens have shape {list(shape)}; expected at least two in a sequence")
+
+
 def check_prefill_chunk(prefill_chunk: int) -> None:
     """Raise ValueError unless a prompt can be read so many positions at a time."""
     if not _is_integer(prefill_chunk) or prefill_chunk < 1:

@@ -102,6 +102,9 @@ def stream(
 ) -> Any: ...
 
 
+def token_log_probabilities(model: Any, tokens: Any, attention_mask: Any = None) -> Any: ...
+
+
 def trace(
     model: Any, inputs: Any, attention_mask: Any = None, token_type_ids: Any = None
 ) -> dict[str, Any]: ...
@@ -131,5 +134,6 @@ PUBLIC = (
     "generate",
     "model_plans",
     "stream",
+    "token_log_probabilities",
     "trace",
 )

@@ -12,6 +12,7 @@ from alibi_torch.cache import KVCache
 from alibi_torch.generation import Generated, generate, stream
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
 from alibi_torch.plans import model_plans
+from alibi_torch.scoring import token_log_probabilities
 from alibi_torch.trace import trace
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "generate",
     "model_plans",
     "stream",
+    "token_log_probabilities",
     "trace",
 ]

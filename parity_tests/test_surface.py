@@ -26,7 +26,9 @@ def test_signatures(backend: object, function: str) -> None:
     assert _parameters(getattr(backend, function)) == _parameters(getattr(surface, function))
 
 
-@pytest.mark.parametrize("function", ["generate", "model_plans", "stream", "trace"])
+@pytest.mark.parametrize(
+    "function", ["generate", "model_plans", "stream", "token_log_probabilities", "trace"]
+)
 def test_flax_adds_params_alone(function: str) -> None:
     """Linen keeps parameters outside the module: they follow it in every signature."""
     ours, theirs = (_parameters(getattr(each, function)) for each in (alibi_torch, alibi_flax))

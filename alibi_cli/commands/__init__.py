@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "convert",
     "verify": "verify",
     "generate": "generate",
+    "score": "score",
     "windows": "windows",
     "plot-windows": "plot_windows",
     "demo": "demo",

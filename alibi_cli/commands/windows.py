@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=tolerance,
         default="dtype",
-        help="share of attention mass that may be left out (default: dtype, half an ulp of float32)",
+        help="share of attention mass that may be left out (default: half an ulp of float32)",
     )
     add_source_options(parser)
 
