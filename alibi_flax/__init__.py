@@ -9,6 +9,7 @@ from alibi_flax.attention import (
 )
 from alibi_flax.cache import KVCache
 from alibi_flax.checkpoint import from_pretrained, save_pretrained
+from alibi_flax.encoding import encode
 from alibi_flax.generation import Generated, generate, stream
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
@@ -28,6 +29,7 @@ __all__ = [
     "attention_implementations",
     "attention_plan",
     "biased_logits",
+    "encode",
     "from_pretrained",
     "generate",
     "model_plans",

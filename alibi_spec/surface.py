@@ -59,6 +59,16 @@ def attention_plan(
 ) -> Any: ...
 
 
+def encode(
+    model: Any,
+    sequences: Any,
+    *,
+    pooling: str = "mean",
+    normalize: bool = True,
+    batch_size: int = 32,
+) -> Any: ...
+
+
 def generate(
     model: Any,
     tokens: Any,
@@ -131,6 +141,7 @@ PUBLIC = (
     "attention_implementations",
     "attention_plan",
     "biased_logits",
+    "encode",
     "generate",
     "model_plans",
     "stream",

@@ -9,6 +9,7 @@ from alibi_torch.attention import (
     biased_logits,
 )
 from alibi_torch.cache import KVCache
+from alibi_torch.encoding import encode
 from alibi_torch.generation import Generated, generate, stream
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
 from alibi_torch.plans import model_plans
@@ -26,6 +27,7 @@ __all__ = [
     "attention_implementations",
     "attention_plan",
     "biased_logits",
+    "encode",
     "generate",
     "model_plans",
     "stream",

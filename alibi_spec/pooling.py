@@ -1,0 +1,67 @@
+"""One vector for a sequence, from the hidden states of its positions (SPEC.md §14)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64, Int
+
+    _Batch = Int[np.ndarray, " batch"]
+
+POOLINGS = ("mean", "cls", "last")
+
+
+def check_pooling(pooling: str, batch_size: int) -> None:
+    """Raise ValueError unless the options of `encode` are known."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r} is not known; expected one of {POOLINGS}")
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(
+            f"batch_size={batch_size!r} is not valid; expected an integer of at least 1"
+        )
+
+
+def pooled(
+    hidden: Float[np.ndarray, "batch seq embed"],
+    visible: Bool[np.ndarray, "batch seq"],
+    pooling: str = "mean",
+    normalize: bool = True,
+) -> Float64[np.ndarray, "batch embed"]:
+    """The mean over visible positions, or the first ("cls") or last one; of length 1 if asked."""
+    weights = visible.astype(np.float64)
+    if pooling != "mean":
+        order = visible if pooling == "cls" else visible[:, ::-1]
+        place = order.argmax(axis=1)
+        place = place if pooling == "cls" else visible.shape[1] - 1 - place
+        weights = (np.arange(visible.shape[1]) == place[:, None]).astype(np.float64)
+    vectors = np.einsum("bn,bnd->bd", weights, hidden.astype(np.float64))
+    vectors = vectors / weights.sum(axis=1, keepdims=True)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
+
+
+def batches_by_length(
+    sequences: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[_Batch, Int[np.ndarray, "batch seq"], _Batch]]:
+    """Sequences of like length together: their places, tokens padded on the right, and lengths.
+
+    Raises:
+        ValueError: a sequence without tokens.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    if not lengths.all():
+        raise ValueError(
+            f"sequence {int((lengths == 0).argmax())} has no tokens; expected at least one"
+        )
+    order = np.argsort(
+        -lengths, kind="stable"
+    )  # the longest first: if memory is short, it shows at once
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        tokens = np.zeros((len(places), int(lengths[places].max())), np.int64)
+        for row, place in enumerate(places):
+            tokens[row, : lengths[place]] = sequences[place]
+        yield places, tokens, lengths[places]
