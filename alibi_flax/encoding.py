@@ -41,10 +41,12 @@ def encode(
         ValueError: a sequence without tokens, or an unknown option.
     """
     check_pooling(pooling, batch_size)
-    found = [jnp.zeros((0, model.config.d_model))]
-    order = [np.zeros(0, np.int64)]
-    for places, tokens, lengths in batches_by_length(sequences, batch_size):
-        tokens = checked_tokens(tokens, require_vocabulary(model.config.vocab_size))
+    if len(sequences) == 0:
+        return jnp.zeros((0, model.config.d_model), jnp.float32)
+    found, order = [], []
+    for places, batch, lengths in batches_by_length(sequences, batch_size):
+        given: Any = batch
+        tokens = checked_tokens(given, require_vocabulary(model.config.vocab_size))
         rows, width = batch_size - len(places), bucket(tokens.shape[1])
         tokens = np.pad(np.asarray(tokens), ((0, rows), (0, width - tokens.shape[1])))
         visible = np.arange(width) < np.pad(lengths, (0, rows), constant_values=1)[:, None]

@@ -56,9 +56,8 @@ def batches_by_length(
         raise ValueError(
             f"sequence {int((lengths == 0).argmax())} has no tokens; expected at least one"
         )
-    order = np.argsort(
-        -lengths, kind="stable"
-    )  # the longest first: if memory is short, it shows at once
+    # The longest first: too little memory shows at once.
+    order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         tokens = np.zeros((len(places), int(lengths[places].max())), np.int64)

@@ -257,4 +257,25 @@ FAULTS = (
         "windows[:]",
         "test_scoring.py -k stopped",
     ),
+    Mutant(
+        "the mean counts padding",
+        "alibi_torch/encoding.py",
+        "return total / lengths[:, None]",
+        "return total / hidden.shape[1]",
+        "test_encoding.py -k references",
+    ),
+    Mutant(
+        "the last position is that of the batch",
+        "alibi_flax/encoding.py",
+        '0 if pooling == "cls" else lengths - 1',
+        '0 if pooling == "cls" else -1',
+        "test_encoding.py -k references",
+    ),
+    Mutant(
+        "vectors come back sorted by length",
+        "alibi_flax/encoding.py",
+        "[np.argsort(np.concatenate(order))]",
+        "",
+        "test_encoding.py -k references",
+    ),
 )
