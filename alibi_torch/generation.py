@@ -164,6 +164,7 @@ def _begun(
         check_mask("attention_mask", attention_mask.shape, is_integer, *tokens.shape)
         moved = left_padded(prompts.numpy(force=True), attention_mask.numpy(force=True))
         prompts, visible = (torch.from_numpy(each).to(tokens.device) for each in moved)
+        visible = None if visible.all() else visible
     endings = Endings.of(
         *(len(prompts), vocab_size),
         eos_token_id=eos_token_id,

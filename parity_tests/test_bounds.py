@@ -117,6 +117,26 @@ def test_the_worst_input_needs_nearly_as_much(case: str) -> None:
         assert windows[head] < SEQ
 
 
+def test_the_bound_is_attained() -> None:
+    """Keys along the query, its own against it: the gap is the bound, but for rounding."""
+    config = dataclasses.replace(
+        BASE, num_layers=1, norm="rms", norm_bias=False, attention_bias=False
+    )
+    parameters = _parameters(config, 0.2)
+    parameters["layers.0.attn_norm.weight"][:] = 1
+    for name, sign in (("query", 1), ("key", -1)):
+        weight = parameters[f"layers.0.attn.{name}.weight"]
+        weight[:] = 0
+        weight[::8, 0] = sign * 0.7  # the first row of each head
+    x = np.zeros((1, 5, WIDTH))
+    x[0, :, 0] = (-100, -100, -100, -100, 100)
+    logits = reference_forward(config, parameters, x)["layers.0.biased_logits"][0, :, -1]
+    excess = logits[:, 0] + np.array(BASE.slopes) * 4 - logits[:, -1]
+    gaps = logit_gaps(config, parameters, 0, "float64")
+    assert (excess <= gaps).all()
+    assert (excess > 0.999 * gaps).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_rounding_and_tolerance_widen(dtype: str) -> None:
     config = dataclasses.replace(BASE, num_layers=1)

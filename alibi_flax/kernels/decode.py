@@ -44,9 +44,8 @@ def attention(
         bias = slopes.astype(dtype).reshape(1, *groups[1:], 1) * relative[None, None, None]
         logits = scale * products + bias
     seen = visible[:, None, None]
-    no_key = ~seen.any(axis=-1, keepdims=True)  # gives zeros, and no NaN
-    logits = jnp.where(seen, logits, jnp.where(no_key, 0.0, -math.inf).astype(dtype))
+    logits = jnp.where(seen, logits, -math.inf)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bkgc,bkcd->bkgd", probabilities, value)
-    attended = jnp.where(no_key, jnp.zeros((), attended.dtype), attended)
+    attended = jnp.where(seen.any(axis=-1, keepdims=True), attended, 0)  # a query without keys
     return attended.reshape(batch, 1, heads, value.shape[3])

@@ -6,10 +6,10 @@ from parity_tests.meta.mutant import Mutant
 
 FAULTS = (
     Mutant(
-        "a step's position is off by one in JAX",
-        "alibi_flax/cache.py",
-        "position=self.length - 1",
-        "position=self.length",
+        "a step rewards far keys",
+        "alibi_flax/kernels/decode.py",
+        "(jnp.arange(capacity) - position)",
+        "(position - jnp.arange(capacity))",
         "test_cache.py -k 'cached_is_uncached and flax'",
     ),
     Mutant(
@@ -50,8 +50,8 @@ FAULTS = (
     Mutant(
         "a query without keys gives NaN in a step",
         "alibi_flax/kernels/decode.py",
-        "jnp.where(no_key, 0.0, -math.inf)",
-        "jnp.where(no_key, -math.inf, -math.inf)",
+        "jnp.where(seen.any(axis=-1, keepdims=True), attended, 0)",
+        "attended",
         "test_cache.py -k 'cached_is_uncached and flax'",
     ),
     Mutant(
