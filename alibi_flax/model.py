@@ -23,7 +23,6 @@ import numpy as np
 from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from jax import Array
-from jax.core import Tracer
 from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer
 
@@ -33,6 +32,7 @@ from alibi_flax.attention import (
     biased_logits,
 )
 from alibi_flax.cache import KVCache
+from alibi_flax.kernels.call import has_values_on_host
 from alibi_spec import ALiBiConfig, Parameter, model_slopes, parameter_table, slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
@@ -559,16 +559,8 @@ def checked_tokens(
     """The tokens, at least int32, or ValueError; their range is checked where it can be seen."""
     check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
     check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
-    if _has_values_on_host(tokens) and tokens.size:
+    if has_values_on_host(tokens) and tokens.size:
         values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
         check_token_range(int(values.min()), int(values.max()), vocab_size, what)
     # A token of uint8 cannot count a vocabulary of 384, nor the next token of one.
     return tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
-
-
-def _has_values_on_host(tokens: Any) -> bool:
-    if isinstance(tokens, np.ndarray):
-        return True
-    if isinstance(tokens, Tracer):
-        return False
-    return all(device.platform == "cpu" for device in tokens.devices())

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alibi_spec.reference import shared_heads
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Num
 
@@ -148,21 +150,12 @@ def activation_errors(
             continue
         if name.endswith(".biased_logits"):
             layer = name.removesuffix(".biased_logits")
-            scores = _scores(config, exact[f"{layer}.query"], exact[f"{layer}.key"])
+            key = shared_heads(exact[f"{layer}.key"], config.num_heads)
+            scores = config.scale * (exact[f"{layer}.query"] @ key.swapaxes(-1, -2))
             errors[name] = _logits_error(found[name], exact[name], scores)
         else:
             errors[name] = relative_error(found[name].astype(np.float64), exact[name])
     return errors
-
-
-def _scores(
-    config: ALiBiConfig,
-    query: Float64[np.ndarray, "batch heads seq head_dim"],
-    key: Float64[np.ndarray, "batch kv_heads seq head_dim"],
-) -> Float64[np.ndarray, "batch heads seq seq"]:
-    """scale · q·k, without bias or mask."""
-    key = np.repeat(key, query.shape[1] // key.shape[1], axis=1)
-    return config.scale * (query @ key.swapaxes(-1, -2))
 
 
 def _logits_error(

@@ -34,7 +34,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-
     from alibi_convert import open_checkpoint
     from alibi_spec.bounds import model_windows
 

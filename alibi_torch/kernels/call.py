@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
@@ -56,3 +58,8 @@ def refuses_bias(call: Call) -> str | None:
 def refuses_dropout(call: Call) -> str | None:
     """The reason why a kernel without dropout cannot compute a call."""
     return None if call.dropout is None else "it has no dropout"
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would narrow the products of float32 inputs. Meta tensors know no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -109,6 +109,14 @@ class PerQuery:
     shift: Float[Array, "batch heads queries"]
 
 
+# What the three passes return.
+Attended = tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]
+OfQueries = tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]
+OfKeys = tuple[
+    Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]
+]
+
+
 @runtime_checkable
 class Passes(Protocol):
     """The three passes over the blocks, by one technology: a file of this folder.
@@ -120,23 +128,15 @@ class Passes(Protocol):
         """Positions in a block, for a call with many queries."""
         ...
 
-    def attended(
-        self, blocked: BlockedCall
-    ) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+    def attended(self, blocked: BlockedCall) -> Attended:
         """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
         ...
 
-    def query_gradients(
-        self, blocked: BlockedCall, per_query: PerQuery
-    ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+    def query_gradients(self, blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
         """Gradients of the queries, and each query's share of the gradient of m."""
         ...
 
-    def key_gradients(
-        self, blocked: BlockedCall, per_query: PerQuery
-    ) -> tuple[
-        Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]
-    ]:
+    def key_gradients(self, blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
         """Gradients of the keys and values, for each head of queries."""
         ...
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.partition import shape_of, varying_axes
 from alibi_flax.kernels.windowed import xla_loops
-from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.operator import Attended, BlockedCall, OfKeys, OfQueries, PerQuery
 from alibi_flax.kernels.windowed.xla_loops import Blocks, Index, State, Visit
 
 try:
@@ -57,26 +57,20 @@ def _row_bytes(call: Call) -> int:
     return max(_width(call.query), _width(call.value)) * call.query.dtype.itemsize
 
 
-def attended(
-    blocked: BlockedCall,
-) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+def attended(blocked: BlockedCall) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
     result, log_total = xla_loops.attended(_widened(blocked), sweep=in_programs)
     return result[..., : blocked.value.shape[3]], log_total
 
 
-def query_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
     arrays = (_widened(blocked), _widened_per_query(per_query))
     of_query, of_slope = xla_loops.query_gradients(*arrays, sweep=in_programs)
     return of_query[..., : blocked.query.shape[3]], of_slope
 
 
-def key_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
     arrays = (_widened(blocked), _widened_per_query(per_query))
     of_key, of_value = xla_loops.key_gradients(*arrays, sweep=in_programs)

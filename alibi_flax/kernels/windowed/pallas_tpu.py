@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,7 @@ from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.certificate import query_block_ranges
 from alibi_flax.kernels.dropout import is_kept
 from alibi_flax.kernels.partition import shape_of, varying_axes
-from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.operator import Attended, BlockedCall, OfKeys, OfQueries, PerQuery
 
 _BLOCK_SIZE = 512  # so that a step computes for longer than it takes to begin
 _LANES = 128  # numbers in a row of a register
@@ -48,9 +49,7 @@ def block_size(call: Call) -> int:  # noqa: ARG001
     return _BLOCK_SIZE
 
 
-def attended(
-    blocked: BlockedCall,
-) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+def attended(blocked: BlockedCall) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
@@ -96,9 +95,7 @@ def attended(
     return result, log_total
 
 
-def query_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
@@ -138,9 +135,7 @@ def query_gradients(
     return of_query, of_slope
 
 
-def key_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
@@ -258,11 +253,8 @@ def _empty(like: Array, width: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(
-            (math.prod(x.shape) // math.prod(shape[1:]), *shape[1:]), x.dtype
-        )
-    return x.reshape(shape)
+    reshape = partial(jnp.reshape, shape=shape)
+    return jax.eval_shape(reshape, x) if isinstance(x, jax.ShapeDtypeStruct) else reshape(x)
 
 
 @dataclass(frozen=True)

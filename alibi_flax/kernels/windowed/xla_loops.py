@@ -22,7 +22,7 @@ from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.certificate import query_block_ranges
 from alibi_flax.kernels.dropout import is_kept
 from alibi_flax.kernels.partition import varying, varying_axes
-from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.operator import Attended, BlockedCall, OfKeys, OfQueries, PerQuery
 
 # XLA spreads a product over the cores of a CPU only from about this size on: smaller blocks do less
 # work and take longer, and so do several of them side by side.
@@ -106,9 +106,7 @@ def load(x: Shaped[Array, "..."], sequence: Index, block: Index, size: int) -> A
     return jax.lax.dynamic_index_in_dim(blocks, sequence * (seq // size) + block, keepdims=False)
 
 
-def attended(
-    blocked: BlockedCall, sweep: Sweep = in_loops
-) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+def attended(blocked: BlockedCall, sweep: Sweep = in_loops) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
     dtype = blocked.slopes.dtype
 
@@ -149,7 +147,7 @@ def attended(
 
 def query_gradients(
     blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops
-) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
     def visit(blocks: Blocks, head: Index, query_block: Index) -> tuple[State, Step, Finish]:
@@ -178,9 +176,7 @@ def query_gradients(
     return of_query, of_slope
 
 
-def key_gradients(
-    blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops
-) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+def key_gradients(blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
 
     def visit(blocks: Blocks, head: Index, key_block: Index) -> tuple[State, Step, Finish]:

@@ -13,13 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+
+from alibi_torch.kernels.call import without_autocast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -102,7 +103,7 @@ class Team:
         """What `function` returns, in the thread of a leader."""
         if self.leaders is not None:
             return self.leaders.submit(function).result()
-        with torch.no_grad(), _without_autocast(self.device):
+        with torch.no_grad(), without_autocast(self.device):
             return function()
 
     def each(
@@ -129,11 +130,6 @@ class Team:
 def _has_own_counts() -> bool:
     """Another backend of torch has one pool for all threads, which a thread cannot leave."""
     return "backend: OpenMP" in torch.__config__.parallel_info()
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would narrow the products of float32 inputs. Meta tensors know no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 # Leaders wait for workers, who wait for nobody: many calls at once cannot block each other.
