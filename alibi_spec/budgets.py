@@ -96,8 +96,8 @@ BUDGETS: Mapping[tuple[str, str], Budget] = {
 }
 
 
-# How far a number that draws a token may be from the boundary between two (SPEC.md §11): logits
-# err by 1e-5 of about 10, so that probabilities do by 1e-4 of themselves, and their sums by less.
+# A number this close to the boundary between two tokens can draw either (SPEC.md §11): logits of
+# about 10 err by 1e-5 of that, so probabilities have a relative error of 1e-4, and their sums less.
 DRAWING = 1e-4
 
 
@@ -141,8 +141,8 @@ def activation_errors(
 ) -> dict[str, float]:
     """`relative_error` of every intermediate in `found`, in the order of computation.
 
-    Biased logits are judged by their q·k part: the bias, which grows with the sequence, would make
-    any error look small beside it.
+    Errors of biased logits are relative to their q·k part: relative to the bias, which grows with
+    the sequence, any error would look small.
     """
     errors = {}
     for name in exact:
@@ -174,9 +174,9 @@ def _logits_error(
 
 
 def gradient_floor(gradients: Mapping[str, Float64[np.ndarray, "..."]]) -> float:
-    """The least magnitude that a parameter's gradient error is measured against.
+    """The least magnitude that the error of a gradient is divided by.
 
-    1/64 of the largest element of all. Some gradients are zero in theory (softmax does not see a
-    key's bias): what is left of them is the rounding of terms that cancel.
+    1/64 of the largest element of all gradients. Some gradients are zero in theory (softmax does
+    not see a key's bias), and hold only the rounding of terms that cancel.
     """
     return max(float(np.abs(gradient).max()) for gradient in gradients.values()) / 64

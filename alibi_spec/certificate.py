@@ -1,7 +1,7 @@
 """The certificate: which keys provably cannot change a result (SPEC.md §9).
 
-Everything is read off the arrays of one call: norms of queries and keys, and each query's logit
-with its nearest visible key. Nothing is assumed about their size.
+It uses only the arrays of one call: norms of queries and keys, and each query's logit with its
+nearest visible key. It assumes nothing about their size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks, integers [batch, heads, query_blocks].
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed:
-            [batch, heads]; 0 where there are no queries.
+        share: computed blocks over all blocks, those of the future excluded if causal:
+            [batch, heads]; 0 without queries.
         block_size: positions in a block.
     """
 
@@ -43,7 +43,7 @@ class AttentionPlan:
 
 
 def tolerance_of(tolerance: str | float, dtype: str) -> float:
-    """The share of attention mass that may be dropped: half an ulp of the dtype for "dtype"."""
+    """The share of attention mass that may be skipped: half an ulp of the dtype for "dtype"."""
     return TOLERANCES[dtype] if isinstance(tolerance, str) else float(tolerance)
 
 
@@ -110,14 +110,14 @@ def attention_plan(
 
 @dataclass(frozen=True)
 class _Queries:
-    """What the certificate knows of every query.
+    """The facts about every query that the certificate uses.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
-        floor: the biased logit with the anchor: log Z is no less.
+        floor: lower bound of log Z: the biased logit with the anchor.
         anchor_norm: ‖k‖ of the anchor.
         slope: of the head.
-        is_anchored: the anchor is one that the query sees.
+        is_anchored: the query sees its anchor.
         sees_nothing: no key is visible to the query.
         rounding: relative error of reach · ‖k‖ as a backend computes it.
     """
@@ -141,7 +141,7 @@ class _Queries:
         anchor: Int[np.ndarray, "batch query_len"],
         segments: Integer[np.ndarray, "batch key_len"],
     ) -> _Queries:
-        """Measured on the arrays of a call; `anchor` is the nearest visible key, or -1."""
+        """From the arrays of a call; `anchor` is the nearest visible key, or -1."""
         rounding = float(np.finfo(np.promote_types(query.dtype, np.float32)).eps)
         head_dim = query.shape[3]
         scale = default_scale(scale, head_dim)
@@ -169,7 +169,7 @@ class _Queries:
         distance: Int[np.ndarray, "batch heads query_len"],
         allowed_mass: float,
     ) -> _Flags:
-        """Whether all keys at this distance and beyond, of norms up to `largest`, may go."""
+        """Whether all keys at this distance or farther, of norms up to `largest`, can be spared."""
         falls = self.slope > 0
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -np.log(-np.expm1(-np.where(falls, self.slope, 1.0)))
@@ -191,7 +191,7 @@ def dropped_mass(
     attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
     segment_ids: Integer[np.ndarray, "batch key_len"] | None = None,
 ) -> Float64[np.ndarray, "batch heads query_len"]:
-    """The share of each query's attention mass outside its range, by brute force: the judge."""
+    """The share of each query's attention mass outside its range, by brute force: for tests."""
     query_len, key_len = query.shape[2], key.shape[2]
     logits = biased_logits(
         *(query, key, slopes),

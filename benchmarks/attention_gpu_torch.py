@@ -1,9 +1,9 @@
 """How fast attention of alibi_torch is on a GPU: `python -m benchmarks.attention_gpu_torch`.
 
-FlexAttention over our certified windows (their planning is timed too) beside FlexAttention with
-the bias alone, and torch's own kernels: with the bias as an array, and without any. Medians of
-CUDA events, in turns. Where there is no CUDA device it says so and ends; `--device cpu` tries all
-but the device on tiny arrays.
+FlexAttention over our certified windows (their planning is timed, too), FlexAttention with only the
+bias, and torch's own kernels: with the bias as an array, and without any. Medians of CUDA events,
+in turns. Without a CUDA device it says so and ends; `--device cpu` tests everything except the
+device, on tiny arrays.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "attention_torch.json"
 OURS, PLAIN, DENSE = "alibi_torch, aten_flash", "sdpa, causal, no bias", "alibi_torch, dense"
 MATERIALISED = "sdpa with a materialised bias"
 _LIBRARIES = ("alibi-duo", "torch", "transformers", "x-transformers")
-# The windows follow the inputs. Other peers take the same time for all.
+# The windows depend on the inputs. Other peers take the same time for all inputs.
 FOLLOWS_INPUTS = (OURS, "alibi_torch, blockwise", PLAIN)
 _MEASURED = "benchmarks.attention_torch"
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=_tolerance,
         default="dtype",
-        help="share of attention mass that may be left out (default: dtype, half an ulp)",
+        help="share of attention mass that may be skipped (default: dtype, half an ulp)",
     )
     parser.add_argument(
         "--block-size", type=int, default=BLOCK_SIZE, help=f"(default: {BLOCK_SIZE})"
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """What the model reads, [1, length] or [1, length, d_model], and what it is."""
+    """The inputs of the model, [1, length] or [1, length, d_model], and their description."""
     import numpy as np
 
     from alibi_cli.tokens import tokenizer_of
@@ -100,7 +100,7 @@ def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.nda
     config, rng = checkpoint.config, np.random.default_rng(options.seed)
     if config.vocab_size is None:
         if options.text is not None:
-            raise ValueError("this model has no vocabulary; leave out --text")
+            raise ValueError("this model has no vocabulary; omit --text")
         shape = (1, options.length, config.d_model)
         return rng.standard_normal(shape, np.float32), "random embeddings"
     if options.text is None:
@@ -127,7 +127,7 @@ def _print_shares(shares: np.ndarray, description: str) -> None:
 def _draw(
     shares: np.ndarray, first: np.ndarray, options: argparse.Namespace, description: str
 ) -> None:
-    """Shares of all heads; and of the layer with most to do, how far back each head looks."""
+    """Shares of all heads; and for the layer with the largest, how far back each head looks."""
     import matplotlib
     import numpy as np
 

@@ -1,7 +1,7 @@
 """The certificate of SPEC.md §9 in JAX: which blocks of keys provably cannot change a result.
 
-`alibi_spec.certificate` states it and proves it. Here the arithmetic is that of the computation
-(float32, or float64 for float64 inputs), and a block of queries searches as one.
+`alibi_spec.certificate` is the same in NumPy. Here the bound is computed in float32 (float64 for
+float64 inputs), and once for a block of queries, not for each query.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks.
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed;
-            0 where there are no queries.
+        share: computed blocks over all blocks, those of the future excluded if causal; 0 without
+            queries.
         block_size: positions in a block.
     """
 
@@ -96,8 +96,8 @@ def query_block_ranges(
 ) -> tuple[Integer[Array, "batch heads key_blocks"], Integer[Array, "batch heads key_blocks"]]:
     """First and last (half-open) block of queries whose ranges may hold each block of keys.
 
-    Ranges need not rise with the queries, so some may be inside that do without the block: what
-    they add is no more than the tolerance.
+    Ranges need not rise with the queries, so some of these blocks of queries may not need the block
+    of keys: what they add is at most the tolerance.
     """
     blocks = first.shape[2]
     block = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), first.shape)
@@ -118,15 +118,15 @@ def query_block_ranges(
 
 @dataclass(frozen=True)
 class _Queries:
-    """What the certificate knows of every query, in blocks.
+    """The facts about every query that the certificate uses, in blocks.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
         anchor_logit: scale q·k of the anchor, the nearest visible key.
         anchor_norm: ‖k‖ of the anchor.
-        anchor_distance: of the anchor from the query.
+        anchor_distance: between query and anchor.
         slope: of the head.
-        is_anchored: the anchor is one that the query sees.
+        is_anchored: the query sees its anchor.
         sees_nothing: no key is visible to the query, or it is padding of the last block.
         position: of the query among the keys.
         rounding: relative error of reach · ‖k‖ as it is computed.
@@ -146,7 +146,7 @@ class _Queries:
     def of(
         cls, call: Call, visible: Bool[Array, "batch key_len"] | None, block_size: int
     ) -> _Queries:
-        """Measured on the arrays of a call."""
+        """From the arrays of a call."""
         query, key, segment_ids, scale = call.query, call.key, call.segment_ids, call.scale
         batch, query_len, heads, head_dim = query.shape
         query_start, query_end = call.query_start, call.query_start + query_len
@@ -193,12 +193,12 @@ class _Queries:
         distance: Integer[Array, "batch heads query_blocks block"],
         allowed_mass: float,
     ) -> Bool[Array, "batch heads query_blocks"]:
-        """Whether a block of queries can spare all keys from here on, of norms up to `largest`."""
+        """Whether a block of queries can spare all keys at these distances or farther."""
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -jnp.log(-jnp.expm1(-self.slope))
         norm = largest[..., None]
         slack = self.rounding * self.reach * (norm + self.anchor_norm)
-        # One rounding for both distances: each on its own can be large.
+        # Subtracted as integers, and rounded once: each distance alone can be large.
         farther = (distance - self.anchor_distance[:, None]).astype(self.reach.dtype)
         mass = self.reach * norm + slack - self.anchor_logit - self.slope * farther + series
         limit = math.log(allowed_mass) if allowed_mass > 0 else -math.inf
@@ -208,7 +208,7 @@ class _Queries:
 
 
 def _norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:
-    """At least the Euclidean norm: squares that vanish count as the least normal number."""
+    """At least the Euclidean norm: squares that underflow count as the least normal number."""
     least = x.shape[-1] * float(jnp.finfo(x.dtype).tiny)
     return jnp.sqrt((x * x).sum(axis=-1) + least)
 

@@ -1,4 +1,4 @@
-"""What a kernel is, and what it is asked: the facts of one checked call of `attention`."""
+"""What a kernel is, and its input: one checked call of `attention`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Call:
 
     Attributes:
         scale: that of the call, or the default.
-        query_start: where the first query stands among the keys.
+        query_start: the position of the first query among the keys.
     """
 
     query: Float[Tensor, "batch heads query_len head_dim"]
@@ -51,7 +51,7 @@ class Kernel:
 
 
 def refuses_bias(call: Call) -> str | None:
-    """The reason why a kernel that knows only -m |i - j| cannot compute a call."""
+    """The reason why a kernel that computes only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
 
 

@@ -1,7 +1,7 @@
 """The certificate: which keys provably cannot change a result (SPEC.md §9).
 
-`alibi_spec.certificate` is the same in NumPy, with the argument in words. Norms and products are
-taken in float32 (float64 for float64 inputs), and their rounding is part of the bound.
+`alibi_spec.certificate` is the same in NumPy. Norms and products are computed in float32 (float64
+for float64 inputs), and their rounding is part of the bound.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from alibi_spec.certificate import tolerance_of
 from alibi_torch.kernels.call import Call
 
-# Sums over few numbers per query are exact enough in float64 that only norms and products count.
+# The bound itself is float64, so that only the rounding of norms and products matters.
 _BOUND = torch.float64
-_PRODUCT_ELEMENTS = 2**22
+_PRODUCT_ELEMENTS = 2**22  # of queries times anchors that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks.
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed;
-            0 where there are no queries.
+        share: computed blocks over all blocks, those of the future excluded if causal; 0 without
+            queries.
         block_size: positions in a block.
     """
 
@@ -91,14 +91,14 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
 
 @dataclass(frozen=True)
 class _Queries:
-    """What the certificate knows of every query.
+    """The facts about every query that the certificate uses.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
-        ceiling: of -log Z, which is no more than minus the biased logit with the anchor, plus what
-            rounding may have added to that.
+        ceiling: upper bound of -log Z: minus the biased logit with the anchor (-L of SPEC.md §9),
+            plus the largest rounding error of that logit.
         slope: of the head.
-        is_anchored: the anchor is one that the query sees; None if all are.
+        is_anchored: the query sees its anchor; None if all do.
         sees_nothing: no key is visible to the query; None if all see one.
         rounding: relative error of reach · ‖k‖ as it is computed.
         group: query heads per head of keys.
@@ -114,8 +114,8 @@ class _Queries:
 
     @classmethod
     def of(cls, call: Call, anchor: Integer[Tensor, "batch query_len"] | None) -> _Queries:
-        """Measured on the arrays of a call; `anchor` is the nearest visible key or -1, None where
-        every query sees its own."""
+        """From the arrays of a call; `anchor` is the nearest visible key or -1, None if every query
+        sees its own."""
         query, key, segments = call.query, call.key, call.segment_ids
         query_start, query_end = call.query_start, call.query_start + query.shape[2]
         group = query.shape[1] // key.shape[1]
@@ -158,7 +158,7 @@ class _Queries:
         distance: Integer[Tensor, "batch heads query_len"],
         allowed_mass: float,
     ) -> Bool[Tensor, "batch heads query_len"]:
-        """Whether all keys at this distance and beyond, of norms up to `largest`, may go."""
+        """Whether all keys at this distance or farther, of norms up to `largest`, can be spared."""
         falls = self.slope > 0
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -torch.log(-torch.expm1(-torch.where(falls, self.slope, 1.0)))
@@ -213,7 +213,7 @@ def _last_true(
 ) -> Integer[Tensor, "batch heads query_len"]:
     """The largest number in 0 … `highest` that `holds`, elementwise; it holds at 0 and is monotone.
 
-    Binary search, in as many steps as `limit`, above every `highest`, has bits.
+    Binary search. `limit` is above every `highest`: its bits are the number of steps.
     """
     low, high = torch.zeros_like(highest), highest
     for _ in range((limit - 1).bit_length()):

@@ -1,8 +1,8 @@
 """Dense attention: slow, obvious, and the yardstick for every other kernel.
 
-It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and knows nothing of
-models. The bias stays in float32 (float64 for float64 inputs) whatever the inputs are: bfloat16
-cannot count past 256.
+It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and does not depend
+on models. The bias is float32 for inputs of any dtype (float64 for float64 inputs): bfloat16 cannot
+count past 256.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def refuses(call: Call) -> str | None:  # noqa: ARG001
 def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
     visible, value = _visible_keys(call), call.value
-    # A query that sees no key gives zeros. It attends to all keys alike at first and is cleared at
-    # the end, because the softmax of nothing but -inf is NaN, in gradients too.
+    # A query that sees no key gives zeros. It first attends to all keys equally, and its result is
+    # set to zero at the end: a softmax of only -inf is NaN, in gradients too.
     no_key = ~visible.any(dim=-1, keepdim=True)
     logits = _logits(call.query, call.key, call)
     hidden = torch.where(no_key, 0.0, -math.inf).to(logits.dtype)

@@ -1,8 +1,8 @@
 """The passes over blocks as Pallas kernels for GPUs, compiled by Triton.
 
-A program owns one block of one head and keeps its state in registers; its steps are those of
-`xla_loops`. JAX 0.11 has deprecated Triton under Pallas, and what is to replace it (Mosaic GPU)
-cannot be tried without a GPU.
+A program computes one block of one head and keeps its state in registers; its steps are those of
+`xla_loops`. JAX 0.11 has deprecated Triton under Pallas; its replacement (Mosaic GPU) cannot be
+tried without a GPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
 def in_programs(
     blocked: BlockedCall, per_query: PerQuery | None, ranges: tuple[Array, Array], visit: Visit
 ) -> State:
-    """Every block of every head by a program of its own: a `Sweep`."""
+    """A `Sweep` with one program for every block of every head."""
     size, (batch, heads, blocks) = blocked.block_size, ranges[0].shape
     first, last = (x.astype(jnp.int32) for x in ranges)
     # In a kernel every array is a reference to memory, under the same name.
@@ -102,7 +102,7 @@ def in_programs(
         return reference[(*leading, pl.ds(block * size, size))]
 
     def one_block() -> State:
-        """What a program writes, to read its shapes off."""
+        """The result of one program, for its shapes."""
         of_arrays = Blocks(blocked, per_query, partial(xla_loops.load, size=size))
         state, _, finish = visit(of_arrays, jnp.int32(0), jnp.int32(0))
         return finish(state)
@@ -131,7 +131,7 @@ def _divided(number: Index, size: int) -> tuple[Index, Index]:
 
 
 def _widened(blocked: BlockedCall) -> BlockedCall:
-    """With as many columns as Triton takes: a power of two."""
+    """With zeros up to a number of columns that Triton takes: a power of two."""
     query, key, value = (_padded(x) for x in (blocked.query, blocked.key, blocked.value))
     return dataclasses.replace(blocked, query=query, key=key, value=value)
 

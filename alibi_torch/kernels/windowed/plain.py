@@ -52,7 +52,7 @@ def backward(
     dtype, dropout = tiles.bias.dtype, tiles.dropout
     probabilities = _logits(tiles).sub_(log_total[..., None]).exp2_()
     gradient, attended = gradient.to(dtype), attended.to(dtype)
-    # Σ_j p_ij dp_ij is that of gradient and result: no second look at the keys.
+    # Σ_j p_ij dp_ij, as the product of gradient and result, which takes no pass over the values.
     mean = (gradient * attended).sum(dim=-1, keepdim=True)
     kept = None if dropout is None else dropout.kept()
     if dropout is not None:
