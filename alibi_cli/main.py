@@ -96,7 +96,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         command = load(name)
         its_parser = commands.add_parser(name, help=command.HELP)
         its_parser.set_defaults(run=command.run)
-        if name in words:  # other commands' arguments may take time to import
+        if name in words:  # other commands' arguments can be slow to import
             command.add_arguments(its_parser)
     return parser
 

@@ -61,12 +61,12 @@ def interpolation(config: ALiBiConfig, key_len: int) -> float:
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on q·k: 1/sqrt(head_dim) unless one is given."""
+    """The factor on q·k: `scale`, or 1/sqrt(head_dim) if it is None."""
     return 1 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
 def query_positions(query_len: int, key_len: int) -> Int[np.ndarray, " query_len"]:
-    """Where the queries stand among the keys: the last one at the last key."""
+    """The positions of the queries among the keys: the last query is at the last key."""
     return np.arange(key_len - query_len, key_len)
 
 

@@ -118,7 +118,7 @@ class KVCache:
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
         if inputs["query"].shape[2] > 1:
             return attention(**inputs, implementation=implementation)
-        rest = {"segment_ids": None, "tolerance": 0, "dropout": None}
+        rest = {"segment_ids": None, "tolerance": 0.0, "dropout": None}
         return decode.attention(Call(**inputs, query_start=self.length - 1, **rest))
 
     def _with_newest(

@@ -188,7 +188,7 @@ class Attention(nn.Module):
         values = model_slopes(self.config)[self.layer].tolist()
         if torch.compiler.is_compiling():
             return torch.tensor(values, dtype=torch.float32, device=device)
-        with torch.inference_mode(mode=False):  # training may follow
+        with torch.inference_mode(mode=False):  # training can follow
             return torch.tensor(values, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -72,7 +72,7 @@ def prepared(name: str, case: Case) -> Callable[[], float] | str:
     return timed
 
 
-@lru_cache(maxsize=1)  # one for all that need it: two may not fit
+@lru_cache(maxsize=1)  # one for all that need it: two can be too large
 def _bias(seq: int) -> Array:
     @jax.jit
     def bias(slopes: Array) -> Array:

@@ -34,7 +34,7 @@ def _ours(slopes: Tensor, _seq: int, implementation: str) -> Attend:
     return partial(alibi_torch.attention, slopes=slopes, implementation=implementation)
 
 
-@lru_cache(maxsize=1)  # one for all that need it: two may not fit
+@lru_cache(maxsize=1)  # one for all that need it: two can be too large
 def _bias(seq: int, device: torch.device) -> Tensor:
     slopes = torch.from_numpy(paper_slopes(HEADS)).to(device)
     position = torch.arange(seq, device=device)

@@ -151,7 +151,7 @@ def _draw(
         reach = position + options.block_size - first[busiest, head] * options.block_size
         right.step(position, reach, where="post", color=colour, label=f"head {head}")
     right.plot(position, position + options.block_size, color="grey", linestyle=":", label="all")
-    right.set(xlabel="position of the query", ylabel="keys that it may need, back to")
+    right.set(xlabel="position of the query", ylabel="keys that it can need, back to")
     right.set_title(f"layer {busiest}")
     right.legend(frameon=False, fontsize="small", ncols=2)
     right.spines[["top", "right"]].set_visible(False)

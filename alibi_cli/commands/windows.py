@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"  at any length: at most {int(windows.sum()):,} keys of a head"
         if bounded
-        else "  some head may need every key"
+        else "  some head can need every key"
     )
     return OK
 

@@ -94,10 +94,10 @@ def query_block_ranges(
     last: Integer[Array, "batch heads query_blocks"],
     key_blocks: int,
 ) -> tuple[Integer[Array, "batch heads key_blocks"], Integer[Array, "batch heads key_blocks"]]:
-    """First and last (half-open) block of queries whose ranges may hold each block of keys.
+    """First and last (half-open) block of queries whose ranges can hold each block of keys.
 
-    Ranges need not rise with the queries, so some of these blocks of queries may not need the block
-    of keys: what they add is at most the tolerance.
+    Ranges need not rise with the queries, so some blocks of queries in between do not need the
+    block of keys: what they add is at most the tolerance.
     """
     blocks = first.shape[2]
     block = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), first.shape)

@@ -185,7 +185,7 @@ def _block_norms(
 
 
 def _block_max(x: Tensor, block_size: int) -> Tensor:
-    """The largest number of each block of the last axis, whose last block may be shorter."""
+    """The largest number of each block of the last axis, whose last block can be shorter."""
     whole = x.shape[-1] // block_size * block_size
     parts = x[..., :whole].unflatten(-1, (-1, block_size)).amax(dim=-1) if whole else x[..., :0]
     rest = x[..., whole:]

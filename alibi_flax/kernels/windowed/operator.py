@@ -325,7 +325,7 @@ def _blocked(options: _Options, arrays: Arrays) -> BlockedCall:
         ids = jnp.zeros(key.shape[:2], jnp.int32) if segment_ids is None else _ranks(segment_ids)
         padding = ((0, 0), (0, -query.shape[1] % size))
         query_ids = jnp.pad(ids[:, query_start : query_start + query.shape[1]], padding)
-        if attention_mask is not None:  # -1 is the id of no query: nobody sees such a key
+        if attention_mask is not None:  # -1 is the id of no query
             ids = jnp.where(attention_mask.astype(jnp.bool_), ids, -1)
         padding = ((0, 0), (0, -key.shape[1] % size))
         key_ids = jnp.pad(ids, padding, constant_values=-1)
