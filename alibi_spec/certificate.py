@@ -79,25 +79,25 @@ def attention_plan(
     largest_before = np.maximum.accumulate(norms, axis=2)[:, :, block_size - 1 :: block_size]
     largest_before = np.pad(largest_before, ((0, 0), (0, 0), (1, 0)), constant_values=-np.inf)
 
-    def drops_before(block: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
+    def skips_before(block: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
         largest = np.take_along_axis(largest_before, block, axis=2)
         mass = allowed_mass if causal else allowed_mass / 2
-        return queries.may_drop(largest, position - block * block_size + 1, mass)
+        return queries.may_skip(largest, position - block * block_size + 1, mass)
 
-    first = _last_true(drops_before, np.broadcast_to(own_block, query.shape[:3]))
+    first = _last_true(skips_before, np.broadcast_to(own_block, query.shape[:3]))
     last = np.broadcast_to(own_block + 1, first.shape)
     if not causal:
         largest_from = np.maximum.accumulate(norms[:, :, ::-1], axis=2)[:, :, ::-1]
 
-        def drops_after(count: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
+        def skips_after(count: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
             start = (blocks - count) * block_size
             inside = start.clip(max=key_len - 1)
             largest = np.take_along_axis(largest_from, inside, axis=2)
             largest = np.where(start < key_len, largest, -np.inf)
-            return queries.may_drop(largest, start - position, allowed_mass / 2)
+            return queries.may_skip(largest, start - position, allowed_mass / 2)
 
         highest = np.broadcast_to(blocks - 1 - own_block, first.shape)
-        last = blocks - _last_true(drops_after, highest)
+        last = blocks - _last_true(skips_after, highest)
     sees_nothing = queries.sees_nothing[:, None]
     edges = np.arange(0, query_len, block_size)
     first = np.minimum.reduceat(np.where(sees_nothing, blocks, first), edges, axis=2)
@@ -163,13 +163,13 @@ class _Queries:
             rounding=(head_dim + 8) * rounding,
         )
 
-    def may_drop(
+    def may_skip(
         self,
         largest: Float64[np.ndarray, "batch heads query_len"],
         distance: Int[np.ndarray, "batch heads query_len"],
         allowed_mass: float,
     ) -> _Flags:
-        """Whether all keys at this distance or farther, of norms up to `largest`, can be spared."""
+        """Whether all keys this far or farther, of norms up to `largest`, may be skipped."""
         falls = self.slope > 0
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -np.log(-np.expm1(-np.where(falls, self.slope, 1.0)))

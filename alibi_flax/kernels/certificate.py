@@ -65,25 +65,25 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     edge = jnp.full((*norms.shape[:2], 1), -math.inf, norms.dtype)
     largest_before = jnp.concatenate([edge, jax.lax.cummax(norms, axis=2)], axis=2)
 
-    def drops_before(block: Integer[Array, "batch heads query_blocks"]) -> Array:
+    def skips_before(block: Integer[Array, "batch heads query_blocks"]) -> Array:
         largest = jnp.take_along_axis(largest_before, block, axis=2)
         distance = queries.position[None, None] - block[..., None] * block_size + 1
         mass = allowed_mass if causal else allowed_mass / 2
-        return queries.may_drop(largest, distance, mass)
+        return queries.may_skip(largest, distance, mass)
 
-    first = _last_true(drops_before, jnp.broadcast_to(lowest, shape), blocks, axes)
+    first = _last_true(skips_before, jnp.broadcast_to(lowest, shape), blocks, axes)
     last = jnp.broadcast_to(highest + 1, shape)
     if not causal:
         largest_from = jnp.concatenate([jax.lax.cummax(norms, axis=2, reverse=True), edge], axis=2)
 
-        def drops_after(count: Integer[Array, "batch heads query_blocks"]) -> Array:
+        def skips_after(count: Integer[Array, "batch heads query_blocks"]) -> Array:
             block = blocks - count
             largest = jnp.take_along_axis(largest_from, block, axis=2)
             distance = block[..., None] * block_size - queries.position[None, None]
-            return queries.may_drop(largest, distance, allowed_mass / 2)
+            return queries.may_skip(largest, distance, allowed_mass / 2)
 
         after = jnp.broadcast_to(blocks - 1 - highest, shape)
-        last = blocks - _last_true(drops_after, after, blocks, axes)
+        last = blocks - _last_true(skips_after, after, blocks, axes)
     last = jnp.maximum(first, last)
     allowed = own_block.max(axis=-1).sum() + shape[2] if causal else blocks * shape[2]
     return AttentionPlan(first, last, (last - first).sum(axis=-1) / allowed, block_size)
@@ -187,13 +187,13 @@ class _Queries:
             rounding=(head_dim + 8) * float(jnp.finfo(dtype).eps),
         )
 
-    def may_drop(
+    def may_skip(
         self,
         largest: Float[Array, "batch heads query_blocks"],
         distance: Integer[Array, "batch heads query_blocks block"],
         allowed_mass: float,
     ) -> Bool[Array, "batch heads query_blocks"]:
-        """Whether a block of queries can spare all keys at these distances or farther."""
+        """Whether a block of queries may skip all keys this far or farther."""
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -jnp.log(-jnp.expm1(-self.slope))
         norm = largest[..., None]
@@ -203,8 +203,8 @@ class _Queries:
         mass = self.reach * norm + slack - self.anchor_logit - self.slope * farther + series
         limit = math.log(allowed_mass) if allowed_mass > 0 else -math.inf
         is_small = (mass <= limit) & (self.slope > 0) & self.is_anchored[:, None]
-        may_drop = is_small | jnp.isneginf(norm) | self.sees_nothing[:, None]
-        return may_drop.all(axis=-1)
+        may_skip = is_small | jnp.isneginf(norm) | self.sees_nothing[:, None]
+        return may_skip.all(axis=-1)
 
 
 def _norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:

@@ -55,32 +55,33 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
 
     blocks, own_block = -(-key_len // block_size), position // block_size
     largest = _block_norms(key, visible, block_size).repeat_interleave(queries.group, dim=1)
+    # Over the blocks before a block, and over a number of last blocks; -inf over none.
     nothing = largest.new_full((*largest.shape[:2], 1), -torch.inf)
     largest_before = torch.cat([nothing, largest.cummax(dim=-1).values], dim=-1)
     largest_from = torch.cat([nothing, largest.flip(-1).cummax(dim=-1).values], dim=-1)
 
-    def drops_before(
+    def skips_before(
         block: Integer[Tensor, "batch heads query_len"],
     ) -> Bool[Tensor, "batch heads query_len"]:
         mass = allowed_mass if causal else allowed_mass / 2
         distance = position - block * block_size + 1
-        return queries.may_drop(largest_before.gather(-1, block), distance, mass)
+        return queries.may_skip(largest_before.gather(-1, block), distance, mass)
 
-    def drops_after(
+    def skips_after(
         count: Integer[Tensor, "batch heads query_len"],
     ) -> Bool[Tensor, "batch heads query_len"]:
         distance = (blocks - count) * block_size - position
-        return queries.may_drop(largest_from.gather(-1, count), distance, allowed_mass / 2)
+        return queries.may_skip(largest_from.gather(-1, count), distance, allowed_mass / 2)
 
-    first = _last_true(drops_before, own_block.expand(query.shape[:3]), blocks)
+    first = _last_true(skips_before, own_block.expand(query.shape[:3]), blocks)
     last = (own_block + 1).expand(query.shape[:3])
     if not causal:
         after = (blocks - 1 - own_block).expand(query.shape[:3])
-        last = blocks - _last_true(drops_after, after, blocks)
+        last = blocks - _last_true(skips_after, after, blocks)
     if queries.sees_nothing is not None:
         first = torch.where(queries.sees_nothing, blocks, first)
         last = torch.where(queries.sees_nothing, 0, last)
-    first = -_block_max(-first, block_size)
+    first = -_block_max(-first, block_size)  # the least of a block of queries
     last = torch.maximum(first, _block_max(last, block_size))
     allowed = (
         _block_max(own_block, block_size) + 1 if causal else torch.full_like(last[0, 0], blocks)
@@ -152,13 +153,13 @@ class _Queries:
         ceiling = ceiling - logit + penalty
         return cls(reach, ceiling, slope, is_anchored, sees_nothing, rounding, group)
 
-    def may_drop(
+    def may_skip(
         self,
         largest: Float[Tensor, "batch heads query_len"],
         distance: Integer[Tensor, "batch heads query_len"],
         allowed_mass: float,
     ) -> Bool[Tensor, "batch heads query_len"]:
-        """Whether all keys at this distance or farther, of norms up to `largest`, can be spared."""
+        """Whether all keys this far or farther, of norms up to `largest`, may be skipped."""
         falls = self.slope > 0
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -torch.log(-torch.expm1(-torch.where(falls, self.slope, 1.0)))
@@ -167,8 +168,8 @@ class _Queries:
         is_small = (mass - self.slope * distance <= limit) & falls
         if self.is_anchored is not None:
             is_small = is_small & self.is_anchored
-        may_drop = is_small | torch.isneginf(largest)
-        return may_drop if self.sees_nothing is None else may_drop | self.sees_nothing
+        may_skip = is_small | torch.isneginf(largest)
+        return may_skip if self.sees_nothing is None else may_skip | self.sees_nothing
 
 
 def _block_norms(

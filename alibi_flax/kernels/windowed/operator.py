@@ -251,6 +251,7 @@ def _backward(
     )
 
     def grouped(x: Float[Array, "batch heads keys width"], like: Array) -> Array:
+        """The sum over the heads of queries that share a head of keys."""
         shape = (x.shape[0], like.shape[2], -1, *x.shape[2:])
         return x.reshape(shape).sum(axis=2).swapaxes(1, 2).astype(like.dtype)
 

@@ -185,7 +185,7 @@ class _Operand:
 
     Attributes:
         array: or its shape and dtype.
-        shared: heads of queries that share a sequence.
+        shared: consecutive programs, by batch and head, that read the same sequence.
         axis: of the positions: 1 for a matrix, 2 for a vector.
     """
 

@@ -222,6 +222,7 @@ def _logits(
     blocked = blocks.blocked
     size, heads = blocked.block_size, blocked.slopes.shape[0]
     shape = (size, size)
+    # The index of the key, and of the query, in their blocks.
     index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
     relative = index[0] - index[1] + (key_block - query_block) * size - blocked.query_start
     distance = jnp.abs(relative).astype(blocked.slopes.dtype)

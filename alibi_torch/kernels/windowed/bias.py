@@ -56,6 +56,7 @@ class Bias:
             visible = visible & key_tiles(self._visible[:, None, :, None], strip, sequences, 1).mT
         if self._segments is not None:
             of_key = self._segments[:, None, :, None]
+            # In reverse order, as all queries of a tile.
             of_query = query_tiles(of_key[:, :, self._query_start :], strip, sequences).flip(2)
             visible = visible & (of_query == key_tiles(of_key, strip, sequences, 1).mT)
         # A softmax of only -inf is NaN: such queries see everything here, and become 0 later.

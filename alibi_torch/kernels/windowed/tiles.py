@@ -88,6 +88,7 @@ def windows_of(call: Call, block_size: int) -> Integer[Tensor, "2 heads query_bl
     """
     plan, query_len = attention_plan(call, block_size), call.query.shape[2]
     first = plan.first.amin(dim=0) * block_size
+    # An empty range must not widen those of other sequences.
     last = torch.where(plan.last > plan.first, plan.last, 0).amax(dim=0) * block_size
     end = torch.arange(1, plan.first.shape[2] + 1, device=call.query.device) * block_size
     end = end.clamp(max=query_len) + call.query_start  # after the position of the last query
@@ -120,7 +121,7 @@ def strips_of(
             heads_of[extent].append(head)
     strips = []
     for extent, heads in heads_of.items():
-        blocks = extent.tiles * -(-extent.height // block_size)
+        blocks = extent.tiles * -(-extent.height // block_size)  # of queries
         limit = max(1, _PRODUCT_ELEMENTS // (blocks * extent.width * key_elements))
         for begin, end in _neighbours(heads, group, limit):
             strips.append(Strip(**vars(extent), heads=slice(begin, end)))
@@ -159,6 +160,7 @@ class _Cover:
         """Tiles of one block each, all with the widest reach to either side of the first query."""
         start, first_query = self.query_start, block * self.block_size
         first, end = self.windows[block]
+        # The reach of a tile: its keys before its first query, and from there on.
         before, after = start + first_query - first, end - (start + first_query)
         tiles, needed = 1, end - first
         for first, end in islice(self.windows, block + 1, None):
@@ -246,6 +248,7 @@ def key_tiles(x: Tensor, strip: Strip, sequences: slice, group: int) -> Tensor:
     x = x[:, :, start : start + moved + strip.width]
     if strip.tiles > 1:
         x = _overlapping(x[0], strip.width, strip.height)
+    # With shared keys one head of keys stands for all heads of the strip.
     return x.expand(-1, strip.heads.stop - strip.heads.start, *x.shape[2:])
 
 
