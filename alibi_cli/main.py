@@ -54,10 +54,7 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = (
-        signal.SIG_DFL,
-        signal.default_int_handler,
-    )  # other handlers are the caller's, and stay
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # the caller's own handlers stay
     ours = [number for number, handler in before.items() if handler in usual]
     if threading.current_thread() is not threading.main_thread():
         ours = []  # signals reach only the main thread

@@ -20,7 +20,7 @@ from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
-    check_block_size,
+    check_count,
     check_mask,
     check_slopes,
     warning_of_dense_dropout,
@@ -146,7 +146,7 @@ def attention_plan(
         *(tolerance, "absolute"),
     )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
-    check_block_size(block_size)
+    check_count("block_size", block_size)
     return certificate.attention_plan(call, block_size)
 
 

@@ -18,9 +18,9 @@ from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
 from alibi_flax.sampling import chosen_tokens
 from alibi_spec.checks import (
     check_array,
+    check_count,
     check_generation,
     check_mask,
-    check_prefill_chunk,
     require_vocabulary,
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
@@ -28,7 +28,7 @@ from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
         tokens: the prompts as passed, then the new tokens; `pad_token_id` after the end of a
@@ -83,7 +83,7 @@ def generate(
         pad_token_id: what follows an ended sequence; None is the first of `eos_token_id`, or 0.
         stop_strings: texts that end a sequence; the tokens that complete one are kept.
         tokenizer: decodes tokens for `stop_strings`.
-        seed: of what is drawn.
+        seed: of the numbers that draw tokens.
         prefill_chunk: positions of the prompt that are read at a time.
         return_log_probabilities: return those of the new tokens.
 
@@ -160,7 +160,7 @@ def _begun(
     """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
     check_generation(config.causal, config.head, max_new_tokens)
-    check_prefill_chunk(prefill_chunk)
+    check_count("prefill_chunk", prefill_chunk)
     vocab_size = require_vocabulary(config.vocab_size)
     prompts = np.asarray(checked_tokens(tokens, vocab_size))
     visible = np.ones(prompts.shape, bool)

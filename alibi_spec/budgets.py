@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one dtype may cost on one kind of device.
+    """The errors that one dtype may have on one kind of device.
 
     Attributes:
         forward: largest relative error of activations and logits.

@@ -171,12 +171,10 @@ def check_implementation(implementation: str, implementations: Sequence[str]) ->
         )
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise ValueError unless blocks hold at least one position."""
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(
-            f"block_size={block_size!r} is not valid; expected an integer of at least 1"
-        )
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless an option is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not valid; expected an integer of at least {least}")
 
 
 def beyond_windows(distance: str, causal: bool) -> str | None:
@@ -256,18 +254,7 @@ def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
         raise ValueError("an encoder (causal=False) cannot generate; use a causal model")
     if head != "linear":
         raise ValueError(f"a model with head={head!r} cannot generate; it predicts no next token")
-    if not _is_integer(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens!r} is not valid; expected an integer of at least 0"
-        )
-
-
-def check_prefill_chunk(prefill_chunk: int) -> None:
-    """Raise ValueError unless `prefill_chunk` is an integer of at least 1."""
-    if not _is_integer(prefill_chunk) or prefill_chunk < 1:
-        raise ValueError(
-            f"prefill_chunk={prefill_chunk!r} is not valid; expected an integer of at least 1"
-        )
+    check_count("max_new_tokens", max_new_tokens, least=0)
 
 
 def check_prompts(lengths: Sequence[int]) -> None:
@@ -277,7 +264,3 @@ def check_prompts(lengths: Sequence[int]) -> None:
             raise ValueError(
                 f"prompt {row} is only padding; expected at least one token in every prompt"
             )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

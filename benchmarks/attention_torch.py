@@ -133,7 +133,7 @@ def multiply(width: int) -> Callable[[], Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the libraries that are compared; None for those that are absent."""
+    """Versions of Python and of the compared libraries; None for absent ones."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

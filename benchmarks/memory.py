@@ -16,7 +16,7 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 
 def peak_of_process(module: str, *arguments: str) -> int:
-    """What `python -m MODULE --peak-of ARGUMENTS` prints: it calls `print_peak`."""
+    """The output of `python -m MODULE --peak-of ARGUMENTS`, which calls `print_peak`."""
     command = [sys.executable, "-m", module, "--peak-of", *arguments]
     environment = os.environ | _ALLOCATOR
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

@@ -27,14 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", type=path, help="a path that does not exist yet")
     add_target_options(parser)
     parser.add_argument(
-        "--strict-values",
-        action="store_true",
-        help="refuse NaN and infinity instead of reporting them",
+        "--strict-values", action="store_true", help="refuse NaN and infinity, not only report them"
     )
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep the shards that an interrupted conversion finished",
+        "--resume", action="store_true", help="keep the shards of an interrupted conversion"
     )
     parser.add_argument(
         "--progress", action="store_true", help="show progress even without a terminal"

@@ -36,18 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
     )
-    parser.add_argument("--stream", action="store_true", help="print each token at once")
+    parser.add_argument("--stream", action="store_true", help="print tokens as they come")
     parser.add_argument(
         "--do-sample", action="store_true", help="draw tokens (default: the likeliest)"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument(
-        "--top-k", type=int, help="draw only from this many of the likeliest tokens"
-    )
+    parser.add_argument("--top-k", type=int, help="draw from this many of the likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest with this probability")
     parser.add_argument("--min-p", type=float, help="least probability, over the largest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn tokens (default: 0)")
     parser.add_argument(
         "--eos-token-id",
         type=int,

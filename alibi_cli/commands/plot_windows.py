@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alibi_cli.arguments import SOURCE, add_source_options, path, source_options
+from alibi_cli.arguments import SOURCE, add_source_options, count, path, source_options
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=path, help="what the model reads (default: random tokens of its vocabulary)"
     )
-    parser.add_argument("--length", type=int, default=2048, help="in tokens (default: 2048)")
+    parser.add_argument("--length", type=count, default=2048, help="in tokens (default: 2048)")
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of attention mass that may be skipped (default: dtype, half an ulp)",
     )
     parser.add_argument(
-        "--block-size", type=int, default=BLOCK_SIZE, help=f"(default: {BLOCK_SIZE})"
+        "--block-size", type=count, default=BLOCK_SIZE, help=f"(default: {BLOCK_SIZE})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random tokens (default: 0)")
     parser.add_argument(
@@ -68,8 +68,6 @@ def run(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output} exists; pass --overwrite or another --output")
-    if options.length < 1 or options.block_size < 1:
-        raise ValueError("--length and --block-size are numbers of at least 1")
     reading = source_options(options)
     checkpoint = open_checkpoint(options.source, **reading)
     has_vocabulary = checkpoint.config.vocab_size is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
 from alibi_torch.kernels.windowed import plain
-from alibi_torch.kernels.windowed.tiles import Tiles
+from alibi_torch.kernels.windowed.tiles import Attended, Gradients, Tiles
 
 UNIT = 1.0  # the kernel counts logits in powers of e
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -37,12 +37,7 @@ def refuses(call: Call) -> str | None:
     return refuses_dropout(call) or refuses_bias(call)
 
 
-def forward(
-    tiles: Tiles,
-) -> tuple[
-    Float[Tensor, "tiles heads height head_dim"],
-    Float[Tensor, "tiles heads height"],
-]:
+def forward(tiles: Tiles) -> Attended:
     """As `plain.forward`."""
     arrays = (tiles.query, tiles.key, tiles.value)
     op = getattr(torch.ops.aten, _FORWARD)
@@ -55,7 +50,7 @@ def backward(
     attended: Float[Tensor, "tiles heads height head_dim"],
     log_total: Float[Tensor, "tiles heads height"],
     distance: Tensor | None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, None]:
+) -> Gradients:
     """As `plain.backward`, without the slopes."""
     arrays = (gradient, tiles.query, tiles.key, tiles.value, attended, log_total)
     op = getattr(torch.ops.aten, _BACKWARD)

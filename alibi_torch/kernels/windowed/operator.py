@@ -26,6 +26,8 @@ from alibi_torch.kernels.dropout import Dropout
 from alibi_torch.kernels.finite import are_ordinary, broken_queries, cleaned
 from alibi_torch.kernels.windowed.bias import Bias
 from alibi_torch.kernels.windowed.tiles import (
+    Attended,
+    Gradients,
     Strip,
     Tiles,
     add_key_tiles,
@@ -54,12 +56,10 @@ class Passes(Protocol):
 
     @property
     def UNIT(self) -> float:
-        """What bias and logarithms are multiplied by: log2(e) for powers of two."""
+        """The factor on bias and logarithms: log2(e) for powers of two."""
         ...
 
-    def forward(
-        self, tiles: Tiles
-    ) -> tuple[Float[Tensor, "tiles heads height value_dim"], Float[Tensor, "tiles heads height"]]:
+    def forward(self, tiles: Tiles) -> Attended:
         """softmax(scale · q·k + bias) times v, and `UNIT` · log of the softmax's denominator."""
         ...
 
@@ -70,7 +70,7 @@ class Passes(Protocol):
         attended: Float[Tensor, "tiles heads height value_dim"],
         log_total: Float[Tensor, "tiles heads height"],
         distance: Float[Tensor, "1 1 height width"] | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]:
+    ) -> Gradients:
         """Gradients of query, key and value, and of the slopes where distances are given."""
         ...
 
@@ -184,7 +184,7 @@ def _attend_backward(
         cut = _Cut(work, windows)
         reversed_arrays = [in_order(x, cut.order) for x in (gradient, attended, log_totals)]
 
-        def compute_strip(part: tuple[Strip, slice]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        def compute_strip(part: tuple[Strip, slice]) -> Gradients:
             strip, sequences = part
             tiles, is_empty = cut.tiles(strip, sequences)
             cotangent, result, log_total = (

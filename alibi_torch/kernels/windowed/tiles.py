@@ -48,6 +48,11 @@ class Tiles:
     is_ordinary: bool
 
 
+# What the passes return: result and log-sums; gradients of query, key, value and perhaps slopes.
+Attended = tuple[Float[Tensor, "tiles heads height value_dim"], Float[Tensor, "tiles heads height"]]
+Gradients = tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]
+
+
 @dataclass(frozen=True)
 class Extent:
     """`tiles` tiles of `height` queries, each with `width` keys.
