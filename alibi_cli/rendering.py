@@ -100,7 +100,7 @@ def report_lines(report: Report) -> Iterator[str]:
     for name, xxh3 in report.destination_xxh3.items():
         yield f"  xxh3 {xxh3}  {name}"
     if report.verified:
-        yield "read back: every bit as written"
+        yield "read back: bitwise as expected"
         yield from _outputs(report.verification["logits"])
     else:
         yield "not read back"

@@ -144,4 +144,4 @@ def test_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main([*command, "--overwrite"]) == 0
         assert words in capsys.readouterr().out
         assert main([*command, "--overwrite", f"--text={source / 'config.json'}"]) == 2
-    assert "has no tokenizer.json; put one there" in capsys.readouterr().err
+    assert "has no tokenizer.json; add one" in capsys.readouterr().err
