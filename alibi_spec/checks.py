@@ -216,7 +216,7 @@ def check_cache(config: ALiBiConfig, batch_size: int, batch: int) -> None:
         raise ValueError("an encoder (causal=False) has no cache: its keys depend on later tokens")
     if batch_size != batch:
         raise ValueError(
-            f"the cache holds {batch_size} sequences the inputs have {batch}; create one with "
+            f"the cache holds {batch_size} sequences and the inputs have {batch}; make one with "
             f"KVCache.empty(config, {batch}, …)"
         )
 
@@ -234,7 +234,7 @@ def check_cache_dtype(cached: str, computed: str) -> None:
     """Raise ValueError unless keys and values have the dtype of their cache."""
     if cached != computed:
         raise ValueError(
-            f"the cache holds {cached}, but the model now computes {computed}; create another "
+            f"the cache holds {cached}, but the model now computes {computed}; make another "
             "cache for this dtype"
         )
 
@@ -243,9 +243,7 @@ USED_CACHE = (
     "this cache was already used: its memory belongs to the cache that the call returned; pass "
     "that one"
 )
-OTHER_CACHE = (
-    "this cache belongs to a model with another configuration; create one with this model's"
-)
+OTHER_CACHE = "this cache belongs to a model with another configuration; make one with this model's"
 
 
 def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
