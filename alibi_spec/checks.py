@@ -234,8 +234,8 @@ def check_cache_dtype(cached: str, computed: str) -> None:
     """Raise ValueError unless keys and values have the dtype of their cache."""
     if cached != computed:
         raise ValueError(
-            f"the cache holds {cached}, but the model now computes {computed}; make another "
-            "cache for this dtype"
+            f"the cache holds {cached} and the model computes {computed} now; make another cache "
+            "for this dtype"
         )
 
 
