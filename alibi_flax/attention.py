@@ -27,9 +27,9 @@ from alibi_spec.checks import (
 )
 
 _WARNING_OF_SYMBOLIC_LENGTHS = (
-    "dense attention computes symbolic lengths: the cost of the exported program grows with the "
-    "square of the length; export one program for each length, with shapes that are numbers, and "
-    "the cost grows linearly"
+    "dense attention computes symbolic lengths: the exported program costs the square of the "
+    "length; export one program for each length, with shapes that are numbers, and the cost grows "
+    "linearly"
 )
 
 
