@@ -1,1 +1,1 @@
-"""The `alibi` command, above everything else."""
+"""The `alibi` command, on top of all other packages."""

@@ -1,6 +1,6 @@
-"""What the words of a command line may be, and the options that several commands share.
+"""Types of arguments of the command line, and the options that several commands share.
 
-Nothing here is imported from the packages below before it is needed: `alibi --help` stays fast.
+Other packages are imported only when they are needed: `alibi --help` stays fast.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         type=path,
-        help="for files that carry none: JSON of an ALiBiConfig, or another config.json",
+        help="for files without one: JSON of an ALiBiConfig, or another config.json",
     )
     parser.add_argument(
         "--allow-pt", action="store_true", help="read pickles, by torch's weights_only unpickler"
@@ -49,7 +49,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="of a config.json: one that is not known and changes nothing; may be repeated",
+        help="an unknown key of a config.json that changes nothing; may be repeated",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a source on the hub")
     parser.add_argument(

@@ -1,8 +1,7 @@
 """The `alibi` command: its parser, its signals, and the exit codes of its errors.
 
 Exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input, 130 interrupted, by SIGINT (Ctrl-C)
-or SIGTERM alike. A reader that goes away early (as `head` does) ends the command like any other,
-with 128 + SIGPIPE.
+or SIGTERM alike, and 128 + SIGPIPE if the reader of the output ends early (as `head` does).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser(words).parse_args(words)
     from alibi_convert import CheckpointError, MismatchError  # now, so that --help is fast
 
-    for name in ("absl", "asyncio"):  # orbax's: they log, with tracebacks, what is raised as well
+    for name in ("absl", "asyncio"):  # orbax's: they also log raised errors
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with _interruptible():
@@ -55,7 +54,7 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = (signal.SIG_DFL, signal.default_int_handler)  # others are somebody's, and stay
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # the caller's own handlers stay
     ours = [number for number, handler in before.items() if handler in usual]
     if threading.current_thread() is not threading.main_thread():
         ours = []  # signals reach only the main thread
@@ -72,13 +71,13 @@ def _fail(message: str, code: int) -> int:
     print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # that was the error: what is left cannot be printed either
+    except OSError:  # the output is closed: discard the rest
         _abandon_output()
     return code
 
 
 def _abandon_output() -> None:
-    """What is still buffered goes nowhere, so that the interpreter's last flush does not fail."""
+    """Discard what is still buffered, so that the interpreter's last flush does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -94,13 +93,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         command = load(name)
         its_parser = commands.add_parser(name, help=command.HELP)
         its_parser.set_defaults(run=command.run)
-        if name in words:  # other commands' arguments may take time to import
+        if name in words:  # other commands' arguments can be slow to import
             command.add_arguments(its_parser)
     return parser
 
 
 class _Version(argparse.Action):
-    """Looked up when it is asked for: a checkout need not be installed."""
+    """Looks the version up only when asked: a checkout need not be installed."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import importlib.metadata

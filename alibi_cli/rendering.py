@@ -42,7 +42,7 @@ def inspection_lines(contents: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}"
     yield from _wrappers(contents["wrappers"])
     for name, reason in contents["derived"].items():
-        yield f"  {name:{width}}  not carried over: {reason}"
+        yield f"  {name:{width}}  not converted: {reason}"
     yield from _ignored(contents["ignored"])
 
 
@@ -92,15 +92,15 @@ def report_lines(report: Report) -> Iterator[str]:
     for name, elements in report.nonfinite.items():
         yield f"  NaN or infinite: {elements:,} elements of {name}"
     if report.kept:
-        yield f"kept from the killed run: {', '.join(report.kept)}"
+        yield f"kept from the interrupted conversion: {', '.join(report.kept)}"
     if report.copied:
         yield f"copied: {', '.join(report.copied)}"
     if report.left_behind:
-        yield f"left behind: {', '.join(report.left_behind)}"
+        yield f"not copied: {', '.join(report.left_behind)}"
     for name, xxh3 in report.destination_xxh3.items():
         yield f"  xxh3 {xxh3}  {name}"
     if report.verified:
-        yield "read back: bitwise what was meant"
+        yield "read back: bitwise as expected"
         yield from _outputs(report.verification["logits"])
     else:
         yield "not read back"
@@ -108,12 +108,12 @@ def report_lines(report: Report) -> Iterator[str]:
 
 def _wrappers(wrappers: Sequence[str]) -> Iterator[str]:
     if wrappers:
-        yield f"  left out of the names: {', '.join(wrappers)}"
+        yield f"  removed from the names: {', '.join(wrappers)}"
 
 
 def _differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> Iterator[str]:
     for name, reason in dropped.items():
-        yield f"  not carried over: {name} ({reason})"
+        yield f"  not converted: {name} ({reason})"
     for name, reason in folded.items():
         yield f"  computed: {name} ({reason})"
 

@@ -1,4 +1,4 @@
-"""Texts as tokens and back: by the tokenizer beside a checkpoint, or as bytes."""
+"""Texts as tokens and back: by the tokenizer of a checkpoint's folder, or as bytes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Bytes:
         return list(text.encode())
 
     def encode_file(self, path: Path) -> list[int]:
-        """The bytes of a file, whatever they are."""
+        """The bytes of any file."""
         return list(path.read_bytes())
 
     def decode(self, ids: list[int]) -> str:
-        """The text of bytes; what is no UTF-8 becomes a replacement character."""
+        """The text of bytes; invalid UTF-8 becomes a replacement character."""
         return bytes(ids).decode(errors="replace")
 
 
@@ -45,7 +45,7 @@ class Subwords:
         return self.encode(path.read_text(encoding="utf-8"))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens, those with a meaning of their own left out."""
+        """The text of tokens, without special tokens."""
         return self.tokenizer.decode(ids)
 
 
@@ -63,5 +63,5 @@ def tokenizer_of(checkpoint: Checkpoint) -> Bytes | Subwords:
     if checkpoint.config.vocab_size == BYTES:
         return Bytes()
     raise ValueError(
-        f"{checkpoint.path} has no {TOKENIZER_FILE}; put one there: its model does not read bytes"
+        f"{checkpoint.path} has no {TOKENIZER_FILE}; add one: its tokens are not bytes"
     )

@@ -1,4 +1,4 @@
-"""The face of attention: checks the call and picks a kernel. It knows nothing of models."""
+"""The public functions of attention: they check a call and choose a kernel."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
-    check_block_size,
+    check_count,
     check_mask,
     check_slopes,
     warning_of_dense_dropout,
 )
 
 _WARNING_OF_SYMBOLIC_LENGTHS = (
-    "attention of a symbolic length is computed whole: the exported program costs the square of "
-    "the length, whatever the length; export one program for each length, with shapes that are "
-    "numbers, and the cost grows linearly"
+    "dense attention computes symbolic lengths: the exported program costs the square of the "
+    "length; export one program for each length, with shapes that are numbers, and the cost grows "
+    "linearly"
 )
 
 
@@ -62,11 +62,11 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of a query's mass that an implementation may drop; "dtype" is
-            half an ulp of the inputs, 0 drops none.
+        tolerance: share of a query's mass that an implementation may skip; "dtype" is half
+            an ulp of the dtype, 0 skips none, and implementation="dense" skips nothing.
         implementation: "auto" or one of `attention_implementations()`. All have first derivatives
             in reverse mode; "dense" has second ones and those in forward mode (jvp), too. For a
-            symbolic length of `jax.export`, "auto" is "dense", the only one that computes it.
+            symbolic length of `jax.export`, "auto" is "dense", the only able one.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities (SPEC.md §4.1).
@@ -105,7 +105,7 @@ def biased_logits(
     segment_ids: Integer[Array, "batch key_len"] | None = None,
     distance: str = "absolute",
 ) -> Float[Array, "batch heads query_len key_len"]:
-    """What the softmax of `attention` is taken of: float32 (float64), -inf where masked.
+    """The logits of `attention` before its softmax: float32 (float64), -inf where masked.
 
     Arguments and errors are those of `attention`.
     """
@@ -134,7 +134,7 @@ def attention_plan(
     tolerance: str | float = "dtype",
     block_size: int = BLOCK_SIZE,
 ) -> AttentionPlan:
-    """Which blocks of keys `attention` needs, and what share of all that is (SPEC.md §9).
+    """Which blocks of keys `attention` needs, and their share of all blocks (SPEC.md §9).
 
     Arguments and errors are those of `attention`, with distances as in "absolute".
 
@@ -146,13 +146,13 @@ def attention_plan(
         *(tolerance, "absolute"),
     )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
-    check_block_size(block_size)
+    check_count("block_size", block_size)
     return certificate.attention_plan(call, block_size)
 
 
 def _chosen(call: Call, implementation: str) -> str:
-    """The implementation that is named, or for "auto" the first that pays and does not refuse."""
-    if 0 in call.query.shape[:3]:  # there is nothing to compute, and no block to cut it into
+    """The named implementation; for "auto" the first that is able, or "dense" for a small call."""
+    if 0 in call.query.shape[:3]:  # an empty call has no blocks
         return "dense"
     query_len, key_len = call.query.shape[1], call.key.shape[1]
     is_symbolic = is_symbolic_dim(query_len) or is_symbolic_dim(key_len)
@@ -165,11 +165,11 @@ def _chosen(call: Call, implementation: str) -> str:
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None:
             text = warning_of_dense_dropout(call.distance, call.causal)
-            warnings.warn(text, stacklevel=3)  # once for each caller, as warnings are
+            warnings.warn(text, stacklevel=3)  # Python shows it once per calling line
         return name
     if is_symbolic and implementation != "dense":
         raise ValueError(
-            f"implementation={implementation!r} needs lengths that are numbers, and here are "
+            f"implementation={implementation!r} needs lengths that are numbers; this call has "
             f"{query_len} queries and {key_len} keys; use 'dense', or export one program per length"
         )
     reason = KERNELS[implementation].refuses(call)
@@ -224,7 +224,7 @@ def _checked_call(
 
 
 def _heads_first(array: Array) -> tuple[int, ...]:
-    """Shape with the axes in the order that `check_attention` speaks of."""
+    """The shape in the order of axes of `check_attention`."""
     if array.ndim != 4:
         return array.shape
     batch, seq, heads, head_dim = array.shape

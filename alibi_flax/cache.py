@@ -1,6 +1,6 @@
-"""Keys and values of what a model has read, so that it need not be read again (SPEC.md §10).
+"""Keys and values of the positions that a model has read (SPEC.md §10).
 
-A model that is given a cache returns another, which holds the new positions as well. Both have the
+A model called with a cache returns another cache, which also holds the new positions. Both have the
 shape of `capacity` positions, so that one program serves every step; donate the old one to it.
 """
 
@@ -35,15 +35,15 @@ from alibi_spec.checks import (
 )
 @dataclass(frozen=True)
 class KVCache:
-    """What a model has read; made by `empty`.
+    """Keys and values of the positions that a model has read; created by `empty`.
 
     Attributes:
         config: of the model.
         keys, values: of every layer, as attention takes them, but heads first: a step reads them
-            head by head. What lies behind `length` is unused.
-        visible: False for padding, and behind `length`.
+            head by head. Positions from `length` on are unused.
+        visible: False for padding, and from `length` on.
         length: positions that were read, padding included: the next query stands there.
-        interpolated_len: how many keys interpolated slopes go by; None is `length`.
+        interpolated_len: number of keys for interpolated slopes; None is `length`.
     """
 
     config: ALiBiConfig
@@ -82,7 +82,7 @@ class KVCache:
 
     @property
     def slope_factor(self) -> float | Float[Array, ""]:
-        """What the slopes of the model are multiplied by."""
+        """The factor on the slopes of the model."""
         limit = self.config.slope_interpolation
         if limit is None:
             return 1.0
@@ -95,11 +95,11 @@ class KVCache:
         shape: tuple[int, int],
         attention_mask: Integer[Array, "batch seq"] | Bool[Array, "batch seq"] | None,
     ) -> Self:
-        """The cache with room taken for new positions, [batch, seq]; each layer then attends.
+        """A cache that includes new positions, [batch, seq], whose keys and values `attend` writes.
 
         Raises:
-            ValueError: it was donated, it is of another model or batch, or, where its length can be
-                seen, it is full.
+            ValueError: it was donated, belongs to another model or batch, or is full (outside
+                `jit`, where its length is known).
         """
         if not isinstance(self.length, Tracer) and self.length.is_deleted():
             raise ValueError(USED_CACHE)
@@ -117,13 +117,13 @@ class KVCache:
     def attend(
         self, layer: int, inputs: Any, implementation: str
     ) -> tuple[Float[Array, "batch seq heads head_dim"], Self]:
-        """Keep the keys and values of the newest positions, and attend to all.
+        """Store the keys and values of the newest positions, and attend to all.
 
         Args:
             inputs: of `alibi_flax.attention`, for the newest positions.
 
         Raises:
-            ValueError: another dtype than the cache's.
+            ValueError: a dtype other than the cache's.
         """
         check_cache_dtype(str(self.keys[layer].dtype), str(inputs["key"].dtype))
         new_len, zero = inputs["key"].shape[1], jnp.int32(0)
@@ -140,15 +140,15 @@ class KVCache:
             options |= {"key": key, "value": value}
             attended = decode.attention(**options, position=self.length - 1, visible=self.visible)
             return attended, cache
-        # The newest key moves to the last place, where attention expects the last query; what is
-        # unused comes to lie before the oldest, and is hidden.
+        # The newest key moves to the last place, where attention expects the last query. Unused
+        # positions move before the oldest key, and are hidden.
         key, value = (self._newest_last(x, 2).swapaxes(1, 2) for x in (key, value))
         mask = self._newest_last(self.visible, 1)
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
         return attention(**inputs, implementation=implementation), cache
 
     def poisoned(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        """NaN where more was read than fits, which a compiled program cannot refuse."""
+        """NaN if more was read than fits: a compiled program cannot raise an error."""
         return jnp.where(self.length > self.capacity, jnp.nan, x)
 
     def _newest_last(self, x: Array, axis: int) -> Array:

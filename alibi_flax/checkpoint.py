@@ -30,13 +30,13 @@ def from_pretrained(
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
     """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
 
-    Tensors go to the devices one by one, each device's part alone; the host never holds more than
-    one of them besides.
+    Tensors go to the devices one by one, to each device only its part; the host holds at most one
+    more at a time.
 
     Args:
         path: a checkpoint folder of ours or of a known family, a .safetensors, .pt or .msgpack
             file, or the id of a folder on the Hugging Face hub.
-        dtype: of the parameters, but for learned slopes, which never become narrower than float32,
+        dtype: of the parameters, except learned slopes, which never become narrower than float32,
             and of the computation; None keeps the checkpoint's.
         sharding: where parameters go: one sharding for all, or a function from a row of
             `parameter_table`, whose `logical_axes` name the axes; None is JAX's default device.
@@ -94,12 +94,12 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and `model.safetensors`, for both backends.
 
-    The tokenizer and what else belonged to the model where it was loaded from come along.
+    Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from.
 
     Args:
         folder: a path that does not exist yet.
         model: the module whose `config` describes the params.
-        params: what `init` returns under "params".
+        params: "params" of the result of `init`.
         overwrite: replace the model in a checkpoint's folder; its other files stay.
 
     Raises:

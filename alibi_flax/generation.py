@@ -18,9 +18,9 @@ from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
 from alibi_flax.sampling import chosen_tokens
 from alibi_spec.checks import (
     check_array,
+    check_count,
     check_generation,
     check_mask,
-    check_prefill_chunk,
     require_vocabulary,
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
@@ -28,15 +28,15 @@ from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-        tokens: the prompt as it was given, and the new tokens; `pad_token_id` where a sequence has
-            ended.
-        lengths: new tokens of each sequence, the one that ended it among them.
+        tokens: the prompts as passed, then the new tokens; `pad_token_id` after the end of a
+            sequence.
+        lengths: number of new tokens of each sequence, including the one that ended it.
         finish_reasons: of each sequence: "eos", "stop_string" or "length".
         log_probabilities: of the new tokens, by the model (before penalty, temperature and cuts);
-            0 where a sequence has ended; None if they were not asked for.
+            0 after the end of a sequence; None unless requested.
     """
 
     tokens: Integer[Array, "batch total_len"]
@@ -68,28 +68,27 @@ def generate(
 ) -> Generated:
     """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
 
-    What is compiled serves prompts of any length in a bucket, and all steps (SPEC.md §10).
+    One compiled program serves prompts of all lengths in a bucket, another all steps.
 
-    The same seed gives the same tokens in both backends, but where a number that is drawn lies
-    within rounding of the boundary between two tokens (SPEC.md §11).
+    The same seed gives the same tokens in both backends, except where a drawn number is within
+    rounding of the boundary between two tokens (SPEC.md §11).
 
     Args:
         tokens: the prompts.
-        attention_mask: 0 for padding, on either side: prompts may be of unequal length. Each is
-            continued as if it were by itself.
+        attention_mask: 0 for padding, on either side: prompts may have unequal lengths. Each is
+            continued as if the others were absent.
         do_sample: draw from the distribution; else the likeliest token is taken.
         temperature, top_k, top_p, min_p, repetition_penalty: `alibi_spec.sampling.Sampling`.
         eos_token_id: tokens that end a sequence.
         pad_token_id: what follows an ended sequence; None is the first of `eos_token_id`, or 0.
         stop_strings: texts that end a sequence; the tokens that complete one are kept.
         tokenizer: decodes tokens for `stop_strings`.
-        seed: of what is drawn.
+        seed: of the numbers that draw tokens.
         prefill_chunk: positions of the prompt that are read at a time.
         return_log_probabilities: return those of the new tokens.
 
     Raises:
-        ValueError: an encoder, a prompt of nothing but padding, or an
-            option out of its range.
+        ValueError: an encoder, a prompt that is only padding, or an option out of its range.
     """
     endings, steps = _begun(
         *(model, params, tokens, max_new_tokens, attention_mask),
@@ -158,10 +157,10 @@ def _begun(
     seed: int,
     prefill_chunk: int,
 ) -> tuple[Endings, _Steps]:
-    """Checked arguments, as what is known of the endings and the steps that are to be taken."""
+    """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
     check_generation(config.causal, config.head, max_new_tokens)
-    check_prefill_chunk(prefill_chunk)
+    check_count("prefill_chunk", prefill_chunk)
     vocab_size = require_vocabulary(config.vocab_size)
     prompts = np.asarray(checked_tokens(tokens, vocab_size))
     visible = np.ones(prompts.shape, bool)
@@ -205,7 +204,7 @@ def _steps(
         is_there = np.zeros((batch, require_vocabulary(model.config.vocab_size)), bool)
         is_there[np.nonzero(visible)[0], prompts[visible]] = True
         is_there = jnp.asarray(is_there)
-    # More padding on the left, so that few programs serve all lengths.
+    # More padding on the left: whole chunks, so that few programs serve all lengths.
     prefill_chunk = min(prefill_chunk, bucket(prompt_len))
     filler = -prompt_len % prefill_chunk
     prompts, visible = (np.pad(each, ((0, 0), (filler, 0))) for each in (prompts, visible))
@@ -250,7 +249,7 @@ def _read(
     interpolated_len: Int32[Array, ""],
     cache: KVCache,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """The logits behind the last of these tokens, and the cache that holds them."""
+    """The logits after the last of these tokens, and the cache that holds them."""
     cache = replace(cache, interpolated_len=interpolated_len)
     call: Any = partial(model.apply, {"params": params})
     logits, cache = call(tokens, visible, cache=cache, logits_to_keep=1)
@@ -273,7 +272,7 @@ def _step(
     Bool[Array, "batch vocab"] | None,
     KVCache,
 ]:
-    """The tokens that follow these, and what the next step takes."""
+    """The tokens that follow these, their logits, and the state for the next step."""
     if is_there is not None:
         is_there = is_there.at[jnp.arange(len(tokens)), tokens].set(True)
     visible = jnp.ones((len(tokens), 1), jnp.bool_)

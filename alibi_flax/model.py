@@ -23,7 +23,6 @@ import numpy as np
 from einops import rearrange
 from flax.linen.dtypes import promote_dtype
 from jax import Array
-from jax.core import Tracer
 from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer
 
@@ -33,6 +32,7 @@ from alibi_flax.attention import (
     biased_logits,
 )
 from alibi_flax.cache import KVCache
+from alibi_flax.kernels.call import has_values_on_host
 from alibi_spec import ALiBiConfig, Parameter, model_slopes, parameter_table, slopes
 from alibi_spec.bias import interpolation
 from alibi_spec.checks import (
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
     ) -> AttentionInputs:
-        """What `__call__` attends with."""
+        """The arguments of `alibi_flax.attention` in `__call__`."""
         query, key, value = self._query_key_value(x)
         return {
             "query": query,
@@ -207,7 +207,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around an activation, which a third map may gate."""
+    """Two linear maps around an activation, optionally gated by a third."""
 
     config: ALiBiConfig
     layer: int
@@ -337,10 +337,10 @@ class ALiBiTransformer(nn.Module):
             x: embeddings; sequences longer than `max_len` are welcome.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             deterministic: False applies dropout, drawn from the rng "dropout".
-            cache: what was read before these positions (SPEC.md §10).
+            cache: of the positions before these (SPEC.md §10).
 
         Returns:
-            [batch, seq, d_model]; with a cache also the one that the next call takes.
+            [batch, seq, d_model]; with a cache, also the cache for the next call.
 
         Raises:
             ValueError: wrong shape or dtype of `x` or `attention_mask`, or a cache that is full,
@@ -438,13 +438,13 @@ class ALiBiLM(nn.Module):
             attention_mask: 0 for padding on either side, 1 elsewhere.
             deterministic: False applies dropout, drawn from the rng "dropout".
             token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
-            cache: what was read before these tokens (SPEC.md §10).
-            logits_to_keep: only those of so many last positions; None is all.
+            cache: of the positions before these (SPEC.md §10).
+            logits_to_keep: return logits of only this many last positions; None is all.
 
         Returns:
             [batch, seq, vocab]; log-probabilities with `adaptive_cutoffs`; hidden states
-            [batch, seq, d_model] with `head="none"`. With a cache also the one that the next call
-            takes.
+            [batch, seq, d_model] with `head="none"`. With a cache, also the cache for the next
+            call.
 
         Raises:
             ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, wrong
@@ -462,7 +462,7 @@ class ALiBiLM(nn.Module):
         token_type_ids: Integer[Array, "batch seq"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch seq embed"]:
-        """What enters the first block. Arguments and errors are those of the call."""
+        """The input of the first block. Arguments and errors are those of the call."""
         config = self.config
         tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
         check_token_types(config.type_vocab_size, token_type_ids is not None)
@@ -476,7 +476,7 @@ class ALiBiLM(nn.Module):
         return self.dropout(x, deterministic=deterministic)
 
     def head(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq output"]:
-        """What the call returns, from hidden states."""
+        """The result of the call, from hidden states."""
         config = self.config
         if config.head == "none":
             return x
@@ -510,10 +510,10 @@ def _adaptive_log_probabilities(
 
 @cache
 def _initialisers(config: ALiBiConfig, *module: str) -> dict[str, Any]:
-    """How the parameters of one module start, as linen's modules take it: "kernel_init", …
+    """The initialisers of one module, as arguments of linen's modules: "kernel_init", …
 
     Args:
-        config: that of the module at the root of the path, `ALiBiLM` or `ALiBiTransformer`.
+        config: of the module at the root of the path, `ALiBiLM` or `ALiBiTransformer`.
         module: the keys of its parameters in the Flax tree, without the last.
     """
     rows = [row for row in parameter_table(config) if row.flax_path[:-1] == module]
@@ -541,12 +541,12 @@ def _norm(
     options |= _initialisers(config, *module)
     if config.norm == "rms":
         return RMSNorm(**options)
-    # Linen's fast variance loses everything when the mean is far from zero.
+    # Linen's fast variance loses all precision when the mean is far from zero.
     return LayerNorm(use_bias=config.norm_bias, **options)
 
 
 def _slope_factor(config: ALiBiConfig, key_len: Any) -> SlopeFactor:
-    """`interpolation`, for symbolic lengths of `jax.export`, too, which cannot be compared."""
+    """`interpolation`, also for symbolic lengths of `jax.export`, which cannot be compared."""
     limit = config.slope_interpolation
     if limit is not None and is_symbolic_dim(key_len):
         return limit / jnp.maximum(limit, jnp.asarray(key_len))
@@ -556,19 +556,11 @@ def _slope_factor(config: ALiBiConfig, key_len: Any) -> SlopeFactor:
 def checked_tokens(
     tokens: Integer[Array, "batch seq"], vocab_size: int, what: str = "token"
 ) -> Integer[Array, "batch seq"]:
-    """The tokens, at least int32, or ValueError; their range is checked where it can be seen."""
+    """The tokens, at least int32, or ValueError; their range is checked where they can be read."""
     check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
     check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
-    if _has_values_on_host(tokens) and tokens.size:
+    if has_values_on_host(tokens) and tokens.size:
         values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
         check_token_range(int(values.min()), int(values.max()), vocab_size, what)
     # A token of uint8 cannot count a vocabulary of 384, nor the next token of one.
     return tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
-
-
-def _has_values_on_host(tokens: Any) -> bool:
-    if isinstance(tokens, np.ndarray):
-        return True
-    if isinstance(tokens, Tracer):
-        return False
-    return all(device.platform == "cpu" for device in tokens.devices())

@@ -27,8 +27,8 @@ def model_plans(
     """Run the model and return `attention_plan` of every layer, first layer first.
 
     Raises:
-        ValueError: as for the model's own call and for `attention_plan`; or the model's biases are
-            of another kind than those that the plan knows.
+        ValueError: as for the model's own call and for `attention_plan`; or the model's bias has
+            no plan.
     """
     check_plannable(model.config.distance, model.config.causal)
     plans: list[AttentionPlan] = []
@@ -42,7 +42,7 @@ def model_plans(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        # Recomputed blocks would hand out tracers.
+        # With remat the arguments would be tracers.
         plain: Any = model.clone(remat=False)
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
         plain.apply({"params": params}, inputs, attention_mask, **optional)

@@ -21,8 +21,8 @@ def chosen_tokens(
     """The likeliest token, or with `do_sample` the one that the uniform draws.
 
     Args:
-        is_there: tokens that the penalty is for; None where there is none.
-        uniform: None where nothing is drawn.
+        is_there: tokens that the penalty applies to; None without a penalty.
+        uniform: None without `do_sample`.
     """
     logits = processed(logits, is_there, sampling)
     return logits.argmax(axis=-1) if uniform is None else _drawn_tokens(logits, uniform)
@@ -45,7 +45,7 @@ def processed(
     if sampling.top_k is not None:
         largest, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))
         logits = _from(logits, largest[:, -1])
-    if sampling.top_p is not None and sampling.top_p < 1:  # sums may reach 1 before all are in
+    if sampling.top_p is not None and sampling.top_p < 1:  # rounded sums can reach 1 too early
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = probabilities.cumsum(axis=-1) - probabilities

@@ -1,7 +1,7 @@
-"""Where the parameters of a model may be divided over devices, by linen's logical axes.
+"""How the parameters of a model can be divided over devices, by linen's logical axes.
 
-Fresh params are plain arrays: linen's boxes, which carry axes along, cannot be bridged to NNX
-without a mesh. The axes are a tree of their own, which serves loaded params as well.
+New params are plain arrays: linen's boxes, which hold axes, cannot be bridged to NNX without a
+mesh. So the axes are a separate tree, which also serves loaded params.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def trace(
     attention_mask: AttentionMask | None = None,
     token_type_ids: Integer[Array, "batch seq"] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
-    """Run the model and return what it computed, in order of computation.
+    """Run the model and return its intermediates, in order of computation.
 
     Returns:
         Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
@@ -46,7 +46,7 @@ def trace(
         return output
 
     with nn.intercept_methods(record):
-        # Recomputed blocks would hand out tracers.
+        # With remat the intermediates would be tracers.
         plain: Any = model.clone(remat=False)
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
         result = plain.apply({"params": params}, inputs, attention_mask, **optional)

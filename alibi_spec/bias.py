@@ -38,13 +38,13 @@ def slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarray, " heads
 
 
 def geometric_slopes(num_heads: int, bias_max: float = 8.0) -> Float32[np.ndarray, " heads"]:
-    """jaketae/alibi's slopes: 2^(-M k / heads), k = 1 … heads, whatever the head count."""
+    """jaketae/alibi's slopes: 2^(-M k / heads), k = 1 … heads, for any head count."""
     ratio = (2**bias_max) ** (1 / num_heads)
     return np.array([1 / ratio**k for k in range(1, num_heads + 1)]).astype(np.float32)
 
 
 def model_slopes(config: ALiBiConfig) -> Float32[np.ndarray, "layers heads"]:
-    """The slopes of every layer, before any interpolation; where learned ones start."""
+    """The slopes of every layer, before interpolation; learned slopes start at these values."""
     if config.slopes in ("paper", "learned"):
         values = slopes(config.num_heads, config.bias_max)
     elif config.slopes == "geometric":
@@ -55,18 +55,18 @@ def model_slopes(config: ALiBiConfig) -> Float32[np.ndarray, "layers heads"]:
 
 
 def interpolation(config: ALiBiConfig, key_len: int) -> float:
-    """What the slopes are multiplied by over so many keys (SPEC.md §2.1): 1 up to the limit."""
+    """The factor on the slopes for `key_len` keys (SPEC.md §2.1): 1 up to the limit."""
     limit = config.slope_interpolation
     return 1.0 if limit is None else limit / max(limit, key_len)
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on q·k: 1/sqrt(head_dim) unless one is given."""
+    """The factor on q·k: `scale`, or 1/sqrt(head_dim) if it is None."""
     return 1 / math.sqrt(head_dim) if scale is None else float(scale)
 
 
 def query_positions(query_len: int, key_len: int) -> Int[np.ndarray, " query_len"]:
-    """Where the queries stand among the keys: the last one at the last key."""
+    """The positions of the queries among the keys: the last query is at the last key."""
     return np.arange(key_len - query_len, key_len)
 
 
@@ -87,7 +87,7 @@ def bias(
 ) -> Float[np.ndarray, "heads query_len key_len"]:
     """-m |i - j| ("absolute") or m (j - i) ("signed"), in the dtype of `slopes`.
 
-    The third kind of distance is `rounded_bias`.
+    `rounded_bias` computes the third kind of distance.
 
     One rounding per element: slope and distance are exact, their product is rounded once.
     """

@@ -1,4 +1,4 @@
-"""How far the heads of a model can look, proved from its weights alone (SPEC.md §12)."""
+"""How far the heads of a model can look, proved only from its weights (SPEC.md §12)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from alibi_spec.config import ALiBiConfig
 
-_SUMS = 2.0**-24  # of products and norms, which every dtype but float64 sums in float32
+_SUMS = 2.0**-24  # rounding of sums: every dtype except float64 is summed in float32
 
 
 def model_windows(
@@ -27,9 +27,9 @@ def model_windows(
     tolerance: str | float = "dtype",
     dtype: str = "float32",
 ) -> Int64[np.ndarray, "layers heads"]:
-    """How many keys each head needs of any input, the query's own among them; -1 if none is proved.
+    """How many keys each head needs for any input, including the query's own; -1 if not provable.
 
-    Those farther away carry at most `tolerance` of a query's mass, for queries that are no padding.
+    All keys farther away carry at most `tolerance` of the mass of a query that is not padding.
 
     Args:
         parameters: the arrays of `parameter_table(config)` by name, torch layout.
@@ -37,7 +37,7 @@ def model_windows(
         dtype: of the model's computation.
     """
     windows = np.full((config.num_layers, config.num_heads), -1, np.int64)
-    # Interpolated slopes fall with the length, so that windows grow with it.
+    # Interpolated slopes fall with the length, so windows would grow with it.
     if not config.causal or config.distance == "bfloat16" or config.slope_interpolation is not None:
         return windows
     log_tolerance = _log(tolerance_of(tolerance, dtype))
@@ -59,7 +59,7 @@ def logit_gaps(
     layer: int,
     dtype: str = "float32",
 ) -> Float64[np.ndarray, " heads"]:
-    """The most that scale q·k of any key can exceed that of the query's own; inf if not bounded."""
+    """The most by which scale q·k of any key can exceed that of the query's own; or inf."""
     source = _Source.of(config, parameters, layer)
     if source is None:
         return np.full(config.num_heads, np.inf)
@@ -74,7 +74,7 @@ def logit_gaps(
 
 @dataclass(frozen=True)
 class _Source:
-    """What attention reads: weight ∘ z + shift, with ‖z‖ at most the radius."""
+    """The input of attention: weight ∘ z + shift, with ‖z‖ at most the radius."""
 
     weight: Float64[np.ndarray, " embed"]
     shift: Float64[np.ndarray, " embed"]
@@ -117,13 +117,13 @@ def _largest_row(embedding: Float[np.ndarray, "rows embed"]) -> float:
 
 @dataclass(frozen=True)
 class _Heads:
-    """The queries, or the keys, of one head: centre + matrix z; or within a spread of the centre.
+    """The queries, or the keys, of one head: centre + matrix z.
 
     Attributes:
         matrix: None where clipping or a norm follows it.
-        spread: the most that one of them can be from the centre.
-        norm: the most that one of them can have.
-        magnitude: of the terms that are summed, which rounding is relative to.
+        spread: largest distance of one of them from the centre.
+        norm: largest norm of one of them.
+        magnitude: norm of the terms that are summed; rounding is relative to it.
     """
 
     centre: Float64[np.ndarray, " head_dim"]
@@ -172,7 +172,7 @@ class _Heads:
 
 
 def _gap(config: ALiBiConfig, query: _Heads, key: _Heads, source: _Source, dtype: str) -> float:
-    """B of SPEC.md §12, with what rounding can add."""
+    """B of SPEC.md §12, plus the largest effect of rounding."""
     exact = query.norm * 2 * key.spread
     if config.qkv_clip is not None:
         exact = min(exact, query.norm * 2 * key.norm)

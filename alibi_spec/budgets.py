@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alibi_spec.reference import shared_heads
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, Num
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one dtype may cost on one kind of device.
+    """The errors that one dtype may have on one kind of device.
 
     Attributes:
         forward: largest relative error of activations and logits.
@@ -94,8 +96,8 @@ BUDGETS: Mapping[tuple[str, str], Budget] = {
 }
 
 
-# How far a number that draws a token may be from the boundary between two (SPEC.md §11): logits
-# err by 1e-5 of about 10, so that probabilities do by 1e-4 of themselves, and their sums by less.
+# A number this close to the boundary between two tokens can draw either (SPEC.md §11): logits of
+# about 10 err by 1e-5 of that, so probabilities have a relative error of 1e-4, and their sums less.
 DRAWING = 1e-4
 
 
@@ -139,8 +141,8 @@ def activation_errors(
 ) -> dict[str, float]:
     """`relative_error` of every intermediate in `found`, in the order of computation.
 
-    Biased logits are judged by their q·k part: the bias, which grows with the sequence, would make
-    any error look small beside it.
+    Errors of biased logits are relative to their q·k part: relative to the bias, which grows with
+    the sequence, any error would look small.
     """
     errors = {}
     for name in exact:
@@ -148,21 +150,12 @@ def activation_errors(
             continue
         if name.endswith(".biased_logits"):
             layer = name.removesuffix(".biased_logits")
-            scores = _scores(config, exact[f"{layer}.query"], exact[f"{layer}.key"])
+            key = shared_heads(exact[f"{layer}.key"], config.num_heads)
+            scores = config.scale * (exact[f"{layer}.query"] @ key.swapaxes(-1, -2))
             errors[name] = _logits_error(found[name], exact[name], scores)
         else:
             errors[name] = relative_error(found[name].astype(np.float64), exact[name])
     return errors
-
-
-def _scores(
-    config: ALiBiConfig,
-    query: Float64[np.ndarray, "batch heads seq head_dim"],
-    key: Float64[np.ndarray, "batch kv_heads seq head_dim"],
-) -> Float64[np.ndarray, "batch heads seq seq"]:
-    """scale · q·k, without bias or mask."""
-    key = np.repeat(key, query.shape[1] // key.shape[1], axis=1)
-    return config.scale * (query @ key.swapaxes(-1, -2))
 
 
 def _logits_error(
@@ -181,9 +174,9 @@ def _logits_error(
 
 
 def gradient_floor(gradients: Mapping[str, Float64[np.ndarray, "..."]]) -> float:
-    """The least magnitude that a parameter's gradient error is measured against.
+    """The least magnitude that the error of a gradient is divided by.
 
-    1/64 of the largest element of all. Some gradients are zero in theory (softmax does not see a
-    key's bias): what is left of them is the rounding of terms that cancel.
+    1/64 of the largest element of all gradients. Some gradients are zero in theory (softmax does
+    not see a key's bias), and hold only the rounding of terms that cancel.
     """
     return max(float(np.abs(gradient).max()) for gradient in gradients.values()) / 64

@@ -1,4 +1,4 @@
-"""What a cache holds of the positions that were read, and what comes after it (SPEC.md §10)."""
+"""The reference model's cache of keys and values (SPEC.md §10)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cache:
-    """What the reference model keeps of the positions that it has read.
+    """Keys and values of the positions that the reference model has read.
 
     Attributes:
-        keys, values: of every layer, as attention takes them: behind clipping and `qk_norm`.
+        keys, values: of every layer, as attention takes them: after clipping and `qk_norm`.
         visible: False for padding.
     """
 
@@ -31,7 +31,7 @@ class Cache:
 
     @classmethod
     def empty(cls, config: ALiBiConfig, batch_size: int) -> Cache:
-        """Of a model that has read nothing."""
+        """The cache of a model that has read nothing."""
         nothing = np.zeros((batch_size, config.kv_heads, 0, config.head_dim))
         layers = (nothing,) * config.num_layers
         return cls(layers, layers, np.zeros((batch_size, 0), bool))
@@ -44,7 +44,7 @@ class Cache:
     def mask(
         self, attention_mask: Integer[np.ndarray, "batch seq"] | None, new_len: int
     ) -> Bool[np.ndarray, "batch key_len"]:
-        """Which keys are no padding, once so many new ones have joined those that are here."""
+        """Which keys are not padding: those of the cache, then `new_len` new ones."""
         shape = (len(self.visible), new_len)
         new = np.ones(shape, bool) if attention_mask is None else attention_mask != 0
         return np.concatenate([self.visible, new], axis=1)
@@ -54,7 +54,7 @@ class Cache:
         trace: Mapping[str, Float[np.ndarray, "..."]],
         attention_mask: Integer[np.ndarray, "batch seq"] | None = None,
     ) -> Cache:
-        """The cache after a call of `reference_forward`, from what that returned."""
+        """The cache after a call of `reference_forward` that returned `trace`."""
         keys, values = (
             tuple(trace[f"layers.{layer}.{name}"] for layer in range(len(self.keys)))
             for name in ("key", "value")

@@ -1,7 +1,7 @@
 """The certificate: which keys provably cannot change a result (SPEC.md §9).
 
-Everything is read off the arrays of one call: norms of queries and keys, and each query's logit
-with its nearest visible key. Nothing is assumed about their size.
+It uses only the arrays of one call: norms of queries and keys, and each query's logit with its
+nearest visible key. It assumes nothing about their size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks, integers [batch, heads, query_blocks].
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed:
-            [batch, heads]; 0 where there are no queries.
+        share: computed blocks over all blocks, those of the future excluded if causal:
+            [batch, heads]; 0 without queries.
         block_size: positions in a block.
     """
 
@@ -43,7 +43,7 @@ class AttentionPlan:
 
 
 def tolerance_of(tolerance: str | float, dtype: str) -> float:
-    """The share of attention mass that may be dropped: half an ulp of the dtype for "dtype"."""
+    """The share of attention mass that may be skipped: half an ulp of the dtype for "dtype"."""
     return TOLERANCES[dtype] if isinstance(tolerance, str) else float(tolerance)
 
 
@@ -79,25 +79,25 @@ def attention_plan(
     largest_before = np.maximum.accumulate(norms, axis=2)[:, :, block_size - 1 :: block_size]
     largest_before = np.pad(largest_before, ((0, 0), (0, 0), (1, 0)), constant_values=-np.inf)
 
-    def drops_before(block: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
+    def skips_before(block: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
         largest = np.take_along_axis(largest_before, block, axis=2)
         mass = allowed_mass if causal else allowed_mass / 2
-        return queries.may_drop(largest, position - block * block_size + 1, mass)
+        return queries.may_skip(largest, position - block * block_size + 1, mass)
 
-    first = _last_true(drops_before, np.broadcast_to(own_block, query.shape[:3]))
+    first = _last_true(skips_before, np.broadcast_to(own_block, query.shape[:3]))
     last = np.broadcast_to(own_block + 1, first.shape)
     if not causal:
         largest_from = np.maximum.accumulate(norms[:, :, ::-1], axis=2)[:, :, ::-1]
 
-        def drops_after(count: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
+        def skips_after(count: Int[np.ndarray, "batch heads query_len"]) -> _Flags:
             start = (blocks - count) * block_size
             inside = start.clip(max=key_len - 1)
             largest = np.take_along_axis(largest_from, inside, axis=2)
             largest = np.where(start < key_len, largest, -np.inf)
-            return queries.may_drop(largest, start - position, allowed_mass / 2)
+            return queries.may_skip(largest, start - position, allowed_mass / 2)
 
         highest = np.broadcast_to(blocks - 1 - own_block, first.shape)
-        last = blocks - _last_true(drops_after, highest)
+        last = blocks - _last_true(skips_after, highest)
     sees_nothing = queries.sees_nothing[:, None]
     edges = np.arange(0, query_len, block_size)
     first = np.minimum.reduceat(np.where(sees_nothing, blocks, first), edges, axis=2)
@@ -110,14 +110,14 @@ def attention_plan(
 
 @dataclass(frozen=True)
 class _Queries:
-    """What the certificate knows of every query.
+    """The facts about every query that the certificate uses.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
-        floor: the biased logit with the anchor: log Z is no less.
+        floor: lower bound of log Z: the biased logit with the anchor.
         anchor_norm: ‖k‖ of the anchor.
         slope: of the head.
-        is_anchored: the anchor is one that the query sees.
+        is_anchored: the query sees its anchor.
         sees_nothing: no key is visible to the query.
         rounding: relative error of reach · ‖k‖ as a backend computes it.
     """
@@ -141,7 +141,7 @@ class _Queries:
         anchor: Int[np.ndarray, "batch query_len"],
         segments: Integer[np.ndarray, "batch key_len"],
     ) -> _Queries:
-        """Measured on the arrays of a call; `anchor` is the nearest visible key, or -1."""
+        """From the arrays of a call; `anchor` is the nearest visible key, or -1."""
         rounding = float(np.finfo(np.promote_types(query.dtype, np.float32)).eps)
         head_dim = query.shape[3]
         scale = default_scale(scale, head_dim)
@@ -163,13 +163,13 @@ class _Queries:
             rounding=(head_dim + 8) * rounding,
         )
 
-    def may_drop(
+    def may_skip(
         self,
         largest: Float64[np.ndarray, "batch heads query_len"],
         distance: Int[np.ndarray, "batch heads query_len"],
         allowed_mass: float,
     ) -> _Flags:
-        """Whether all keys at this distance and beyond, of norms up to `largest`, may go."""
+        """Whether all keys this far or farther, of norms up to `largest`, may be skipped."""
         falls = self.slope > 0
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -np.log(-np.expm1(-np.where(falls, self.slope, 1.0)))
@@ -191,7 +191,7 @@ def dropped_mass(
     attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
     segment_ids: Integer[np.ndarray, "batch key_len"] | None = None,
 ) -> Float64[np.ndarray, "batch heads query_len"]:
-    """The share of each query's attention mass outside its range, by brute force: the judge."""
+    """The share of each query's attention mass outside its range, by brute force: for tests."""
     query_len, key_len = query.shape[2], key.shape[2]
     logits = biased_logits(
         *(query, key, slopes),

@@ -1,4 +1,4 @@
-"""What both backends say to bad arguments: one message per mistake, from shapes and flags alone."""
+"""Errors of both backends for bad arguments: one message per mistake, from shapes and flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def require_vocabulary(vocab_size: int | None) -> int:
     """`vocab_size`, or ValueError when an `ALiBiLM` is built without one."""
     if vocab_size is None:
-        raise ValueError("ALiBiLM needs vocab_size; give it to ALiBiConfig, e.g. vocab_size=256")
+        raise ValueError("ALiBiLM needs vocab_size; pass it to ALiBiConfig, e.g. vocab_size=256")
     return vocab_size
 
 
@@ -59,7 +59,7 @@ def check_tokens(shape: Sequence[int], is_integer: bool) -> None:
 
 
 def check_token_range(lowest: int, highest: int, vocab_size: int, what: str = "token") -> None:
-    """Raise ValueError unless every token (or token type) lies inside its vocabulary."""
+    """Raise ValueError unless every token (or token type) is inside its vocabulary."""
     if lowest < 0 or highest >= vocab_size:
         outside = lowest if lowest < 0 else highest
         raise ValueError(
@@ -79,7 +79,7 @@ def check_mask(name: str, shape: Sequence[int], is_integer: bool, batch: int, ke
 
 
 def check_token_types(type_vocab_size: int | None, is_given: bool) -> None:
-    """Raise ValueError when token types are given to a model that has no embeddings for them."""
+    """Raise ValueError when a model without embeddings of token types gets token types."""
     if is_given and type_vocab_size is None:
         raise ValueError("token_type_ids need a model with type_vocab_size; this one has none")
 
@@ -95,7 +95,7 @@ def check_attention(
 ) -> None:
     """Raise ValueError unless the arrays of one attention call fit one another.
 
-    Shapes are given as [batch, heads, seq, head_dim]; `dtypes` are those of query, key (and value).
+    Shapes are [batch, heads, seq, head_dim]; `dtypes` are those of query, key (and value).
     """
     if len(set(dtypes)) > 1 or "float" not in dtypes[0]:
         raise ValueError(
@@ -171,18 +171,16 @@ def check_implementation(implementation: str, implementations: Sequence[str]) ->
         )
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise ValueError unless blocks hold at least one position."""
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(
-            f"block_size={block_size!r} is not valid; expected an integer of at least 1"
-        )
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless an option is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not valid; expected an integer of at least {least}")
 
 
 def beyond_windows(distance: str, causal: bool) -> str | None:
-    """What a kernel over windows, which knows only -m |i - j| (SPEC.md §9), lacks; None if nothing.
+    """Why a kernel over windows, which computes only -m |i - j| (SPEC.md §9), refuses this bias.
 
-    The rest of a sentence that begins with the kernel.
+    The rest of a sentence that begins with the kernel; None if it computes the bias.
     """
     if distance == "bfloat16":
         return "it has no rounded bias (distance='bfloat16')"
@@ -192,32 +190,30 @@ def beyond_windows(distance: str, causal: bool) -> str | None:
 
 
 def without_derivative(which: str) -> str:
-    """What somebody is told who asks a kernel over windows for a derivative that it lacks."""
+    """The error for a derivative that kernels over windows do not have."""
     return f"attention over windows has no {which} derivative; use implementation='dense'"
 
 
 def warning_of_dense_dropout(distance: str, causal: bool) -> str:
-    """What a long call with dropout is told that no kernel over windows can compute."""
+    """The warning for a long call with dropout that only dense attention can compute."""
     return (
-        "attention with dropout is computed whole here, in time and memory that grow with queries "
-        f"times keys, because in windows {beyond_windows(distance, causal)}; distance='absolute' "
-        "makes both grow linearly, and without dropout they are smaller"
+        "dense attention computes this call with dropout: time and memory grow with queries times "
+        f"keys. No kernel over windows can: {beyond_windows(distance, causal)}. With "
+        "distance='absolute' both grow linearly; without dropout they are smaller"
     )
 
 
 def check_plannable(distance: str, causal: bool) -> None:
-    """Raise ValueError unless the blocks of a model with these biases can be planned."""
+    """Raise ValueError unless attention with this bias has a plan."""
     reason = beyond_windows(distance, causal)
     if reason is not None:
-        raise ValueError(f"this model's attention is computed whole, without a plan: {reason}")
+        raise ValueError(f"this model has no plan, because no kernel over windows fits: {reason}")
 
 
 def check_cache(config: ALiBiConfig, batch_size: int, batch: int) -> None:
-    """Raise ValueError unless a model can read these inputs after a cache for so many sequences."""
+    """Raise ValueError unless the model is causal and cache and inputs have one batch size."""
     if not config.causal:
-        raise ValueError(
-            "an encoder (causal=False) has no cache: its keys change with what follows"
-        )
+        raise ValueError("an encoder (causal=False) has no cache: its keys depend on later tokens")
     if batch_size != batch:
         raise ValueError(
             f"the cache holds {batch_size} sequences and the inputs have {batch}; make one with "
@@ -226,7 +222,7 @@ def check_cache(config: ALiBiConfig, batch_size: int, batch: int) -> None:
 
 
 def check_capacity(length: int, new_len: int, capacity: int) -> None:
-    """Raise ValueError unless so many new positions fit into a cache."""
+    """Raise ValueError unless `new_len` more positions fit into a cache."""
     if length + new_len > capacity:
         raise ValueError(
             f"the cache has room for {capacity} positions and holds {length}; {new_len} more do "
@@ -235,7 +231,7 @@ def check_capacity(length: int, new_len: int, capacity: int) -> None:
 
 
 def check_cache_dtype(cached: str, computed: str) -> None:
-    """Raise ValueError unless keys and values have the dtype of the cache that is to hold them."""
+    """Raise ValueError unless keys and values have the dtype of their cache."""
     if cached != computed:
         raise ValueError(
             f"the cache holds {cached} and the model computes {computed} now; make another cache "
@@ -244,22 +240,19 @@ def check_cache_dtype(cached: str, computed: str) -> None:
 
 
 USED_CACHE = (
-    "this cache was used already: its memory is that of the cache which that call returned; go on "
-    "with that one"
+    "this cache was already used: its memory belongs to the cache that the call returned; pass "
+    "that one"
 )
-OTHER_CACHE = "this cache is of a model of another configuration; make one of this model's"
+OTHER_CACHE = "this cache belongs to a model with another configuration; make one with this model's"
 
 
 def check_generation(causal: bool, head: str, max_new_tokens: int) -> None:
-    """Raise ValueError unless a model of this kind can continue a sequence by so many tokens."""
+    """Raise ValueError unless a model of this kind can generate `max_new_tokens` tokens."""
     if not causal:
         raise ValueError("an encoder (causal=False) cannot generate; use a causal model")
     if head != "linear":
         raise ValueError(f"a model with head={head!r} cannot generate; it predicts no next token")
-    if not _is_integer(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens!r} is not valid; expected an integer of at least 0"
-        )
+    check_count("max_new_tokens", max_new_tokens, least=0)
 
 
 def check_scoring(causal: bool, head: str, shape: Sequence[int]) -> None:
@@ -272,22 +265,10 @@ def check_scoring(causal: bool, head: str, shape: Sequence[int]) -> None:
         raise ValueError(f"tokens have shape {list(shape)}; expected at least two in a sequence")
 
 
-def check_prefill_chunk(prefill_chunk: int) -> None:
-    """Raise ValueError unless a prompt can be read so many positions at a time."""
-    if not _is_integer(prefill_chunk) or prefill_chunk < 1:
-        raise ValueError(
-            f"prefill_chunk={prefill_chunk!r} is not valid; expected an integer of at least 1"
-        )
-
-
 def check_prompts(lengths: Sequence[int]) -> None:
-    """Raise ValueError unless every prompt has a token that the mask shows."""
+    """Raise ValueError unless every prompt has a token that is not padding."""
     for row, length in enumerate(lengths):
         if length == 0:
             raise ValueError(
-                f"prompt {row} is nothing but padding; expected at least one token in every row"
+                f"prompt {row} is only padding; expected at least one token in every prompt"
             )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

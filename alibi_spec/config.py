@@ -37,7 +37,7 @@ NORM_PLACEMENTS = ("pre", "post", "pre_residual")
 HEADS = ("linear", "masked_lm", "none")
 
 
-# What other libraries call our fields, where the nearest spelling is another one.
+# Names of our fields in other libraries, where the nearest spelling is a wrong field.
 _ELSEWHERE = {
     "hidden_size": "d_model",
     "n_embd": "d_model",
@@ -64,7 +64,7 @@ _TUPLES = ("slopes", "adaptive_cutoffs")
 
 
 def _with_options_documented(config_class: type[ALiBiConfig]) -> type[ALiBiConfig]:
-    """List the options in the docstring, and have the constructor say which one was meant."""
+    """List the options in the docstring; let the constructor suggest the nearest option."""
     lines = [f"{field.name}: {meaning_of(field)}" for field in fields(config_class)]
     listed = [textwrap.fill(line, 96, subsequent_indent="    ") for line in lines]
     attributes = textwrap.indent("\n".join(listed), 8 * " ")
@@ -86,15 +86,15 @@ class ALiBiConfig:
     """What a model computes, independent of framework, dtype and device.
 
     The first seven fields and their defaults are those of jaketae/alibi; the mathematics is that of
-    Press et al. 2021. `ALiBiConfig.jaketae` restores that repository's own mathematics. Fields from
-    `num_kv_heads` on are what the published families need beyond it.
+    Press et al. 2021. `ALiBiConfig.jaketae` restores that repository's own mathematics. The
+    published families need the fields from `num_kv_heads` on.
 
-    `help(ALiBiConfig)` lists the options. Those that follow others are None unless they differ: a
-    model has one configuration, however it was said, and equal models compare equal.
+    `help(ALiBiConfig)` lists the options. An option that follows another is None unless it differs,
+    so that equal models have equal configurations.
 
     Raises:
-        ValueError: a field has an impossible value, or there is none of that name; the message
-            names it and the mend.
+        ValueError: an unknown field, or a field with an impossible value; the message names it and
+            the fix.
     """
 
     num_layers: int = option(6, COUNT, "residual blocks, at least 1.")
@@ -163,7 +163,7 @@ class ALiBiConfig:
     slope_interpolation: int | None = option(
         None,
         or_none(COUNT),
-        "sequences of n positions, more than this many, use slopes m · this / n.",
+        "sequences of n > this many positions use slopes m · this / n.",
     )
     qkv_clip: float | None = option(
         None,
@@ -192,18 +192,17 @@ class ALiBiConfig:
     norm_placement: str = option(
         "pre",
         one_of(NORM_PLACEMENTS),
-        '"pre" normalises what enters a branch; "post" the sum behind it (BERT); '
-        '"pre_residual" what enters the branch and the residual stream (BLOOM\'s option).',
+        '"pre" normalises the input of a branch; "post" the sum after it (BERT); '
+        '"pre_residual" the input of both the branch and the sum (BLOOM\'s option).',
     )
     attention_output_norm: bool = option(
         False,
         FLAG,
-        "attention's input is added to its output, and normalised, before that joins the "
-        "residual stream (Jina's code model).",
+        "the residual stream gets a norm of attention's input plus its output (Jina's code model).",
     )
     embedding_norm: bool = option(False, FLAG, "a norm follows the embedding.")
     embedding_scale: float = option(1.0, POSITIVE, "factor on token embeddings.")
-    embedding_dropout: float = option(0.0, RATE, "rate on what enters the first block.")
+    embedding_dropout: float = option(0.0, RATE, "rate on the input of the first block.")
     type_vocab_size: int | None = option(
         None,
         or_none(COUNT),
@@ -219,8 +218,8 @@ class ALiBiConfig:
     adaptive_cutoffs: tuple[int, ...] | None = option(
         None,
         or_none(CUTOFFS),
-        "ends of all clusters of the vocabulary but the last; the logits are then the log- "
-        "probabilities of an adaptive softmax. None is an ordinary head.",
+        "ends of all clusters of the vocabulary but the last; the logits are then the "
+        "log-probabilities of an adaptive softmax. None is an ordinary head.",
     )
 
     def __post_init__(self) -> None:
@@ -244,7 +243,7 @@ class ALiBiConfig:
             object.__setattr__(self, name, value)
 
     def _canonical(self) -> Iterator[tuple[str, Any]]:
-        """Options that say what others imply."""
+        """Options whose values follow from others."""
         if self.num_kv_heads == self.num_heads:
             yield "num_kv_heads", None
         if self.attention_scale == default_scale(None, self.head_dim):
@@ -262,17 +261,17 @@ class ALiBiConfig:
         elif len(slopes) != self.num_layers:
             raise ValueError(
                 f"slopes has {len(slopes)} tuples for num_layers={self.num_layers}; "
-                "give one tuple per layer"
+                "pass one tuple per layer"
             )
         for row in slopes:
             if len(row) != self.num_heads:
                 raise ValueError(
                     f"slopes has {len(row)} values for num_heads={self.num_heads}; "
-                    "give one slope per head"
+                    "pass one slope per head"
                 )
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        """Fields that are valid alone and impossible together."""
+        """Fields that are each valid, but impossible together."""
         yield (
             self.num_heads % self.kv_heads != 0,
             f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
@@ -340,7 +339,7 @@ class ALiBiConfig:
 
     @property
     def output_dim(self) -> int:
-        """Width of what the model returns: the vocabulary, or `d_model` for hidden states."""
+        """Width of the model's output: the vocabulary, or `d_model` for hidden states."""
         if self.vocab_size is None or self.head == "none":
             return self.d_model
         return self.vocab_size

@@ -5,8 +5,8 @@ So the same seed drops the same probabilities in both backends, in every kernel,
 and again in the backward pass, however the work is divided, and nothing needs to be stored.
 
 Numbers are 32 bits and wrap. `_mixed` is "lowbias32" (C. Wellons, Prospecting for hash functions,
-2018). Each query and each key have a hash of their own; what is left to do for every pair is short
-enough for the innermost loop of a kernel: one xor, two products, one shift, one comparison.
+2018). Each query and each key have a hash of their own. The work for a pair is then short enough
+for the innermost loop of a kernel: one xor, two products, one shift, one comparison.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def is_kept(
 
 
 def threshold(rate: float) -> int:
-    """What the hash of a pair, as a signed number, must reach to be kept.
+    """The least hash of a pair, as a signed number, that is kept.
 
     Signed, because PyTorch compares no unsigned numbers.
     """
-    # Not past the largest number, which a rate just below 1 would round to.
+    # A rate just below 1 would round to 2^31, which no signed number reaches.
     return min(round(rate * 2**32) - 2**31, 2**31 - 1)
 
 

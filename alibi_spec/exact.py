@@ -31,8 +31,8 @@ class ExactAttention:
     """One attention layer whose biased logits are exact in float32.
 
     Attributes:
-        config: the configuration given, cut to one layer, with power-of-two scale and slopes and
-            without what must round: interpolated slopes, clamping, norms of queries and keys.
+        config: the configuration given, cut to one layer, with power-of-two scale and slopes, and
+            without options that round: interpolated slopes, clamping, norms of queries and keys.
         parameters: every parameter of `config` by torch name.
         inputs: what enters the attention layer.
         attention_mask: padding on the left of one sequence and on the right of another.

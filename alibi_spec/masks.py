@@ -1,4 +1,4 @@
-"""Which keys a query may see, and what a query without keys gives (SPEC.md §4)."""
+"""Which keys a query may see, and the result of a query without keys (SPEC.md §4)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def visible_keys(
 def masked_softmax(
     logits: Float[np.ndarray, "batch heads query_len key_len"],
 ) -> Float[np.ndarray, "batch heads query_len key_len"]:
-    """Softmax over keys, where a query that sees no key, with nothing but -inf, gives zeros."""
+    """Softmax over keys; a query that sees no key, whose logits are all -inf, gives zeros."""
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = np.exp(logits - np.where(np.isfinite(largest), largest, 0))
     total = exponentials.sum(axis=-1, keepdims=True)

@@ -33,7 +33,7 @@ def meaning_of(field: dataclasses.Field[Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which have no dtype to leak into a model."""
+    """NumPy's numbers as Python's, whose dtype cannot reach a model."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     return float(value) if isinstance(value, Real) and not isinstance(value, bool | int) else value
@@ -57,7 +57,7 @@ def or_none(kind: Kind) -> Kind:
 
 
 def one_of(choices: tuple[str, ...]) -> Kind:
-    """A few words."""
+    """One of a few words."""
     return Kind(lambda value: value in choices, f"one of {choices}")
 
 

@@ -109,7 +109,7 @@ def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
     def linear(
         module: str, pattern: str, has_bias: bool, init: float = config.init_std
     ) -> Iterator[Parameter]:
-        """The weight, and the bias: the axes of the output alone, which the input's follow."""
+        """The weight, and the bias, which has only the output's axes: the pattern's first group."""
         yield row(module, "weight", pattern, init)
         if has_bias:
             output = re.findall(r"\([^)]*\)|\w+", pattern)[0]

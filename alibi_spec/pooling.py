@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alibi_spec.checks import check_count
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int
 
@@ -19,10 +21,7 @@ def check_pooling(pooling: str, batch_size: int) -> None:
     """Raise ValueError unless the options of `encode` are known."""
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r} is not known; expected one of {POOLINGS}")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(
-            f"batch_size={batch_size!r} is not valid; expected an integer of at least 1"
-        )
+    check_count("batch_size", batch_size)
 
 
 def pooled(

@@ -1,6 +1,6 @@
 """The oracle: the whole model in float64 NumPy, every intermediate visible (SPEC.md §5).
 
-Written for reading, from SPEC.md alone; it shares no arithmetic with the backends but the slopes.
+Written for reading, from SPEC.md; it shares no arithmetic with the backends except the slopes.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ def reference_forward(
             [batch, seq, d_model].
         attention_mask: 1 for real positions, 0 for padding on either side.
         token_type_ids: of a model with `type_vocab_size`; None is 0 everywhere.
-        cache: what was read before these inputs (SPEC.md §10). The call that comes next takes
-            `cache.extended(result, attention_mask)`.
-        interpolated_len: how many keys interpolated slopes go by; None is all that there are now.
+        cache: of the positions before these inputs (SPEC.md §10). Pass
+            `cache.extended(result, attention_mask)` to the next call.
+        interpolated_len: number of keys for interpolated slopes; None counts all keys so far.
 
     Returns:
         Every intermediate by name, in the order of computation: "embedding"; per layer i
-        "layers.i.query", ".key" and ".value" (of the cache as well), ".biased_logits"
+        "layers.i.query", ".key" and ".value" (including the cache), ".biased_logits"
         [batch, heads, seq, key_len], ".probabilities", ".attn" and ".ffn" (the two residual
         branches) and "layers.i" (the block's output); "output"; and "logits" [batch, seq, vocab]
         with a vocabulary and a head.

@@ -28,14 +28,14 @@ class Sampling:
     Attributes:
         do_sample: draw from the distribution; else the likeliest token is taken.
         temperature: divides the logits.
-        top_k: how many of the likeliest tokens stay.
-        top_p: the likeliest tokens stay that reach this probability together.
-        min_p: tokens stay whose probability is at least this share of the largest.
-        repetition_penalty: divides positive logits of tokens that are there already, in the prompt
-            too, and multiplies negative ones.
+        top_k: keep this many of the likeliest tokens.
+        top_p: keep the fewest likeliest tokens whose probabilities sum to at least this.
+        min_p: keep tokens whose probability is at least this share of the largest.
+        repetition_penalty: divides positive logits of tokens that have occurred, prompt included,
+            and multiplies negative ones.
 
     Raises:
-        ValueError: an option out of its range, or one that only `do_sample` gives a meaning.
+        ValueError: an option out of its range, or one that has no effect without `do_sample`.
     """
 
     do_sample: bool = False
@@ -68,8 +68,8 @@ class Sampling:
         for name, default in drawn.items():
             if not self.do_sample and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} changes nothing where the likeliest token is "
-                    "taken; pass do_sample=True"
+                    f"{name}={getattr(self, name)!r} has no effect without sampling; pass "
+                    "do_sample=True"
                 )
 
 
@@ -90,13 +90,13 @@ def processed(
     is_there: Bool[np.ndarray, "batch vocab"],
     sampling: Sampling,
 ) -> Float64[np.ndarray, "batch vocab"]:
-    """The logits that a token is chosen by, -inf for those that cannot be.
+    """The logits that a token is chosen by; -inf for a token that cannot be chosen.
 
-    Every cut is a threshold, so that tokens of one logit stay or go together: penalty, temperature,
-    `top_k`, `top_p`, `min_p`, in this order.
+    In this order: penalty, temperature, `top_k`, `top_p`, `min_p`. Every cut is a threshold, so
+    that tokens with equal logits stay or go together.
 
     Args:
-        is_there: the tokens of the prompt, padding aside, and those generated so far.
+        is_there: tokens that occur in the prompt (padding excluded) or were generated.
     """
     logits = logits.astype(np.float64)
     penalty = np.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
@@ -130,11 +130,11 @@ def _softmax(logits: Float64[np.ndarray, "batch vocab"]) -> Float64[np.ndarray, 
 
 
 def uniforms(seed: int, steps: int, rows: int) -> Float32[np.ndarray, "steps rows"]:
-    """The numbers in [0, 1) by which tokens are drawn: each of a seed, a step and a row alone.
+    """The numbers in [0, 1) that draw tokens; each depends only on seed, step and row of the batch.
 
-    Each row has a stream of its own, Philox4x64-10 (Salmon et al. 2011, NumPy's) of the key
-    (seed, row), of which step t takes the t-th number, cut to 23 bits: a float32 total times it is
-    less than the total.
+    Each row has its own stream: NumPy's Philox4x64-10 (Salmon et al. 2011) with the key
+    (seed, row). Step t takes its t-th number, cut to 23 bits, so that its product with a float32
+    total is less than the total.
 
     Raises:
         ValueError: a seed outside of 0 … 2^64 - 1.
@@ -158,9 +158,9 @@ def drawn_tokens(
 def boundary_distance(
     logits: Float[np.ndarray, "batch vocab"], uniform: Float[np.ndarray, " batch"]
 ) -> Float64[np.ndarray, " batch"]:
-    """How far each uniform is from where another token begins, as a probability.
+    """Distance of each uniform from the nearest boundary between two tokens, as a probability.
 
-    Within the rounding of a backend's cumulative sums it may draw the neighbour.
+    Within the rounding of its cumulative sums, a backend can draw the neighbouring token.
     """
     cumulative = _softmax(logits.astype(np.float64)).cumsum(axis=-1)
     return np.abs(cumulative / cumulative[:, -1:] - uniform[:, None]).min(axis=-1)
@@ -173,12 +173,12 @@ def left_padded(
     """Prompts and their mask, moved so that each ends in the last column, where new tokens follow.
 
     Raises:
-        ValueError: a prompt of nothing but padding.
+        ValueError: a prompt that is only padding.
     """
     visible = attention_mask != 0
     check_prompts(visible.sum(axis=1).tolist())
     position = np.arange(tokens.shape[1])
-    behind = visible[:, ::-1].argmax(axis=1)  # padding behind the last token
+    behind = visible[:, ::-1].argmax(axis=1)  # padding after the last token
     source = (position[None] - behind[:, None]) % tokens.shape[1]
     return np.take_along_axis(tokens, source, 1), np.take_along_axis(visible, source, 1)
 
@@ -189,11 +189,11 @@ class Endings:
 
     Attributes:
         eos: the ids that end a sequence.
-        pad: the id that stands behind an ended sequence.
+        pad: the id that follows an ended sequence.
         stop_strings: texts that end a sequence.
-        decode: the text of tokens; None where nobody asks for it.
-        lengths: of each sequence: its new tokens, the one that ended it among them.
-        reasons: of each sequence: "eos", "stop_string", or "length" as long as it goes on.
+        decode: the text of tokens; None without stop strings.
+        lengths: number of new tokens of each sequence, including the one that ended it.
+        reasons: of each sequence: "eos", "stop_string", or "length" while it has not ended.
     """
 
     eos: frozenset[int]
@@ -215,7 +215,7 @@ class Endings:
         stop_strings: str | Sequence[str] | None,
         tokenizer: Any,
     ) -> Endings:
-        """Of sequences that have just begun; without `pad_token_id` the first eos id pads, or 0.
+        """Before the first new token. The default of `pad_token_id` is the first eos id, or 0.
 
         Raises:
             ValueError: an id that is not in the vocabulary, or stop strings without a tokenizer, or
@@ -241,20 +241,20 @@ class Endings:
 
     @property
     def can_come(self) -> bool:
-        """Whether a sequence can end before its time, so that tokens must be looked at."""
+        """Whether a sequence can end early, so that tokens must be read."""
         return bool(self.eos or self.stop_strings)
 
     @property
     def are_all(self) -> bool:
-        """Whether no sequence goes on."""
+        """Whether all sequences have ended."""
         return "length" not in self.reasons
 
     def count(self) -> None:
-        """One new token for each sequence, which cannot end."""
+        """Count one new token for each sequence, if none can end early."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def take(self, tokens: Sequence[int]) -> list[int]:
-        """One new token for each sequence: those that have ended take `pad` in its place."""
+        """Take one new token for each sequence; an ended sequence gets `pad` instead."""
         return [self._take(row, token) for row, token in enumerate(tokens)]
 
     def _take(self, row: int, token: int) -> int:

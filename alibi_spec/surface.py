@@ -1,4 +1,4 @@
-"""The public signatures that both backends must offer: names, kinds and defaults, nothing else.
+"""The public signatures that both backends must have: names, kinds and defaults.
 
 No backend imports this file; `parity_tests/test_surface.py` holds both against it.
 """

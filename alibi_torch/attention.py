@@ -1,4 +1,4 @@
-"""The face of attention: checks the call and picks a kernel. It knows nothing of models."""
+"""The public functions of attention: they check a call and choose a kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,
     check_attention_options,
-    check_block_size,
+    check_count,
     check_devices,
     check_mask,
     check_slopes,
@@ -57,15 +57,15 @@ def attention(
         scale: factor on q·k; None is 1/sqrt(head_dim).
         attention_mask: 0 hides a key (padding on either side).
         segment_ids: queries see keys of their own segment only (packed sequences).
-        tolerance: share of a query's mass that an implementation may drop; "dtype" is half
-            an ulp of the dtype, 0 drops none, and implementation="dense" never drops.
+        tolerance: share of a query's mass that an implementation may skip; "dtype" is half
+            an ulp of the dtype, 0 skips none, and implementation="dense" skips nothing.
         implementation: "auto" or one of `attention_implementations()`. All have first derivatives
             in reverse mode; "dense" has second ones and those in forward mode (jvp), too.
         distance: "absolute", "signed" for m (j - i) on both sides (jaketae/alibi encoders), or
             "bfloat16" for the rounded bias of Falcon-RW (SPEC.md §2.3).
         dropout: rate on the probabilities (SPEC.md §4.1).
         dropout_rng: generator for the seed of dropout; None is torch's own, which
-            torch.utils.checkpoint sets back where it computes a call again.
+            torch.utils.checkpoint restores when it recomputes a call.
 
     Returns:
         The attended values, in the dtype of `value`; logits and softmax are float32 (float64 for
@@ -98,7 +98,7 @@ def biased_logits(
     segment_ids: Integer[Tensor, "batch key_len"] | None = None,
     distance: str = "absolute",
 ) -> Float[Tensor, "batch heads query_len key_len"]:
-    """What the softmax of `attention` is taken of: float32 (float64), -inf where masked.
+    """The logits of `attention` before its softmax: float32 (float64), -inf where masked.
 
     Arguments and errors are those of `attention`.
     """
@@ -127,7 +127,7 @@ def attention_plan(
     tolerance: str | float = "dtype",
     block_size: int = BLOCK_SIZE,
 ) -> AttentionPlan:
-    """Which blocks of keys `attention` needs, and what share of all that is (SPEC.md §9).
+    """Which blocks of keys `attention` needs, and their share of all blocks (SPEC.md §9).
 
     Arguments and errors are those of `attention`, with distances as in "absolute".
 
@@ -139,25 +139,25 @@ def attention_plan(
         *(tolerance, "absolute"),
     )
     check_attention_options(tolerance, 0.0, "auto", attention_implementations())
-    check_block_size(block_size)
+    check_count("block_size", block_size)
     with torch.no_grad():
         return certificate.attention_plan(call, block_size)
 
 
 def _chosen(call: Call, implementation: str) -> str:
-    """The implementation that is named, or for "auto" the first that pays and does not refuse."""
+    """The named implementation; for "auto" the first that is able, or "dense" for a small call."""
     batch, heads, query_len, _ = call.query.shape
-    # There is nothing to compute, and no block to cut it into.
+    # An empty call has no blocks.
     if any(_is_known(size == 0) for size in (batch, heads, query_len)):
         return "dense"
     if implementation == "auto":
-        # A program that is exported for any length must not cost the square of it.
+        # A program exported for any length must not be dense: its cost would be quadratic.
         if _is_known(query_len * call.key.shape[2] < dense.PAYS_BELOW):
             return "dense"
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():
             text = warning_of_dense_dropout(call.distance, call.causal)
-            warnings.warn(text, stacklevel=3)  # once for each caller, as warnings are
+            warnings.warn(text, stacklevel=3)  # Python shows it once per calling line
         return name
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:
@@ -170,7 +170,7 @@ def _chosen(call: Call, implementation: str) -> str:
 
 
 def _is_known(fact: bool) -> bool:
-    """Whether it holds: torch.export would keep it as a condition on all later shapes."""
+    """Whether it holds; while exporting, only for all shapes: no condition on them is added."""
     return statically_known_true(fact) if torch.compiler.is_exporting() else bool(fact)
 
 

@@ -1,8 +1,8 @@
-"""Keys and values of what a model has read, so that it need not be read again (SPEC.md §10).
+"""Keys and values of the positions that a model has read (SPEC.md §10).
 
-A model that is given a cache returns another, which holds the new positions as well. Memory is
-allocated once, for `capacity` positions, when the first keys tell dtype and device, and shared by
-all caches that follow one another.
+A model called with a cache returns another cache, which also holds the new positions. Memory is
+allocated once, for `capacity` positions, when the first keys show dtype and device; the later
+caches share it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from alibi_torch.kernels.call import Call
 
 @dataclass
 class KVCache:
-    """What a model has read; made by `empty`.
+    """Keys and values of the positions that a model has read; created by `empty`.
 
     Attributes:
         config: of the model.
         capacity: the most positions that it can hold.
-        keys, values: by layer, [batch, kv_heads, capacity, head_dim], as attention takes them; what
-            lies behind `length` is unused.
+        keys, values: by layer, [batch, kv_heads, capacity, head_dim], as attention takes them;
+            positions from `length` on are unused.
         visible: False for padding; None where there is none.
         length: positions that were read, padding included: the next query stands there.
-        interpolated_len: how many keys interpolated slopes go by; None is `length`.
+        interpolated_len: number of keys for interpolated slopes; None is `length`.
     """
 
     config: ALiBiConfig
@@ -68,7 +68,7 @@ class KVCache:
 
     @property
     def slope_factor(self) -> float:
-        """What the slopes of the model are multiplied by."""
+        """The factor on the slopes of the model."""
         return interpolation(self.config, self.interpolated_len or self.length)
 
     def grown(
@@ -77,10 +77,10 @@ class KVCache:
         shape: tuple[int, int],
         attention_mask: Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
     ) -> Self:
-        """The cache with room taken for new positions, [batch, seq]; each layer then attends.
+        """A cache that includes new positions, [batch, seq], whose keys and values `attend` writes.
 
         Raises:
-            ValueError: it was used already, it is of another model or batch, or it is full.
+            ValueError: it was already used, belongs to another model or batch, or is full.
         """
         batch, new_len = shape
         if self._is_used:
@@ -100,13 +100,13 @@ class KVCache:
     def attend(
         self, layer: int, inputs: Any, implementation: str
     ) -> Float[Tensor, "batch heads seq head_dim"]:
-        """Keep the keys and values of the newest positions, and attend to all.
+        """Store the keys and values of the newest positions, and attend to all.
 
         Args:
             inputs: of `alibi_torch.attention`, for the newest positions.
 
         Raises:
-            ValueError: another dtype than the cache's, or gradients are asked for.
+            ValueError: a dtype other than the cache's, or keys that require gradients.
         """
         if inputs["key"].requires_grad:
             raise ValueError("a cache keeps no gradients; call the model under torch.no_grad()")

@@ -37,12 +37,12 @@ class PretrainedModule(nn.Module):
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
 
-        Tensors go to the device one by one; the host never holds more than one of them besides.
+        Tensors go to the device one by one; the host holds at most one more at a time.
 
         Args:
             path: a checkpoint folder of ours or of a known family, a .safetensors, .pt or .msgpack
                 file, or the id of a folder on the Hugging Face hub.
-            dtype: of the parameters, but for learned slopes, which never become narrower than
+            dtype: of the parameters, except learned slopes, which never become narrower than
                 float32; None keeps the checkpoint's.
             device: where the parameters go.
             implementation: of attention: "auto" or one of `attention_implementations()`.
@@ -64,12 +64,12 @@ class PretrainedModule(nn.Module):
         }
         model.load_state_dict(state, assign=True)
         model.origin = origin_of(checkpoint)
-        return model.to(device).eval()  # slopes follow, which are in no checkpoint
+        return model.to(device).eval()  # moves the fixed slopes, which no checkpoint holds
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, for both backends.
 
-        The tokenizer and what else belonged to the model where it was loaded from come along.
+        Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from.
 
         Args:
             folder: a path that does not exist yet.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from alibi_spec.checks import (
     check_array,
+    check_count,
     check_generation,
     check_mask,
-    check_prefill_chunk,
     require_vocabulary,
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
@@ -26,15 +26,15 @@ from alibi_torch.sampling import chosen_tokens
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-        tokens: the prompt as it was given, and the new tokens; `pad_token_id` where a sequence has
-            ended.
-        lengths: new tokens of each sequence, the one that ended it among them.
+        tokens: the prompts as passed, then the new tokens; `pad_token_id` after the end of a
+            sequence.
+        lengths: number of new tokens of each sequence, including the one that ended it.
         finish_reasons: of each sequence: "eos", "stop_string" or "length".
         log_probabilities: of the new tokens, by the model (before penalty, temperature and cuts);
-            0 where a sequence has ended; None if they were not asked for.
+            0 after the end of a sequence; None unless requested.
     """
 
     tokens: Integer[Tensor, "batch total_len"]
@@ -65,25 +65,25 @@ def generate(
 ) -> Generated:
     """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
 
-    The same seed gives the same tokens in both backends, but where a number that is drawn lies
-    within rounding of the boundary between two tokens (SPEC.md §11).
+    The same seed gives the same tokens in both backends, except where a drawn number is within
+    rounding of the boundary between two tokens (SPEC.md §11).
 
     Args:
         tokens: the prompts.
-        attention_mask: 0 for padding, on either side: prompts may be of unequal length. Each is
-            continued as if it were by itself.
+        attention_mask: 0 for padding, on either side: prompts may have unequal lengths. Each is
+            continued as if the others were absent.
         do_sample: draw from the distribution; else the likeliest token is taken.
         temperature, top_k, top_p, min_p, repetition_penalty: `alibi_spec.sampling.Sampling`.
         eos_token_id: tokens that end a sequence.
         pad_token_id: what follows an ended sequence; None is the first of `eos_token_id`, or 0.
         stop_strings: texts that end a sequence; the tokens that complete one are kept.
         tokenizer: decodes tokens for `stop_strings`.
-        seed: of what is drawn.
+        seed: of the numbers that draw tokens.
         prefill_chunk: positions of the prompt that are read at a time.
         return_log_probabilities: return those of the new tokens.
 
     Raises:
-        ValueError: an encoder, a model in training mode, a prompt of nothing but padding, or an
+        ValueError: an encoder, a model in training mode, a prompt that is only padding, or an
             option out of its range.
     """
     endings, steps = _begun(
@@ -150,10 +150,10 @@ def _begun(
     seed: int,
     prefill_chunk: int,
 ) -> tuple[Endings, _Steps]:
-    """Checked arguments, as what is known of the endings and the steps that are to be taken."""
+    """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
     check_generation(config.causal, config.head, max_new_tokens)
-    check_prefill_chunk(prefill_chunk)
+    check_count("prefill_chunk", prefill_chunk)
     if model.training:
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")
     vocab_size = require_vocabulary(config.vocab_size)

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         empty = nn.Parameter(torch.empty(config.num_heads, dtype=torch.float32))
         self.register_parameter("slopes", empty if is_learned else None)
         # No buffer: `.to(bfloat16)` would round it, and neither `to_empty` nor a checkpoint would
-        # fill one that was made on the meta device.
+        # fill one that was created on the meta device.
         self._fixed_slopes = None if is_learned else self._slopes_of_the_configuration()
         self.query = Linear(width, width, bias=has_bias)
         self.key = Linear(width, kv_width, bias=has_bias)
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
     ) -> AttentionInputs:
-        """What `forward` attends with."""
+        """The arguments of `alibi_torch.attention` in `forward`."""
         query, key, value = self._query_key_value(x)
         return {
             "query": query,
@@ -188,7 +188,7 @@ class Attention(nn.Module):
         values = model_slopes(self.config)[self.layer].tolist()
         if torch.compiler.is_compiling():
             return torch.tensor(values, dtype=torch.float32, device=device)
-        with torch.inference_mode(mode=False):  # training may follow
+        with torch.inference_mode(mode=False):  # training can follow
             return torch.tensor(values, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -221,7 +221,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around an activation, which a third map may gate."""
+    """Two linear maps around an activation, optionally gated by a third."""
 
     def __init__(self, config: ALiBiConfig) -> None:
         super().__init__()
@@ -322,10 +322,10 @@ class ALiBiTransformer(PretrainedModule):
         Args:
             x: embeddings; sequences longer than `max_len` are welcome.
             attention_mask: 0 for padding on either side, 1 elsewhere.
-            cache: what was read before these positions (SPEC.md §10).
+            cache: of the positions before these (SPEC.md §10).
 
         Returns:
-            [batch, seq, d_model]; with a cache also the one that the next call takes.
+            [batch, seq, d_model]; with a cache, also the cache for the next call.
 
         Raises:
             ValueError: wrong shape or dtype of `x` or `attention_mask`, or a cache that is full,
@@ -403,13 +403,13 @@ class ALiBiLM(PretrainedModule):
                 on the CPU, outside `torch.compile`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
-            cache: what was read before these tokens (SPEC.md §10).
-            logits_to_keep: only those of so many last positions; None is all.
+            cache: of the positions before these (SPEC.md §10).
+            logits_to_keep: return logits of only this many last positions; None is all.
 
         Returns:
             [batch, seq, vocab]; log-probabilities with `adaptive_cutoffs`; hidden states
-            [batch, seq, d_model] with `head="none"`. With a cache also the one that the next call
-            takes.
+            [batch, seq, d_model] with `head="none"`. With a cache, also the cache for the next
+            call.
 
         Raises:
             ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, wrong
@@ -425,7 +425,7 @@ class ALiBiLM(PretrainedModule):
         tokens: Integer[Tensor, "batch seq"],
         token_type_ids: Integer[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
-        """What enters the first block. Arguments and errors are those of `forward`."""
+        """The input of the first block. Arguments and errors are those of `forward`."""
         config = self.config
         tokens = checked_tokens(tokens, self.token_embedding.num_embeddings)
         check_token_types(config.type_vocab_size, token_type_ids is not None)
@@ -437,7 +437,7 @@ class ALiBiLM(PretrainedModule):
         return self.dropout(self.embedding_norm(x) if config.embedding_norm else x)
 
     def head(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq output"]:
-        """What `forward` returns, from hidden states."""
+        """The result of `forward`, from hidden states."""
         config = self.config
         if config.head == "none":
             return x
@@ -483,7 +483,7 @@ def _linear(
     bias: Float[Tensor, " features"] | None = None,
 ) -> Float[Tensor, "*batch features"]:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)  # autocast has a rule of its own
+        return F.linear(x, weight, bias)  # autocast has its own rule
     return F.linear(*_in_common_dtype(x, weight, bias))
 
 
@@ -496,7 +496,7 @@ def _in_common_dtype(*tensors: Any) -> tuple[Any, ...]:
 def checked_tokens(
     tokens: Integer[Tensor, "batch seq"], vocab_size: int, what: str = "token"
 ) -> Integer[Tensor, "batch seq"]:
-    """The tokens as int64, or ValueError; their range is checked where they can be looked at."""
+    """The tokens as int64, or ValueError; their range is checked where they can be read."""
     check_array("tokens", tokens, (Tensor,), "a torch.Tensor of token ids")
     check_tokens(tokens.shape, not tokens.is_floating_point() and tokens.dtype != torch.bool)
     tokens = tokens.long()
@@ -510,7 +510,7 @@ def _placed_like(parameter: Tensor, values: Tensor) -> Tensor:
     if not hasattr(parameter, "device_mesh"):
         return values
     divided, distributed = cast(Any, parameter), cast(Any, torch.distributed)
-    return distributed.tensor.distribute_tensor(  # imported, or there were no such parameter
+    return distributed.tensor.distribute_tensor(  # imported: the parameter is distributed
         values.to(divided.device, divided.dtype), divided.device_mesh, divided.placements
     )
 

@@ -26,8 +26,8 @@ def model_plans(
     """Run the model and return `attention_plan` of every layer, first layer first.
 
     Raises:
-        ValueError: as for the model's own call and for `attention_plan`; or the model's biases are
-            of another kind than those that the plan knows.
+        ValueError: as for the model's own call and for `attention_plan`; or the model's bias has
+            no plan.
     """
     check_plannable(model.config.distance, model.config.causal)
     plans: list[AttentionPlan] = []

@@ -20,8 +20,8 @@ def chosen_tokens(
     """The likeliest token, or with `do_sample` the one that the uniform draws.
 
     Args:
-        is_there: tokens that the penalty is for; None where there is none.
-        uniform: None where nothing is drawn.
+        is_there: tokens that the penalty applies to; None without a penalty.
+        uniform: None without `do_sample`.
     """
     logits = processed(logits, is_there, sampling)
     return logits.argmax(dim=-1) if uniform is None else _drawn_tokens(logits, uniform)
@@ -44,7 +44,7 @@ def processed(
     if sampling.top_k is not None:
         largest = logits.topk(min(sampling.top_k, logits.shape[1])).values
         logits = _from(logits, largest[:, -1])
-    if sampling.top_p is not None and sampling.top_p < 1:  # sums may reach 1 before all are in
+    if sampling.top_p is not None and sampling.top_p < 1:  # rounded sums can reach 1 too early
         ranked = logits.sort(dim=-1, descending=True).values
         probabilities = ranked.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities

@@ -16,7 +16,7 @@ def trace(
     attention_mask: AttentionMask | None = None,
     token_type_ids: Integer[Tensor, "batch seq"] | None = None,
 ) -> dict[str, Float[Tensor, "..."]]:
-    """Run the model and return what it computed, in order of computation.
+    """Run the model and return its intermediates, in order of computation.
 
     Returns:
         Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and

@@ -1,4 +1,4 @@
-"""Models run to be compared: both backends, the reference, and the libraries of the families."""
+"""Runs models to compare them: both backends, the reference, the libraries of the families."""
 
 from alibi_verify.verification import Check, Verification, verify, verify_steps
 

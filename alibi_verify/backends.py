@@ -1,14 +1,14 @@
-"""What a proof of parity asks of a backend, in NumPy terms; each framework is imported when used.
+"""Both backends behind the same methods, in NumPy terms; each framework is imported when used.
 
-`verify` and the parity tests drive both backends through this one face, so that neither proof can
-treat them differently. Parameters are canonical tensors (torch names and layout).
+`verify` and the parity tests call both through these methods, so that neither can treat them
+differently. Parameters are canonical tensors (torch names and layout).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,46 +17,9 @@ from alibi_convert.tensors import Tensors, as_numpy, as_torch
 from alibi_spec import ALiBiConfig, Parameter
 from alibi_spec.exact import ExactAttention
 
-Arrays = Mapping[str, np.ndarray]
-
-
-class Backend(Protocol):
-    """One framework on one device."""
-
-    name: str
-
-    def exact_logits(self, case: ExactAttention) -> np.ndarray:
-        """Biased logits of the case's attention layer, float32."""
-        ...
-
-    def trace(
-        self,
-        config: ALiBiConfig,
-        tensors: Arrays,
-        inputs: np.ndarray,
-        attention_mask: np.ndarray | None,
-        dtype: str,
-    ) -> dict[str, np.ndarray]:
-        """Every intermediate, with parameters and computation in `dtype`."""
-        ...
-
-    def gradients(
-        self,
-        config: ALiBiConfig,
-        tensors: Arrays,
-        inputs: np.ndarray,
-        attention_mask: np.ndarray | None,
-        cotangent: np.ndarray,
-        dtype: str,
-    ) -> dict[str, np.ndarray]:
-        """Gradient of Σ cotangent · output with respect to every parameter."""
-        ...
-
-    def generate(
-        self, config: ALiBiConfig, tensors: Arrays, prompt: np.ndarray, max_new_tokens: int
-    ) -> np.ndarray:
-        """Greedy continuation in float32."""
-        ...
+Array = np.ndarray
+Arrays = Mapping[str, Array]
+Mask = Array | None
 
 
 class TorchBackend:
@@ -66,7 +29,8 @@ class TorchBackend:
         self.device = device
         self.name = f"torch {device}"
 
-    def exact_logits(self, case: ExactAttention) -> np.ndarray:
+    def exact_logits(self, case: ExactAttention) -> Array:
+        """Biased logits of the attention layer of `case`, float32."""
         model = self._model(case.config, case.parameters, "float32")
         logits = model.layers[0].attn.biased_logits(
             self._put(case.inputs), attention_mask=self._put(case.attention_mask)
@@ -74,13 +38,9 @@ class TorchBackend:
         return as_numpy(logits)
 
     def trace(
-        self,
-        config: ALiBiConfig,
-        tensors: Arrays,
-        inputs: np.ndarray,
-        attention_mask: np.ndarray | None,
-        dtype: str,
-    ) -> dict[str, np.ndarray]:
+        self, config: ALiBiConfig, tensors: Arrays, inputs: Array, attention_mask: Mask, dtype: str
+    ) -> dict[str, Array]:
+        """Every intermediate, with parameters and computation in `dtype`."""
         import torch
 
         import alibi_torch
@@ -96,19 +56,21 @@ class TorchBackend:
         self,
         config: ALiBiConfig,
         tensors: Arrays,
-        inputs: np.ndarray,
-        attention_mask: np.ndarray | None,
-        cotangent: np.ndarray,
+        inputs: Array,
+        attention_mask: Mask,
+        cotangent: Array,
         dtype: str,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Array]:
+        """Gradient of Σ cotangent · output with respect to every parameter."""
         model = self._model(config, tensors, dtype)
         output = model(self._inputs(config, inputs, dtype), self._put(attention_mask))
         output.backward(self._put(cotangent).to(output.dtype))
         return {name: as_numpy(parameter.grad) for name, parameter in model.named_parameters()}
 
     def generate(
-        self, config: ALiBiConfig, tensors: Arrays, prompt: np.ndarray, max_new_tokens: int
-    ) -> np.ndarray:
+        self, config: ALiBiConfig, tensors: Arrays, prompt: Array, max_new_tokens: int
+    ) -> Array:
+        """Greedy continuation in float32."""
         import alibi_torch
 
         model = self._model(config, tensors, "float32")
@@ -124,24 +86,24 @@ class TorchBackend:
         model.load_state_dict({name: as_torch(array) for name, array in tensors.items()})
         return model.to(self.device, getattr(torch, dtype)).eval()
 
-    def _inputs(self, config: ALiBiConfig, inputs: np.ndarray, dtype: str) -> Any:
+    def _inputs(self, config: ALiBiConfig, inputs: Array, dtype: str) -> Any:
         import torch
 
         tensor = self._put(inputs)
         return tensor.to(getattr(torch, dtype)) if config.vocab_size is None else tensor
 
-    def _put(self, array: np.ndarray | None) -> Any:
+    def _put(self, array: Mask) -> Any:
         return None if array is None else as_torch(array).to(self.device)
 
 
 class FlaxBackend:
-    """`alibi_flax` on one JAX device, with matrix products in full float32."""
+    """`alibi_flax` on one JAX device, with matrix products in full float32; as `TorchBackend`."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self.name = f"flax {device}"
 
-    def exact_logits(self, case: ExactAttention) -> np.ndarray:
+    def exact_logits(self, case: ExactAttention) -> Array:
         import jax.numpy as jnp
 
         model = self._model(case.config, "float32")
@@ -155,13 +117,8 @@ class FlaxBackend:
         return np.asarray(logits)
 
     def trace(
-        self,
-        config: ALiBiConfig,
-        tensors: Arrays,
-        inputs: np.ndarray,
-        attention_mask: np.ndarray | None,
-        dtype: str,
-    ) -> dict[str, np.ndarray]:
+        self, config: ALiBiConfig, tensors: Arrays, inputs: Array, attention_mask: Mask, dtype: str
+    ) -> dict[str, Array]:
         import alibi_flax
 
         with self._settings():
@@ -177,11 +134,11 @@ class FlaxBackend:
         self,
         config: ALiBiConfig,
         tensors: Arrays,
-        inputs: np.ndarray,
-        attention_mask: np.ndarray | None,
-        cotangent: np.ndarray,
+        inputs: Array,
+        attention_mask: Mask,
+        cotangent: Array,
         dtype: str,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Array]:
         import jax
 
         model = self._model(config, dtype)
@@ -196,8 +153,8 @@ class FlaxBackend:
         return canonical_tensors(gradients, config)
 
     def generate(
-        self, config: ALiBiConfig, tensors: Arrays, prompt: np.ndarray, max_new_tokens: int
-    ) -> np.ndarray:
+        self, config: ALiBiConfig, tensors: Arrays, prompt: Array, max_new_tokens: int
+    ) -> Array:
         import alibi_flax
 
         with self._settings():
@@ -223,11 +180,11 @@ class FlaxBackend:
 
         return flax_tree(Tensors.of(tensors), config, placed)
 
-    def _inputs(self, config: ALiBiConfig, inputs: np.ndarray, dtype: str) -> Any:
+    def _inputs(self, config: ALiBiConfig, inputs: Array, dtype: str) -> Any:
         array = self._put(inputs)
         return array.astype(dtype) if config.vocab_size is None else array
 
-    def _put(self, array: np.ndarray | None) -> Any:
+    def _put(self, array: Mask) -> Any:
         import jax.numpy as jnp
 
         return None if array is None else jnp.asarray(array)
@@ -239,3 +196,6 @@ class FlaxBackend:
         device = jax.devices(self.device)[0]
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             yield
+
+
+Backend = TorchBackend | FlaxBackend

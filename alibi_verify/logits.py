@@ -20,7 +20,7 @@ from alibi_verify.peers import peer_outputs, why_no_peer
 
 _Run = Callable[[np.ndarray, np.ndarray, str], np.ndarray]
 BUDGET = BUDGETS["float32", "cpu"].forward
-_MAGNIFIED = 1e-3  # what a model may make of rounding that is a thousand times smaller
+_MAGNIFIED = 1e-3  # largest error that a model can make of a thousand times smaller rounding
 _BATCH, _SEQ = 2, 48
 _OVERHEAD = 2**30  # interpreter, frameworks and activations of so short a sequence
 
@@ -30,21 +30,20 @@ def compare_logits(
 ) -> dict[str, Any]:
     """Run both sides of a conversion on the same tokens, on the CPU.
 
-    The foreign side is run by its own library where there is one that can be trusted, the other
-    side by both backends. After a cast they run the foreign side too, which the result has been
-    compared with bit by bit.
+    Its own library runs the foreign side if it can be trusted; both backends run the other side.
+    After a cast the backends run the foreign side, too: the result was compared bit by bit before.
 
     Args:
         source, result: one of them of a foreign family.
         is_cast: their dtypes differ.
-        progress: say on the standard error stream who is running.
+        progress: print on the standard error stream what is running.
 
     Returns:
-        `OutputErrors` as plain JSON values, with "no_peer" where the library did not run; or
+        `OutputErrors` as plain JSON values, with "no_peer" if the library did not run; or
         "not_run" with the reason.
 
     Raises:
-        MismatchError: an implementation strays further than rounding can.
+        MismatchError: an implementation differs by more than rounding can explain.
     """
     if source.family == result.family:
         return {"not_run": "nothing was renamed: the same bits are the same model"}
@@ -64,7 +63,7 @@ def compare_logits(
     for name, error in found.errors.items():
         if not error <= BUDGET:
             raise MismatchError(
-                f"{name} strays from {found.against} by {error:.1e} of the largest output, in "
+                f"{name} differs from {found.against} by {error:.1e} of the largest output, in "
                 f"{found.dtype}, where {BUDGET:.0e} is allowed; this conversion cannot be trusted: "
                 "please report it"
             )
@@ -75,12 +74,12 @@ def compare_logits(
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """How far implementations stray from one another.
+    """How far implementations differ.
 
     Attributes:
-        against: the implementation that the others are held against.
+        against: the implementation that the others are compared with.
         errors: of the others, relative to its largest output.
-        dtype: what all of them computed in.
+        dtype: of the computation of all.
     """
 
     against: str
@@ -89,11 +88,11 @@ class OutputErrors:
 
 
 def output_errors(foreign: Checkpoint, other: Checkpoint, begin: Begin = ignore) -> OutputErrors:
-    """Run a foreign checkpoint by its own library, the other by every backend there is.
+    """Run a foreign checkpoint by its own library, the other by every installed backend.
 
-    Where `why_no_peer` objects to the library, the backends are left. A model that magnifies the
-    rounding of float32 beyond `BUDGET`, though not beyond all measure, is run again in float64,
-    where nothing but another model is that far off.
+    If `why_no_peer` has a reason against the library, only the backends run. If errors exceed
+    `BUDGET` but not `_MAGNIFIED`, the model can have magnified the rounding of float32: all run
+    again in float64, where only another model has such errors.
     """
     found = OutputErrors("", {}, "")
     # transformers' BLOOM spoils sequences that are padded on the left in float64.
@@ -115,11 +114,11 @@ def output_errors(foreign: Checkpoint, other: Checkpoint, begin: Begin = ignore)
 
 def _needed_memory(checkpoint: Checkpoint) -> int:
     sizes = [header.size for header in checkpoint.tensors.headers.values()]
-    return 8 * (sum(sizes) + max(sizes)) + _OVERHEAD  # float64, should it come to that
+    return 8 * (sum(sizes) + max(sizes)) + _OVERHEAD  # float64, if it must run again
 
 
 def _runs(foreign: Checkpoint, other: Checkpoint) -> Iterator[tuple[str, _Run]]:
-    """Whoever can run a side, the most independent first."""
+    """The implementations that can run a side, the most independent first."""
     if why_no_peer(foreign) is None:
         yield f"transformers' {foreign.family}", partial(peer_outputs, foreign)
     if is_installed("torch"):
@@ -162,7 +161,7 @@ def _flax_outputs(
 
 
 def _options(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How to open it again: a family's configuration is in its own words."""
+    """How to open it again: a foreign checkpoint holds its own configuration."""
     config = checkpoint.config if checkpoint.family == OURS else None
     return {"config": config, "allow_pt": True}
 

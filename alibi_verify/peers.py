@@ -1,4 +1,4 @@
-"""The libraries that run foreign checkpoints themselves, where they can be trusted to."""
+"""The libraries that run foreign checkpoints themselves, where their result can be trusted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alibi_convert.tensors import Tensors
 
 
 def why_no_peer(checkpoint: Checkpoint) -> str | None:
-    """Why nobody but us can run this checkpoint here, or None."""
+    """Why no other library can run this checkpoint here, or None."""
     family = family_named(checkpoint.family)
     if family is None or family.peer is None:
         return f"no library runs {checkpoint.family} checkpoints"
     if not checkpoint.path.is_dir():
-        return "transformers reads folders alone"
+        return "transformers reads only folders"
     for module in ("transformers", "torch"):
         if not is_installed(module):
             return f"{module} is not installed"
@@ -46,10 +46,10 @@ def peer_outputs(
 
 
 def _misunderstood(checkpoint: Checkpoint, family: Family) -> str | None:
-    """Why transformers would run something else than what the folder says, or None.
+    """Why transformers would run another model than the folder describes, or None.
 
-    Its own reading of the configuration is read by our table, and must come to the same model; on
-    the meta device it says which tensors it would use.
+    Our table reads the configuration as transformers has parsed it, and must find the same model. A
+    model of transformers on the meta device shows which tensors it would use.
     """
     import torch
     import transformers

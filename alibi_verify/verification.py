@@ -27,12 +27,12 @@ _BUDGET = BUDGETS["float32", "cpu"]
 
 @dataclass(frozen=True)
 class Check:
-    """One statement that was put to the test.
+    """One statement that was tested.
 
     Attributes:
         name: the statement.
         passed: whether it held.
-        measured: what was seen, in words and figures.
+        measured: the measurement, in words and figures.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found; it passed when every check did."""
+    """The result of `verify`; it passed if every check did."""
 
     checks: tuple[Check, ...]
 
@@ -65,11 +65,11 @@ def verify(
     seed: int = 0,
     **reading: Unpack[Reading],
 ) -> Verification:
-    """Hold a checkpoint, run by PyTorch, against a second one (or itself), run by Flax, on the CPU.
+    """Compare a checkpoint, run by PyTorch, with a second one (or itself), run by Flax, on the CPU.
 
-    Both are held against the float64 reference too, in float32, with padding on either side. Where
-    one is the other after a cast that rounded, bit for bit, its activations may stray by the budget
-    of its dtype; the other checks then run one and the same checkpoint in both backends.
+    Both are also compared with the float64 reference, in float32, with padding on either side. If
+    one is the other after a rounding cast, bit for bit, its activations may differ by the budget of
+    its dtype; the other checks then run one checkpoint in both backends.
 
     Args:
         source: what PyTorch runs; anything that `open_checkpoint` reads.
@@ -77,9 +77,9 @@ def verify(
         inputs: tokens [batch, seq] (embeddings [batch, seq, d_model] without a vocabulary) for the
             comparison of activations; None draws three random sequences past `max_len`.
         new_tokens: length of the greedy continuation that must agree.
-        seed: of everything random.
+        seed: of all random numbers.
         reading: config, allow_pt, ignore_keys, step and revision, as for `open_checkpoint`; the
-            last two are those of `source` alone.
+            last two apply only to `source`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
@@ -239,7 +239,7 @@ def _generation(ours: Checkpoint, theirs: Checkpoint, prompt: np.ndarray, new_to
     flax_tokens = FlaxBackend().generate(theirs.config, theirs.tensors, prompt, new_tokens)
     differing = np.flatnonzero(torch_tokens[0] != flax_tokens[0])
     measured = (
-        f"they part at new token {differing[0] - prompt.shape[1] + 1}"
+        f"they differ from new token {differing[0] - prompt.shape[1] + 1} on"
         if differing.size
         else f"{new_tokens} tokens, identical"
     )

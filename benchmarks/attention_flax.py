@@ -48,8 +48,8 @@ from benchmarks.compare import (
 RESULTS = Path(__file__).parent / "results" / "attention_flax.json"
 OURS, DENSE = "alibi_flax, blockwise", "alibi_flax, dense"
 JAX_NN, FLAX_NN = "jax.nn with a bias", "flax.linen with a bias"
-# The runtime gives a call's memory back after its result is there. Whoever ran at once would wait
-# for that, and the peers with a bias leave gigabytes behind.
+# Seconds. The runtime frees a call's memory only after its result is there. The next call would
+# wait for that, and the peers with a bias free gigabytes.
 _PAUSE = 0.2
 
 

@@ -1,8 +1,8 @@
 """How fast attention of alibi_flax is on a GPU: `python -m benchmarks.attention_gpu_flax`.
 
-Our kernels beside JAX's own attention: cuDNN's, with the bias as an array and without any, and
-XLA's. Medians, in turns. Where there is no GPU it says so and ends; `--device cpu` tries all but
-the device on tiny arrays.
+Our kernels and JAX's own attention: cuDNN's, with the bias as an array and without any, and XLA's.
+Medians, in turns. Without a GPU it says so and ends; `--device cpu` tests everything except the
+device, on tiny arrays.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def prepared(name: str, case: Case) -> Callable[[], float] | str:
     return timed
 
 
-@lru_cache(maxsize=1)  # one for all that need it: two may not fit
+@lru_cache(maxsize=1)  # one for all that need it: two can be too large
 def _bias(seq: int) -> Array:
     @jax.jit
     def bias(slopes: Array) -> Array:

@@ -1,9 +1,9 @@
 """How fast attention of alibi_torch is on a GPU: `python -m benchmarks.attention_gpu_torch`.
 
-FlexAttention over our certified windows (their planning is timed too) beside FlexAttention with
-the bias alone, and torch's own kernels: with the bias as an array, and without any. Medians of
-CUDA events, in turns. Where there is no CUDA device it says so and ends; `--device cpu` tries all
-but the device on tiny arrays.
+FlexAttention over our certified windows (their planning is timed, too), FlexAttention with only the
+bias, and torch's own kernels: with the bias as an array, and without any. Medians of CUDA events,
+in turns. Without a CUDA device it says so and ends; `--device cpu` tests everything except the
+device, on tiny arrays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _ours(slopes: Tensor, _seq: int, implementation: str) -> Attend:
     return partial(alibi_torch.attention, slopes=slopes, implementation=implementation)
 
 
-@lru_cache(maxsize=1)  # one for all that need it: two may not fit
+@lru_cache(maxsize=1)  # one for all that need it: two can be too large
 def _bias(seq: int, device: torch.device) -> Tensor:
     slopes = torch.from_numpy(paper_slopes(HEADS)).to(device)
     position = torch.arange(seq, device=device)

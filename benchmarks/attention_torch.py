@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "attention_torch.json"
 OURS, PLAIN, DENSE = "alibi_torch, aten_flash", "sdpa, causal, no bias", "alibi_torch, dense"
 MATERIALISED = "sdpa with a materialised bias"
 _LIBRARIES = ("alibi-duo", "torch", "transformers", "x-transformers")
-# The windows follow the inputs. Other peers take the same time for all.
+# The windows depend on the inputs. Other peers take the same time for all inputs.
 FOLLOWS_INPUTS = (OURS, "alibi_torch, blockwise", PLAIN)
 _MEASURED = "benchmarks.attention_torch"
 
@@ -133,7 +133,7 @@ def multiply(width: int) -> Callable[[], Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the libraries that are compared; None for those that are absent."""
+    """Versions of Python and of the compared libraries; None for absent ones."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

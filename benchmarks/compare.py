@@ -1,7 +1,7 @@
-"""What the benchmarks of attention on the CPU share: inputs, turns, goals, and the file of results.
+"""Shared by the benchmarks of attention on the CPU: inputs, turns, goals, and the file of results.
 
-Peers run in turns, so that all meet the same machine; figures are medians. A peer stops where it
-would hold more than 8 GB or take longer than it may.
+Peers run in turns, under the same conditions; figures are medians. A peer stops where it would hold
+more than 8 GB or exceed the time limit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 QUICK_LENGTHS = (512, 1024, 2048, 4096)
 FORWARD, BOTH = PASSES = ("forward", "forward and backward")
 LARGEST_BYTES = 8e9
-# Seconds. The second of two short calls in a row counts: a virtual machine takes back the gigabytes
-# that other peers have freed, and who comes next waits for memory.
+# Seconds. Of shorter calls the second of two counts: a virtual machine reclaims the gigabytes that
+# other peers have freed, and the next call waits for memory.
 _SHORT = 2.0
 _RATE_WIDTH, _RATE_CALLS = 1024, 21
 
@@ -69,7 +69,7 @@ def draw(seq: int, inputs: str) -> np.ndarray:
 def options_of(description: str | None, results: Path) -> argparse.Namespace:
     """The command line of these benchmarks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="float32 up to 4,096 alone")
+    parser.add_argument("--quick", action="store_true", help="only float32, up to 4,096")
     parser.add_argument("--only", default="", help="peers whose name contains this")
     parser.add_argument(
         "--longest", type=float, default=60.0, help="seconds that a call may take (default: 60)"
@@ -84,17 +84,17 @@ def table(
     following: Iterable[str],
     prepare: Prepare,
 ) -> list[dict[str, Any]]:
-    """Rows of all peers with normal numbers, in float32 and bfloat16, and with trained-like ones
-    of those whose cost follows the inputs and of what they are measured against.
+    """Rows of all peers for normal numbers, in float32 and bfloat16; for trained-like ones, only
+    those of peers whose cost depends on the inputs, and of what these are compared with.
     """
     chosen = [peer for peer in peers if options.only in peer]
-    plans = [(chosen, "float32", "normal")]
+    parts = [(chosen, "float32", "normal")]
     if not options.quick:
         some = [peer for peer in chosen if peer in following]
-        plans += [(chosen, "bfloat16", "normal"), (some, "float32", "trained-like")]
+        parts += [(chosen, "bfloat16", "normal"), (some, "float32", "trained-like")]
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
     rows = []
-    for which, dtype, inputs in plans:
+    for which, dtype, inputs in parts:
         for pass_name in PASSES:
             cases = [Case(seq, dtype, inputs, pass_name) for seq in lengths]
             with_memory = not options.quick and (dtype, inputs) == ("float32", "normal")
@@ -162,7 +162,7 @@ class Figures:
         return self._ratio(what, (ours, 65_536, pass_name), (ours, 16_384, pass_name))
 
     def share(self, seconds: float, ours: str, seq: int) -> float | None:
-        """What part so many seconds are of one forward call of ours."""
+        """`seconds` as a share of one forward call of ours."""
         row = self._rows.get((ours, seq, FORWARD))
         return None if row is None else seconds / row["seconds"]
 
@@ -174,7 +174,7 @@ class Figures:
 
 
 def goals(wanted: list[tuple[str, float | None, str, float]]) -> list[dict[str, Any]]:
-    """What was asked beside what was found, printed; rows (name, found, ">=" or "<=", limit)."""
+    """Print goals and figures; rows are (name, found, ">=" or "<=", limit)."""
     rows = []
     for name, found, sign, limit in wanted:
         row: dict[str, Any] = {"goal": name, "wanted": f"{sign} {limit}", "found": found}
@@ -188,7 +188,7 @@ def goals(wanted: list[tuple[str, float | None, str, float]]) -> list[dict[str, 
 
 
 def product_seconds(products: float, multiply: Callable[[int], Callable[[], Any]]) -> float:
-    """What the products of one forward call take at this machine's speed of large matrices.
+    """The time of the products of one forward call at this machine's speed of large matrices.
 
     Each pair of a query and a key costs head_dim multiplications for its logit, and as many for its
     value. `multiply` makes a call that multiplies two square matrices and waits for the result.
@@ -203,7 +203,7 @@ def product_seconds(products: float, multiply: Callable[[int], Callable[[], Any]
 
 
 def shares(share: Callable[[int, str], list[float]]) -> dict[str, dict[int, list[float]]]:
-    """Of the causal blocks, what each head computes, by inputs and length."""
+    """The share of the causal blocks that each head computes, by inputs and length."""
     return {
         inputs: {seq: share(seq, inputs) for seq in LENGTHS}
         for inputs in ("normal", "trained-like")

@@ -1,4 +1,4 @@
-"""What the benchmarks of attention on a GPU share: their cases, turns, and the file of results."""
+"""Shared by the benchmarks of attention on a GPU: their cases, turns, and the file of results."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _compared(
             if peer not in failed:
                 try:
                     raw[peer].append(timed())
-                except RuntimeError as error:  # no room beside the others
+                except RuntimeError as error:  # no memory left
                     failed[peer] = str(error).splitlines()[0]
     for peer, figures in raw.items():
         row = {"peer": peer} | case._asdict()
@@ -94,7 +94,7 @@ def _compared(
 
 
 def driver() -> str:
-    """Of an NVIDIA device, with its limit of power."""
+    """The driver of an NVIDIA device, and its power limit."""
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 

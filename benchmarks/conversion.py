@@ -1,8 +1,8 @@
 """How fast a large checkpoint converts, and in how much memory: `python -m benchmarks.conversion`.
 
 A synthetic bfloat16 checkpoint in shards is converted by the command in a process of its own, which
-may allocate 2 GB at most, with and without the comparison at the end. Between the conversions the
-same files are copied by `cp -r` and flushed: that is what the disk can do.
+may allocate 2 GB at most, with and without the comparison at the end. Between the conversions
+`cp -r` copies the same files and flushes them: that is the speed of the disk.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def copied(source: Path, destination: Path) -> dict[str, float]:
 
 
 def alternated(source: Path, folder: Path, rounds: int, options: list[str]) -> dict[str, Any]:
-    """Raw figures of every way, in turns, so that all meet the same disk."""
+    """Raw figures of every way, in turns, under the same conditions of the disk."""
     converted = folder / "converted"
     alibi = [sys.executable, "-m", "alibi_cli", "convert", str(source), str(converted)]
     ways: dict[str, Callable[[], dict[str, float]]] = {
@@ -116,7 +116,7 @@ def alternated(source: Path, folder: Path, rounds: int, options: list[str]) -> d
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -134,7 +134,9 @@ def main() -> int:
     parser.add_argument("--family", choices=list(CONFIGURATIONS), default="bloom")
     parser.add_argument("--to", default="alibi", help="format of the destination (default: alibi)")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="at least (default: 8)")
-    parser.add_argument("--rounds", type=int, default=3, help="medians of so many (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements per median (default: 3)"
+    )
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -181,7 +183,7 @@ def conversion(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def configuration(family: str, gigabytes: float) -> ALiBiConfig:
-    """A model of this family with at least so many bytes of bfloat16 parameters."""
+    """A model of this family with at least this size in bfloat16."""
 
     def nbytes(num_layers: int) -> int:
         table = parameter_table(CONFIGURATIONS[family](num_layers))

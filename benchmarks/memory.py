@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Lets the allocator give every large block back, or what an earlier call freed would hide a later
-# one's need.
+# Lets the allocator return every large block to the system. Otherwise a later call could reuse the
+# blocks that an earlier one freed, and its need would not be seen.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def peak_of_process(module: str, *arguments: str) -> int:
-    """What `python -m MODULE --peak-of ARGUMENTS` prints: it calls `print_peak`."""
+    """The output of `python -m MODULE --peak-of ARGUMENTS`, which calls `print_peak`."""
     command = [sys.executable, "-m", module, "--peak-of", *arguments]
     environment = os.environ | _ALLOCATOR
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -26,7 +26,7 @@ def peak_of_process(module: str, *arguments: str) -> int:
 def print_peak(prepare: Callable[[], Callable[[], Any]]) -> None:
     """Print the bytes that a call holds once it is prepared, and adds at its peak.
 
-    The second run is measured: what the first one compiles and begins is no part of it.
+    The second call is measured, so that compilation and start-up do not count.
     """
     at_first = _resident_bytes()
     run = prepare()

@@ -1,7 +1,7 @@
 """Ways to compute causal attention with linear biases in PyTorch, ours and others', as one table.
 
 Each makes a function of query, key and value [1, heads, seq, head_dim] for one sequence length.
-What does not depend on them (slopes, biases, masks) is made beforehand and not timed.
+Slopes, biases and masks, which do not depend on these, are made beforehand and not timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Peer:
             gradients; 0 for none.
         has_gradients: it can be differentiated on the CPU.
         needs: the package that must be installed.
-        note: what a reader of the figures should know.
+        note: a remark for readers of the figures.
     """
 
     make: Callable[[Tensor, int, torch.dtype], Attend]

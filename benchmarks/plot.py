@@ -1,6 +1,6 @@
 """Time and memory against length, all peers in one picture: `python -m benchmarks.plot FILE …`.
 
-A picture is written beside each file of results that has rows of peers and lengths.
+A picture is written next to each file of results that has rows of peers and lengths.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
         panels[0][column].set_title(pass_name)
         panels[1][column].set_xlabel("sequence length")
     panels[0][0].set_ylabel("milliseconds")
-    panels[1][0].set_ylabel("megabytes beside the inputs")
+    panels[1][0].set_ylabel("megabytes, without the inputs")
     panels[0][0].legend(frameon=False, fontsize="small")
     machine, shape = results["machine"], results["shape"]
     figure.suptitle(

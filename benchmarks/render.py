@@ -1,7 +1,7 @@
 """The figures of the documents, from the files of results: `python -m benchmarks.render`.
 
-What a document has between `<!-- begin: NAME ARGUMENT … -->` and `<!-- end -->` is what the
-function of that name in `FIGURES` returns; `parity_tests/test_documents.py` compares them.
+The text between `<!-- begin: NAME ARGUMENT … -->` and `<!-- end -->` of a document is the result of
+the function NAME in `FIGURES`; `parity_tests/test_documents.py` compares them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def attention(backend: str, passes: str, field: str) -> str:
 
 
 def other_inputs(backend: str) -> str:
-    """What our first kernel takes for other numbers."""
+    """Times of our first kernel for other inputs."""
     ours = next(iter(PEERS[backend]))
     found = {
         (row["dtype"], row["inputs"], row["pass"], row["seq"]): row["seconds"]
@@ -93,7 +93,7 @@ def other_inputs(backend: str) -> str:
 
 
 def goals(*names: str) -> str:
-    """What was wanted and found, in files of results."""
+    """The goals in files of results, and what was found."""
     rows = [goal for name in names for goal in _read(name)["goals"]]
     cells = ((row["goal"], _figure(row["found"]), _sign(row), _verdict(row)) for row in rows)
     return table(("", "found", "wanted", ""), cells)

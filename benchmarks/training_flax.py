@@ -1,7 +1,7 @@
 """Training steps of our default model in Flax, with and without dropout on probabilities.
 
 `python -m benchmarks.training_flax` says how fast they are and what memory they need (two minutes).
-Memory is the compiler's figure for a step, besides the model.
+Memory is the compiler's figure for a step, without the model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TrainingStep:
         return time.perf_counter() - started
 
     def extra_bytes(self) -> int:
-        """What a step needs besides the model."""
+        """The memory of a step, without the model."""
         return self._program.memory_analysis().temp_size_in_bytes
 
 

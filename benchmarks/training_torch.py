@@ -2,10 +2,10 @@
 
 `python -m benchmarks.training_torch` says how fast they are and what memory they need: two minutes.
 
-jaketae/alibi's model is run with its own attention and with ours; ours, which drops probabilities
-too, beside the same model that does not. The seed's attention is written down here again from its
-formulas (SPEC.md §7): one projection for keys, queries and values, the whole matrix of scores,
-bias, mask, softmax. All else is the same module.
+jaketae/alibi's model ("seed") is run with its own attention and with ours; our default model, which
+drops probabilities, and the same model without that. The seed's attention is implemented here from
+its formulas (SPEC.md §7): one projection for keys, queries and values, the whole matrix of scores,
+bias, mask, softmax. The rest is the same module.
 """
 
 from __future__ import annotations

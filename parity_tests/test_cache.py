@@ -190,7 +190,7 @@ def test_what_a_cache_refuses(backend: str) -> None:
         call(inputs[:, :4], None, empty(3))
     with pytest.raises(ValueError, match="room for 8 positions and holds 0; 9 more do not fit"):
         call(inputs, None, empty(2))
-    with pytest.raises(ValueError, match="this cache is of a model of another configuration"):
+    with pytest.raises(ValueError, match="this cache belongs to a model with another"):
         call(inputs[:, :4], None, kind.empty(CONFIGS["grouped"], 2, 8))
     used = empty(2)
     _, cache = call(inputs[:, :5], None, used)
@@ -204,7 +204,7 @@ def test_torch_caches_are_used_once_and_keep_no_gradients() -> None:
     cache = alibi_torch.KVCache.empty(config, 1, 8)
     with pytest.raises(ValueError, match="a cache keeps no gradients; call the model under"):
         model(tokens, cache=cache)
-    with pytest.raises(ValueError, match="this cache was used already: its memory"):
+    with pytest.raises(ValueError, match="this cache was already used: its memory"):
         model(tokens, cache=cache)
     with pytest.raises(ValueError, match="the model is in training mode"):
         alibi_torch.ALiBiLM(config)(tokens, cache=alibi_torch.KVCache.empty(config, 1, 8))
@@ -225,7 +225,7 @@ def test_flax_caches_that_are_donated_or_overflow() -> None:
     first = alibi_flax.KVCache.empty(config, 1, 8)
     logits, second = step(first)
     assert np.isfinite(logits).all()
-    with pytest.raises(ValueError, match="this cache was used already: its memory"):
+    with pytest.raises(ValueError, match="this cache was already used: its memory"):
         model.apply(variables, tokens, cache=first)
     logits, third = step(second)
     assert np.isfinite(logits).all()

@@ -73,7 +73,7 @@ def test_command_line_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines[0] == f"{source} (alibi-duo, alibi) -> {tmp_path / 'a'} (alibi)"
     assert lines[1].startswith("36 tensors, 190,848 bytes, ")
     assert sum("  model-0000" in line for line in lines) == 5
-    assert lines[-2] == "read back: bitwise what was meant"
+    assert lines[-2] == "read back: bitwise as expected"
     assert lines[-1].startswith("outputs not compared: nothing was renamed")
     assert main([*arguments, str(tmp_path / "b"), "--progress", "--json", "--verify=none"]) == 0
     output = capsys.readouterr()

@@ -157,7 +157,7 @@ def test_dense_dropout_of_long_sequences_warns(
             call = partial(alibi_flax.attention, **options, **named)
             return jax.eval_shape(call, x, x, x, slopes)
 
-    with pytest.warns(UserWarning, match=f"computed whole.*{reason}.*distance='absolute'"):
+    with pytest.warns(UserWarning, match=f"dense attention.*{reason}.*distance='absolute'"):
         attend()
     attend(implementation="dense")
 

@@ -123,7 +123,7 @@ def test_adaptive_heads_give_probabilities() -> None:
 
 @pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])
 def test_a_configuration_of_the_other_class(backend: Any) -> None:
-    with pytest.raises(ValueError, match="ALiBiLM needs vocab_size; give it to ALiBiConfig"):
+    with pytest.raises(ValueError, match="ALiBiLM needs vocab_size; pass it to ALiBiConfig"):
         backend.ALiBiLM(BARE)
     with pytest.raises(ValueError, match="vocab_size=23 describes an ALiBiLM"):
         backend.ALiBiTransformer(CONFIG)

@@ -107,10 +107,10 @@ def _check_plans(kind: str, causal: bool, tolerance: str | float) -> None:
 )
 def test_other_biases_have_no_plan(changes: dict[str, Any]) -> None:
     ours = model(**changes)
-    with pytest.raises(ValueError, match=f"computed whole.*distance='{changes['distance']}'"):
+    with pytest.raises(ValueError, match=f"has no plan.*distance='{changes['distance']}'"):
         alibi_torch.model_plans(ours, torch.from_numpy(TOKENS))
     params = torch_to_flax(ours.state_dict(), ours.config)
-    with pytest.raises(ValueError, match=f"computed whole.*distance='{changes['distance']}'"):
+    with pytest.raises(ValueError, match=f"has no plan.*distance='{changes['distance']}'"):
         alibi_flax.model_plans(alibi_flax.ALiBiLM(ours.config), params, jnp.asarray(TOKENS))
 
 
@@ -144,4 +144,4 @@ def test_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main([*command, "--overwrite"]) == 0
         assert words in capsys.readouterr().out
         assert main([*command, "--overwrite", f"--text={source / 'config.json'}"]) == 2
-    assert "has no tokenizer.json; put one there" in capsys.readouterr().err
+    assert "has no tokenizer.json; add one" in capsys.readouterr().err

@@ -250,7 +250,7 @@ def test_what_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["convert", str(source), str(tmp_path / "out"), "--overwrite"]) == 0
     printed = capsys.readouterr().out
     assert "copied: tokenizer.json, " in printed
-    assert "left behind: README.md, onnx/" in printed
+    assert "not copied: README.md, onnx/" in printed
     convert(tmp_path / "out", tmp_path / "out", overwrite=True, dtype="bfloat16")  # over itself
     assert_holds(tmp_path / "out", CONFIG, ml_dtypes.bfloat16)
     assert (tmp_path / "out" / "merges.txt").read_text() == "contents of merges.txt"

@@ -174,7 +174,7 @@ def test_files_of_training_runs(
     assert not set(report.dropped) & set(keys)
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     assert main(["inspect", str(source), "--allow-pt", f"--config={tmp_path / 'config.json'}"]) == 0
-    assert f"left out of the names: {', '.join(report.wrappers)}" in capsys.readouterr().out
+    assert f"removed from the names: {', '.join(report.wrappers)}" in capsys.readouterr().out
 
 
 def test_prefixes_are_of_all_or_of_none(tmp_path: Path) -> None:

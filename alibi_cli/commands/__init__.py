@@ -1,9 +1,9 @@
 """The commands of `alibi`: one module each, one row each.
 
 A module says in `HELP` what its command does, adds its arguments to a parser in
-`add_arguments(parser)`, and does it in `run(options)`, which returns an exit code. Whatever takes
-time to import, it imports in these functions: all modules are imported for `alibi --help`, but only
-the command that was named is asked for its arguments.
+`add_arguments(parser)`, and does it in `run(options)`, which returns an exit code. Slow
+imports belong in these functions: `alibi --help` imports all modules, but `add_arguments` is called
+only for the named command.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 class Command(Protocol):
-    """What the module of a command holds."""
+    """The contents of the module of a command."""
 
     HELP: str
 

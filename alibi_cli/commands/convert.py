@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", type=path, help="a path that does not exist yet")
     add_target_options(parser)
     parser.add_argument(
-        "--strict-values", action="store_true", help="refuse NaN and infinity, do not report them"
+        "--strict-values", action="store_true", help="refuse NaN and infinity, not only report them"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="keep the shards that a killed run had finished"
+        "--resume", action="store_true", help="keep the shards of an interrupted conversion"
     )
     parser.add_argument(
-        "--progress", action="store_true", help="show progress even where no terminal is"
+        "--progress", action="store_true", help="show progress even without a terminal"
     )
     parser.add_argument(
         "--verify",

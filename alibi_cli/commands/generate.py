@@ -41,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--do-sample", action="store_true", help="draw tokens (default: the likeliest)"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens")
+    parser.add_argument("--top-k", type=int, help="draw from this many of the likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest with this probability")
     parser.add_argument("--min-p", type=float, help="least probability, over the largest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn tokens (default: 0)")
     parser.add_argument(
         "--eos-token-id",
         type=int,
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     from alibi_spec.checks import require_vocabulary
 
     if options.stream and (options.json or len(options.prompt or ()) > 1):
-        raise ValueError("--stream prints one text as it grows; give one prompt, and no --json")
+        raise ValueError("--stream prints one text as it grows; pass one prompt, and no --json")
     checkpoint = open_checkpoint(options.source, **source_options(options))
     require_vocabulary(checkpoint.config.vocab_size)
     tokenizer = tokenizer_of(checkpoint)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alibi_cli.arguments import SOURCE, add_source_options, path, source_options, tolerance
+from alibi_cli.arguments import SOURCE, add_source_options, count, path, source_options, tolerance
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -27,15 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=path, help="what the model reads (default: random tokens of its vocabulary)"
     )
-    parser.add_argument("--length", type=int, default=2048, help="in tokens (default: 2048)")
+    parser.add_argument("--length", type=count, default=2048, help="in tokens (default: 2048)")
     parser.add_argument(
         "--tolerance",
         type=tolerance,
         default="dtype",
-        help="share of attention mass that may be left out (default: dtype, half an ulp)",
+        help="share of attention mass that may be skipped (default: dtype, half an ulp)",
     )
     parser.add_argument(
-        "--block-size", type=int, default=BLOCK_SIZE, help=f"(default: {BLOCK_SIZE})"
+        "--block-size", type=count, default=BLOCK_SIZE, help=f"(default: {BLOCK_SIZE})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random tokens (default: 0)")
     parser.add_argument(
@@ -64,8 +64,6 @@ def run(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output} exists; pass --overwrite or another --output")
-    if options.length < 1 or options.block_size < 1:
-        raise ValueError("--length and --block-size are numbers of at least 1")
     reading = source_options(options)
     checkpoint = open_checkpoint(options.source, **reading)
     has_vocabulary = checkpoint.config.vocab_size is not None
@@ -88,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """What the model reads, [1, length] or [1, length, d_model], and what it is."""
+    """The inputs of the model, [1, length] or [1, length, d_model], and their description."""
     import numpy as np
 
     from alibi_cli.tokens import tokenizer_of
@@ -96,7 +94,7 @@ def _inputs(checkpoint: Checkpoint, options: argparse.Namespace) -> tuple[np.nda
     config, rng = checkpoint.config, np.random.default_rng(options.seed)
     if config.vocab_size is None:
         if options.text is not None:
-            raise ValueError("this model has no vocabulary; leave out --text")
+            raise ValueError("this model has no vocabulary; omit --text")
         shape = (1, options.length, config.d_model)
         return rng.standard_normal(shape, np.float32), "random embeddings"
     if options.text is None:
@@ -123,7 +121,7 @@ def _print_shares(shares: np.ndarray, description: str) -> None:
 def _draw(
     shares: np.ndarray, first: np.ndarray, options: argparse.Namespace, description: str
 ) -> None:
-    """Shares of all heads; and of the layer with most to do, how far back each head looks."""
+    """Shares of all heads; and for the layer with the largest, how far back each head looks."""
     import matplotlib
     import numpy as np
 
@@ -147,7 +145,7 @@ def _draw(
         reach = position + options.block_size - first[busiest, head] * options.block_size
         right.step(position, reach, where="post", color=colour, label=f"head {head}")
     right.plot(position, position + options.block_size, color="grey", linestyle=":", label="all")
-    right.set(xlabel="position of the query", ylabel="keys that it may need, back to")
+    right.set(xlabel="position of the query", ylabel="keys that it can need, back to")
     right.set_title(f"layer {busiest}")
     right.legend(frameon=False, fontsize="small", ncols=2)
     right.spines[["top", "right"]].set_visible(False)

@@ -17,24 +17,23 @@ LENGTHS = (4_096, 32_768, 131_072)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and what may be left out."""
+    """The model, and the tolerance."""
     parser.add_argument("source", type=path, help=SOURCE)
     parser.add_argument(
         "--tolerance",
         type=tolerance,
         default="dtype",
-        help="share of attention mass that may be left out (default: half an ulp of float32)",
+        help="share of attention mass that may be skipped (default: half an ulp of float32)",
     )
     add_source_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the windows, and the share of all keys that lies in them at several lengths.
+    """Print the windows, and their share of all keys at several lengths.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
     """
-
     from alibi_convert import open_checkpoint
     from alibi_spec.bounds import model_windows
 
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         keys = int(windows.sum()) if bounded else None
         print_json({"windows": windows.tolist(), "share": shares, "keys_at_any_length": keys})
         return OK
-    print("keys that a head can need, its own position among them (-: not bounded)")
+    print("keys that a head can need, including its own position (-: not bounded)")
     print("  layer " + "".join(f"{f'head {head}':>10}" for head in range(windows.shape[1])))
     for layer, row in enumerate(windows):
         print(f"  {layer:>5} " + "".join(f"{'-' if w < 0 else f'{w:,}':>10}" for w in row))
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"  at any length: at most {int(windows.sum()):,} keys of a head"
         if bounded
-        else "  some head may need every key"
+        else "  some head can need every key"
     )
     return OK
 

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> bool:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    """Nothing of the user's is replaced, and nobody waits for training to learn it."""
+    """Refuse to replace files, before any training."""
     earlier = [name for name in (FOLDER, FLAX_FILE, REPORT, PICTURE) if (output / name).exists()]
     if earlier and not overwrite:
         raise ValueError(

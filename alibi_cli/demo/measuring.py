@@ -1,4 +1,4 @@
-"""What the demo measures: held-out bits per byte in both backends, at several lengths."""
+"""The measurement of the demo: held-out bits per byte in both backends, at several lengths."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def in_torch(
 def in_flax(
     config: ALiBiConfig, positions: str, text: np.ndarray, lengths: Sequence[int]
 ) -> Callable[[Any], list[float]]:
-    """A function of params that does the same in Flax; it is compiled once for all seeds."""
+    """A function of params that measures the same in Flax, compiled once for all seeds."""
     model = alibi_flax.ALiBiLM(config_for(positions, config))
 
     @jax.jit

@@ -2,7 +2,7 @@
 
 Slopes of zero leave the attention of an `ALiBiLM` without any notion of position. Sinusoids are
 added to its embeddings, scaled by sqrt(d_model) (Vaswani et al. 2017, §3.4-3.5); a rotation is
-applied to its queries and keys (Su et al. 2021, eq. 34). The models themselves know neither.
+applied to its queries and keys (Su et al. 2021, eq. 34). The models themselves contain neither.
 """
 
 from __future__ import annotations

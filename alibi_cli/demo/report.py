@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a table, a picture, and a report with all figures."""
+"""The results of the demo: a table, a picture, and a report with all figures."""
 
 from __future__ import annotations
 

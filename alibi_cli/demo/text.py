@@ -1,4 +1,4 @@
-"""What the demo reads: bytes to learn from, and bytes that are held out."""
+"""The text of the demo: bytes to learn from, and bytes that are held out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Text:
     """A text as bytes.
 
     Attributes:
-        source: what it is, in words.
+        source: its description.
         training: bytes to learn from.
         held_out: bytes that no model learns from.
         lengths: of the sequences that are measured.
@@ -32,7 +32,7 @@ class Text:
 
     @property
     def evaluated(self) -> np.ndarray:
-        """What every model is measured on: whole sequences of every length, and a last target."""
+        """The bytes of every measurement: whole sequences of every length, and a last target."""
         return self.held_out[: EVALUATED * self.lengths[-1] + 1]
 
 

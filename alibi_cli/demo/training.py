@@ -1,6 +1,6 @@
 """How the demo trains its models: all of them alike, in PyTorch, one process per core.
 
-Models this small are slower on several threads, above all where others use the machine too.
+Models this small are slower on several threads, above all on a busy machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WARMUP = 0.1  # of all steps
 
 @dataclass(frozen=True)
 class Training:
-    """What all models have in common.
+    """The options that all models share.
 
     Attributes:
         config: of the ALiBi model; the others differ in their positions.
@@ -49,7 +49,7 @@ class Task:
 
     Attributes:
         positions: "ALiBi", "rotary" or "sinusoidal".
-        seed: of its initial weights and of the windows of the text.
+        seed: of its initial weights and of the excerpts of the text.
         learning_rate: the highest, after warm-up.
     """
 
@@ -78,9 +78,9 @@ def train(training: Training, tasks: Sequence[Task], processes: int) -> list[ali
 
 
 def _weights(job: tuple[Training, Task]) -> dict[str, np.ndarray]:
-    """A model trained on random windows of the text: AdamW, warm-up, cosine decay.
+    """A model trained on random excerpts of the text: AdamW, warm-up, cosine decay.
 
-    A seed draws the same windows, in the same order, for every kind of positions.
+    A seed draws the same excerpts, in the same order, for every kind of positions.
     """
     training, task = job
     length = training.config.max_len
@@ -93,8 +93,8 @@ def _weights(job: tuple[Training, Task]) -> dict[str, np.ndarray]:
     )
     for _ in range(training.steps):
         starts = rng.integers(0, len(training.text) - length, training.batch)
-        windows = np.stack([training.text[start : start + length + 1] for start in starts])
-        tokens = torch.from_numpy(windows)
+        excerpts = np.stack([training.text[start : start + length + 1] for start in starts])
+        tokens = torch.from_numpy(excerpts)
         logits = torch_logits(model, tokens[:, :-1], task.positions)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
@@ -117,7 +117,7 @@ def _shown(weights: Iterator[dict[str, np.ndarray]], count: int) -> Iterator[dic
 
 
 def _start_worker() -> None:
-    """One thread; and Ctrl-C is for the process that started this one, which ends it."""
+    """Use one thread; ignore Ctrl-C, on which the parent process ends this one."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

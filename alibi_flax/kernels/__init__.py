@@ -9,8 +9,8 @@ from alibi_flax.kernels.windowed import operator, pallas_gpu, pallas_tpu, xla_lo
 KERNELS = {
     "pallas_tpu": Kernel(partial(operator.attention, passes=pallas_tpu), pallas_tpu.refuses),
     "blockwise": Kernel(partial(operator.attention, passes=xla_loops), xla_loops.refuses),
-    # After "blockwise", so that "auto" never takes it: JAX has deprecated what it stands on, and no
-    # GPU has run it yet.
+    # After "blockwise", so that "auto" never takes it: JAX has deprecated Triton under Pallas, and
+    # no GPU has run it yet.
     "pallas_gpu": Kernel(partial(operator.attention, passes=pallas_gpu), pallas_gpu.refuses),
     "dense": Kernel(dense.attention, dense.refuses),
 }

@@ -1,4 +1,4 @@
-"""What a kernel is, and what it is asked: the facts of one checked call of `attention`."""
+"""What a kernel is, and its input: one checked call of `attention`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Call:
 
     Attributes:
         scale: that of the call, or the default.
-        query_start: where the first query stands among the keys.
+        query_start: the position of the first query among the keys.
     """
 
     query: Float[Array, "batch query_len heads head_dim"]
@@ -46,7 +46,7 @@ class Call:
 
     @property
     def platform(self) -> str:
-        """Where it will run: with the query, or where `jit` puts things by default."""
+        """Where it will run: on the query's device, or on the default device of `jit`."""
         if not isinstance(self.query, Tracer) and isinstance(self.query, Array):
             return next(iter(self.query.devices())).platform
         config: Any = jax.config
@@ -70,17 +70,17 @@ class Kernel:
 
 
 def refuses_bias(call: Call) -> str | None:
-    """The reason why a kernel that knows only -m |i - j| cannot compute a call."""
+    """The reason why a kernel that computes only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
 
 
 def wide_dtype(array: Float[Array, "..."]) -> Any:
-    """Of logits, sums and norms: float64 for float64 inputs, else float32."""
+    """The dtype of logits, sums and norms: float64 for float64 inputs, else float32."""
     return jnp.float64 if array.dtype == jnp.float64 else jnp.float32
 
 
 def has_values_on_host(x: Array) -> bool:
-    """Whether the data can be looked at, and without waiting for a device."""
+    """Whether the values can be read without waiting for a device."""
     if not isinstance(x, Array):  # of NumPy
         return True
     return (

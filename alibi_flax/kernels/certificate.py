@@ -1,7 +1,7 @@
 """The certificate of SPEC.md §9 in JAX: which blocks of keys provably cannot change a result.
 
-`alibi_spec.certificate` states it and proves it. Here the arithmetic is that of the computation
-(float32, or float64 for float64 inputs), and a block of queries searches as one.
+`alibi_spec.certificate` is the same in NumPy. Here the bound is computed in float32 (float64 for
+float64 inputs), and once for a block of queries, not for each query.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks.
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed;
-            0 where there are no queries.
+        share: computed blocks over all blocks, those of the future excluded if causal; 0 without
+            queries.
         block_size: positions in a block.
     """
 
@@ -65,25 +65,25 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     edge = jnp.full((*norms.shape[:2], 1), -math.inf, norms.dtype)
     largest_before = jnp.concatenate([edge, jax.lax.cummax(norms, axis=2)], axis=2)
 
-    def drops_before(block: Integer[Array, "batch heads query_blocks"]) -> Array:
+    def skips_before(block: Integer[Array, "batch heads query_blocks"]) -> Array:
         largest = jnp.take_along_axis(largest_before, block, axis=2)
         distance = queries.position[None, None] - block[..., None] * block_size + 1
         mass = allowed_mass if causal else allowed_mass / 2
-        return queries.may_drop(largest, distance, mass)
+        return queries.may_skip(largest, distance, mass)
 
-    first = _last_true(drops_before, jnp.broadcast_to(lowest, shape), blocks, axes)
+    first = _last_true(skips_before, jnp.broadcast_to(lowest, shape), blocks, axes)
     last = jnp.broadcast_to(highest + 1, shape)
     if not causal:
         largest_from = jnp.concatenate([jax.lax.cummax(norms, axis=2, reverse=True), edge], axis=2)
 
-        def drops_after(count: Integer[Array, "batch heads query_blocks"]) -> Array:
+        def skips_after(count: Integer[Array, "batch heads query_blocks"]) -> Array:
             block = blocks - count
             largest = jnp.take_along_axis(largest_from, block, axis=2)
             distance = block[..., None] * block_size - queries.position[None, None]
-            return queries.may_drop(largest, distance, allowed_mass / 2)
+            return queries.may_skip(largest, distance, allowed_mass / 2)
 
         after = jnp.broadcast_to(blocks - 1 - highest, shape)
-        last = blocks - _last_true(drops_after, after, blocks, axes)
+        last = blocks - _last_true(skips_after, after, blocks, axes)
     last = jnp.maximum(first, last)
     allowed = own_block.max(axis=-1).sum() + shape[2] if causal else blocks * shape[2]
     return AttentionPlan(first, last, (last - first).sum(axis=-1) / allowed, block_size)
@@ -94,10 +94,10 @@ def query_block_ranges(
     last: Integer[Array, "batch heads query_blocks"],
     key_blocks: int,
 ) -> tuple[Integer[Array, "batch heads key_blocks"], Integer[Array, "batch heads key_blocks"]]:
-    """First and last (half-open) block of queries whose ranges may hold each block of keys.
+    """First and last (half-open) block of queries whose ranges can hold each block of keys.
 
-    Ranges need not rise with the queries, so some may be inside that do without the block: what
-    they add is no more than the tolerance.
+    Ranges need not rise with the queries, so some blocks of queries in between do not need the
+    block of keys: what they add is at most the tolerance.
     """
     blocks = first.shape[2]
     block = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), first.shape)
@@ -118,15 +118,15 @@ def query_block_ranges(
 
 @dataclass(frozen=True)
 class _Queries:
-    """What the certificate knows of every query, in blocks.
+    """The facts about every query that the certificate uses, in blocks.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
         anchor_logit: scale q·k of the anchor, the nearest visible key.
         anchor_norm: ‖k‖ of the anchor.
-        anchor_distance: of the anchor from the query.
+        anchor_distance: between query and anchor.
         slope: of the head.
-        is_anchored: the anchor is one that the query sees.
+        is_anchored: the query sees its anchor.
         sees_nothing: no key is visible to the query, or it is padding of the last block.
         position: of the query among the keys.
         rounding: relative error of reach · ‖k‖ as it is computed.
@@ -146,7 +146,7 @@ class _Queries:
     def of(
         cls, call: Call, visible: Bool[Array, "batch key_len"] | None, block_size: int
     ) -> _Queries:
-        """Measured on the arrays of a call."""
+        """From the arrays of a call."""
         query, key, segment_ids, scale = call.query, call.key, call.segment_ids, call.scale
         batch, query_len, heads, head_dim = query.shape
         query_start, query_end = call.query_start, call.query_start + query_len
@@ -187,28 +187,28 @@ class _Queries:
             rounding=(head_dim + 8) * float(jnp.finfo(dtype).eps),
         )
 
-    def may_drop(
+    def may_skip(
         self,
         largest: Float[Array, "batch heads query_blocks"],
         distance: Integer[Array, "batch heads query_blocks block"],
         allowed_mass: float,
     ) -> Bool[Array, "batch heads query_blocks"]:
-        """Whether a block of queries can spare all keys from here on, of norms up to `largest`."""
+        """Whether a block of queries may skip all keys this far or farther."""
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -jnp.log(-jnp.expm1(-self.slope))
         norm = largest[..., None]
         slack = self.rounding * self.reach * (norm + self.anchor_norm)
-        # One rounding for both distances: each on its own can be large.
+        # Subtracted as integers, and rounded once: each distance alone can be large.
         farther = (distance - self.anchor_distance[:, None]).astype(self.reach.dtype)
         mass = self.reach * norm + slack - self.anchor_logit - self.slope * farther + series
         limit = math.log(allowed_mass) if allowed_mass > 0 else -math.inf
         is_small = (mass <= limit) & (self.slope > 0) & self.is_anchored[:, None]
-        may_drop = is_small | jnp.isneginf(norm) | self.sees_nothing[:, None]
-        return may_drop.all(axis=-1)
+        may_skip = is_small | jnp.isneginf(norm) | self.sees_nothing[:, None]
+        return may_skip.all(axis=-1)
 
 
 def _norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:
-    """At least the Euclidean norm: squares that vanish count as the least normal number."""
+    """At least the Euclidean norm: squares that underflow count as the least normal number."""
     least = x.shape[-1] * float(jnp.finfo(x.dtype).tiny)
     return jnp.sqrt((x * x).sum(axis=-1) + least)
 

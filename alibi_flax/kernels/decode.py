@@ -1,7 +1,7 @@
 """One query for each sequence, against all keys of a cache: the step of generation.
 
-Its cost is reading the keys and values once, as far as the cache goes: how much of it is filled is
-known to the program only when it runs.
+Its cost is reading the keys and values of the whole capacity once: a compiled program does not know
+how much of the cache is filled.
 """
 
 from __future__ import annotations

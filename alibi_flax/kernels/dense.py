@@ -1,8 +1,8 @@
 """Dense attention: slow, obvious, and the yardstick for every other kernel.
 
-It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and knows nothing of
-models. The bias stays in float32 (float64 for float64 inputs) whatever the inputs are: bfloat16
-cannot count past 256.
+It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and does not depend
+on models. The bias is float32 for inputs of any dtype (float64 for float64 inputs): bfloat16 cannot
+count past 256.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def refuses(call: Call) -> str | None:  # noqa: ARG001
 def attention(call: Call) -> Float[Array, "batch query_len heads value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
     visible = _visible_keys(call)
-    # A query that sees no key gives zeros. It attends to all keys alike at first and is cleared at
-    # the end, because the softmax of nothing but -inf is NaN, in gradients too.
+    # A query that sees no key gives zeros. It first attends to all keys equally, and its result is
+    # set to zero at the end: a softmax of only -inf is NaN, in gradients too.
     no_key = ~visible.any(axis=-1, keepdims=True)
     logits = _logits(call)
     hidden = jnp.where(no_key, 0.0, -math.inf).astype(logits.dtype)
@@ -80,7 +80,7 @@ def rounded_bias(
     key_len: int,
     attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
 ) -> Float[Array, "#batch heads 1 key_len"]:
-    """Falcon-RW's bias, of keys alone (SPEC.md §2.3)."""
+    """Falcon-RW's bias, which depends only on the key (SPEC.md §2.3)."""
     if attention_mask is None:
         position = jnp.arange(key_len)[None]
     else:
@@ -88,7 +88,7 @@ def rounded_bias(
         position = (visible.cumsum(axis=-1) - 1) * visible
 
     def rounded(x: Float[Array, "..."]) -> Float[Array, "..."]:
-        # To bfloat16 and never back: XLA may leave out a pair of casts.
+        # Not a cast to bfloat16 and back: XLA may remove such a pair.
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
     slopes, position = rounded(slopes.astype(jnp.float32)), rounded(position.astype(jnp.float32))

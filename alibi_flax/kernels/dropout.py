@@ -1,7 +1,7 @@
 """Dropout on attention probabilities: which of them are dropped (SPEC.md §4.1).
 
-`alibi_spec.dropout` is the same in NumPy. Hashes are int32 here, whose products wrap as theirs do:
-it is what a TPU computes in.
+`alibi_spec.dropout` is the same in NumPy. Hashes are int32 here, the integers of a TPU;
+their products wrap like those of uint32.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from alibi_spec.dropout import FACTORS, GOLDEN, threshold
 
 
 class Dropout(NamedTuple):
-    """What decides which probabilities of a call are dropped.
+    """Decides which probabilities of a call are dropped.
 
     Attributes:
         rate: the share that is dropped.
-        query_hashes, key_hashes: a pair's place follows from the two. They lie as query and key do,
-            so that a device holds those of its own sequences and heads.
+        query_hashes, key_hashes: a pair of them decides about one probability. They have the axes
+            of query and key, so that a device holds those of its own sequences and heads.
     """
 
     rate: float
@@ -57,7 +57,7 @@ def drawn_dropout(
 def query_hashes(
     seed: Int32[Array, "2"], batch: int, heads: int, query_len: int, query_start: int
 ) -> Int32[Array, "batch query_len heads"]:
-    """A hash of each query of each head; `query_start` is the first one's place among the keys."""
+    """A hash of each query of each head; the first stands at `query_start` among the keys."""
     start = _mixed(jnp.bitwise_xor(_mixed(seed[:1]), seed[1:]))
     sequence = _mixed(start + _count(batch))
     head = _mixed(sequence[:, None] + _count(heads)[None])

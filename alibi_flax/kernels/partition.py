@@ -1,7 +1,7 @@
-"""How a computation is divided among devices: each takes the sequences and heads that it holds.
+"""How a computation is divided among devices: each computes its own sequences and heads.
 
-XLA can divide neither a loop over blocks nor a Pallas kernel: left to itself, it gathers everything
-on every device. So the loops and kernels of `windowed` tell it along which axes they come apart.
+XLA can divide neither a loop over blocks nor a Pallas kernel: by default it gathers everything
+on every device. So the loops and kernels of `windowed` tell it which axes can be divided.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def divided(
     """`function` of the arrays, by as many devices as their sharding says.
 
     Sequences and heads may be sharded over any axes of a mesh. Any other axis is gathered first; so
-    are heads when their devices do not divide the heads of keys, unless there is but one of those.
+    are heads when their devices do not divide the heads of keys, unless there is only one of those.
 
     Args:
-        function: of any whole sequences and heads, with every head of keys that they need.
+        function: computes any whole sequences and heads, given the heads of keys that they need.
         layouts: the names of each array's axes; "batch", "heads" and "kv_heads" may be sharded.
         results: the same of each result.
-        arrays: "query" and "key" among them; None is left out.
+        arrays: include "query" and "key"; None values are not passed on.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:  # inside of a shard_map that has divided it
         return function({name: array for name, array in arrays.items() if array is not None})
@@ -80,7 +80,7 @@ def divided(
         need_replication_factors=whole,
         **factor_sizes,
     )
-    # Under vmap an array has an axis more, and XLA decides again.
+    # Under vmap the arrays have one more axis, and XLA decides how to divide them.
     mapped = custom_vmap(partitioned)
 
     @mapped.def_vmap
@@ -95,7 +95,7 @@ def divided(
 def _sharding_rule(
     operands: list[list[str]], results: list[list[str]], kv_heads: int, group: int
 ) -> tuple[str, tuple[str, ...], dict[str, int]]:
-    """Shardy's sharding rule, its factors that must be whole, and sizes of those in products."""
+    """Shardy's sharding rule, its undivided factors, and the sizes of factors in products."""
     factors, sizes = {"batch": "batch", "heads": "heads"}, {}
     if group == 1:
         factors["kv_heads"] = "heads"
@@ -113,7 +113,7 @@ def _sharding_rule(
 
 
 def _devices(mesh: Any, axes: Any) -> int:
-    """Over how many devices an axis of an array lies."""
+    """The number of devices over which an axis of an array is divided."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     count = 1
     for name in names:

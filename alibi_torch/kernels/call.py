@@ -1,10 +1,12 @@
-"""What a kernel is, and what it is asked: the facts of one checked call of `attention`."""
+"""What a kernel is, and its input: one checked call of `attention`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class Call:
 
     Attributes:
         scale: that of the call, or the default.
-        query_start: where the first query stands among the keys.
+        query_start: the position of the first query among the keys.
     """
 
     query: Float[Tensor, "batch heads query_len head_dim"]
@@ -49,10 +51,15 @@ class Kernel:
 
 
 def refuses_bias(call: Call) -> str | None:
-    """The reason why a kernel that knows only -m |i - j| cannot compute a call."""
+    """The reason why a kernel that computes only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
 
 
 def refuses_dropout(call: Call) -> str | None:
     """The reason why a kernel without dropout cannot compute a call."""
     return None if call.dropout is None else "it has no dropout"
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would narrow the products of float32 inputs. Meta tensors know no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

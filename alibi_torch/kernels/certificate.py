@@ -1,7 +1,7 @@
 """The certificate: which keys provably cannot change a result (SPEC.md §9).
 
-`alibi_spec.certificate` is the same in NumPy, with the argument in words. Norms and products are
-taken in float32 (float64 for float64 inputs), and their rounding is part of the bound.
+`alibi_spec.certificate` is the same in NumPy. Norms and products are computed in float32 (float64
+for float64 inputs), and their rounding is part of the bound.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from alibi_spec.certificate import tolerance_of
 from alibi_torch.kernels.call import Call
 
-# Sums over few numbers per query are exact enough in float64 that only norms and products count.
+# The bound itself is float64, so that only the rounding of norms and products matters.
 _BOUND = torch.float64
-_PRODUCT_ELEMENTS = 2**22
+_PRODUCT_ELEMENTS = 2**22  # of queries times anchors that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class AttentionPlan:
 
     Attributes:
         first, last: half-open ranges of key blocks.
-        share: of the blocks that masks allow a causal (or any) query to see, how many are computed;
-            0 where there are no queries.
+        share: computed blocks over all blocks, those of the future excluded if causal; 0 without
+            queries.
         block_size: positions in a block.
     """
 
@@ -55,32 +55,33 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
 
     blocks, own_block = -(-key_len // block_size), position // block_size
     largest = _block_norms(key, visible, block_size).repeat_interleave(queries.group, dim=1)
+    # Over the blocks before a block, and over a number of last blocks; -inf over none.
     nothing = largest.new_full((*largest.shape[:2], 1), -torch.inf)
     largest_before = torch.cat([nothing, largest.cummax(dim=-1).values], dim=-1)
     largest_from = torch.cat([nothing, largest.flip(-1).cummax(dim=-1).values], dim=-1)
 
-    def drops_before(
+    def skips_before(
         block: Integer[Tensor, "batch heads query_len"],
     ) -> Bool[Tensor, "batch heads query_len"]:
         mass = allowed_mass if causal else allowed_mass / 2
         distance = position - block * block_size + 1
-        return queries.may_drop(largest_before.gather(-1, block), distance, mass)
+        return queries.may_skip(largest_before.gather(-1, block), distance, mass)
 
-    def drops_after(
+    def skips_after(
         count: Integer[Tensor, "batch heads query_len"],
     ) -> Bool[Tensor, "batch heads query_len"]:
         distance = (blocks - count) * block_size - position
-        return queries.may_drop(largest_from.gather(-1, count), distance, allowed_mass / 2)
+        return queries.may_skip(largest_from.gather(-1, count), distance, allowed_mass / 2)
 
-    first = _last_true(drops_before, own_block.expand(query.shape[:3]), blocks)
+    first = _last_true(skips_before, own_block.expand(query.shape[:3]), blocks)
     last = (own_block + 1).expand(query.shape[:3])
     if not causal:
         after = (blocks - 1 - own_block).expand(query.shape[:3])
-        last = blocks - _last_true(drops_after, after, blocks)
+        last = blocks - _last_true(skips_after, after, blocks)
     if queries.sees_nothing is not None:
         first = torch.where(queries.sees_nothing, blocks, first)
         last = torch.where(queries.sees_nothing, 0, last)
-    first = -_block_max(-first, block_size)
+    first = -_block_max(-first, block_size)  # the least of a block of queries
     last = torch.maximum(first, _block_max(last, block_size))
     allowed = (
         _block_max(own_block, block_size) + 1 if causal else torch.full_like(last[0, 0], blocks)
@@ -91,14 +92,14 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
 
 @dataclass(frozen=True)
 class _Queries:
-    """What the certificate knows of every query.
+    """The facts about every query that the certificate uses.
 
     Attributes:
         reach: scale ‖q‖, so that no logit exceeds reach · ‖k‖.
-        ceiling: of -log Z, which is no more than minus the biased logit with the anchor, plus what
-            rounding may have added to that.
+        ceiling: upper bound of -log Z: minus the biased logit with the anchor (-L of SPEC.md §9),
+            plus the largest rounding error of that logit.
         slope: of the head.
-        is_anchored: the anchor is one that the query sees; None if all are.
+        is_anchored: the query sees its anchor; None if all do.
         sees_nothing: no key is visible to the query; None if all see one.
         rounding: relative error of reach · ‖k‖ as it is computed.
         group: query heads per head of keys.
@@ -114,8 +115,8 @@ class _Queries:
 
     @classmethod
     def of(cls, call: Call, anchor: Integer[Tensor, "batch query_len"] | None) -> _Queries:
-        """Measured on the arrays of a call; `anchor` is the nearest visible key or -1, None where
-        every query sees its own."""
+        """From the arrays of a call; `anchor` is the nearest visible key or -1, None if every query
+        sees its own."""
         query, key, segments = call.query, call.key, call.segment_ids
         query_start, query_end = call.query_start, call.query_start + query.shape[2]
         group = query.shape[1] // key.shape[1]
@@ -152,13 +153,13 @@ class _Queries:
         ceiling = ceiling - logit + penalty
         return cls(reach, ceiling, slope, is_anchored, sees_nothing, rounding, group)
 
-    def may_drop(
+    def may_skip(
         self,
         largest: Float[Tensor, "batch heads query_len"],
         distance: Integer[Tensor, "batch heads query_len"],
         allowed_mass: float,
     ) -> Bool[Tensor, "batch heads query_len"]:
-        """Whether all keys at this distance and beyond, of norms up to `largest`, may go."""
+        """Whether all keys this far or farther, of norms up to `largest`, may be skipped."""
         falls = self.slope > 0
         # The geometric series of e^-m sums to 1 / (1 - e^-m).
         series = -torch.log(-torch.expm1(-torch.where(falls, self.slope, 1.0)))
@@ -167,8 +168,8 @@ class _Queries:
         is_small = (mass - self.slope * distance <= limit) & falls
         if self.is_anchored is not None:
             is_small = is_small & self.is_anchored
-        may_drop = is_small | torch.isneginf(largest)
-        return may_drop if self.sees_nothing is None else may_drop | self.sees_nothing
+        may_skip = is_small | torch.isneginf(largest)
+        return may_skip if self.sees_nothing is None else may_skip | self.sees_nothing
 
 
 def _block_norms(
@@ -185,7 +186,7 @@ def _block_norms(
 
 
 def _block_max(x: Tensor, block_size: int) -> Tensor:
-    """The largest number of each block of the last axis, whose last block may be shorter."""
+    """The largest number of each block of the last axis, whose last block can be shorter."""
     whole = x.shape[-1] // block_size * block_size
     parts = x[..., :whole].unflatten(-1, (-1, block_size)).amax(dim=-1) if whole else x[..., :0]
     rest = x[..., whole:]
@@ -213,7 +214,7 @@ def _last_true(
 ) -> Integer[Tensor, "batch heads query_len"]:
     """The largest number in 0 … `highest` that `holds`, elementwise; it holds at 0 and is monotone.
 
-    Binary search, in as many steps as `limit`, above every `highest`, has bits.
+    Binary search. `limit` is above every `highest`: its bits are the number of steps.
     """
     low, high = torch.zeros_like(highest), highest
     for _ in range((limit - 1).bit_length()):

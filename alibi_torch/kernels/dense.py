@@ -1,20 +1,19 @@
 """Dense attention: slow, obvious, and the yardstick for every other kernel.
 
-It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and knows nothing of
-models. The bias stays in float32 (float64 for float64 inputs) whatever the inputs are: bfloat16
-cannot count past 256.
+It holds the whole [query, key] matrix, follows SPEC.md §2-§4 line by line, and does not depend
+on models. The bias is float32 for inputs of any dtype (float64 for float64 inputs): bfloat16 cannot
+count past 256.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.call import Call, without_autocast
 from alibi_torch.kernels.finite import finite_or_zero, is_broken
 
 # Queries times keys below which "auto" takes dense attention. On one AVX-512 core with 8 heads of
@@ -41,8 +40,8 @@ def refuses(call: Call) -> str | None:  # noqa: ARG001
 def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     """Softmax of the biased logits over keys, times the values (SPEC.md §4)."""
     visible, value = _visible_keys(call), call.value
-    # A query that sees no key gives zeros. It attends to all keys alike at first and is cleared at
-    # the end, because the softmax of nothing but -inf is NaN, in gradients too.
+    # A query that sees no key gives zeros. It first attends to all keys equally, and its result is
+    # set to zero at the end: a softmax of only -inf is NaN, in gradients too.
     no_key = ~visible.any(dim=-1, keepdim=True)
     logits = _logits(call.query, call.key, call)
     hidden = torch.where(no_key, 0.0, -math.inf).to(logits.dtype)
@@ -50,7 +49,7 @@ def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
     if call.dropout is not None:
         scaled = probabilities / (1 - call.dropout.rate)
         probabilities = torch.where(call.dropout.kept() == 1, scaled, 0.0)
-    with _without_autocast(value.device):
+    with without_autocast(value.device):
         value = _shared_heads(value, call.query.shape[1])
         attended = torch.matmul(probabilities.to(value.dtype), value)
     return attended.masked_fill(no_key, 0.0)
@@ -63,7 +62,7 @@ def _logits(
 ) -> Float[Tensor, "batch heads query_len key_len"]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key = _shared_heads(key, query.shape[1])
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         products = torch.matmul(query.to(dtype), key.to(dtype).mT)
     if call.distance == "bfloat16":
         bias = _rounded_bias(call.slopes, key.shape[2], call.attention_mask)
@@ -112,8 +111,3 @@ def _visible_keys(call: Call) -> Bool[Tensor, "#batch 1 query_len key_len"]:
         query_segment = segments[:, call.query_start : call.query_start + relative.shape[0]]
         visible = visible & (query_segment[:, None, :, None] == segments[:, None, None, :])
     return visible
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    # Autocast would narrow the products of float32 inputs. Meta tensors know no autocast.
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

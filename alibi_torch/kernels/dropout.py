@@ -1,7 +1,7 @@
 """Dropout on attention probabilities: which of them are dropped (SPEC.md §4.1).
 
-`alibi_spec.dropout` is the same in NumPy. torch knows few operations on unsigned numbers. Products
-of int32 wrap as theirs do, and a logical shift is an arithmetic one without the copies of the sign.
+`alibi_spec.dropout` is the same in NumPy. torch has few operations on unsigned numbers. Products
+of int32 wrap as theirs do, and a logical shift is an arithmetic shift with the sign bits cleared.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from alibi_spec.dropout import FACTORS, GOLDEN, threshold
 
 
 class Dropout(NamedTuple):
-    """What decides which probabilities of a call, or of a tile of it, are dropped.
+    """Decides which probabilities of a call, or of a tile of it, are dropped.
 
     Attributes:
         rate: the share that is dropped.
-        query_hashes, key_hashes: a pair's place follows from the two.
+        query_hashes, key_hashes: a pair of them decides about one probability.
     """
 
     rate: float
@@ -54,7 +54,7 @@ def drawn_dropout(
 def query_hashes(
     seed: Int32[Tensor, "2"], batch: int, heads: int, query_len: int, query_start: int
 ) -> Int32[Tensor, "batch heads query_len"]:
-    """A hash of each query of each head; `query_start` is the first one's place among the keys."""
+    """A hash of each query of each head; the first stands at `query_start` among the keys."""
     start = _mixed(_mixed(seed[:1]) ^ seed[1:])
     sequence = _mixed(start + _count(batch, seed.device))
     head = _mixed(sequence[:, None] + _count(heads, seed.device))
@@ -67,9 +67,9 @@ def key_hashes(key_len: int, device: torch.device) -> Int32[Tensor, " key_len"]:
 
 
 def drop(x: Tensor, kept: Int32[Tensor, "*shape"]) -> None:
-    """Make 0 of what is not kept, in place, whatever it is.
+    """Set to 0, in place, all numbers that are not kept, NaN too.
 
-    On the bits of the numbers: a product of integers takes a quarter of the time of a choice.
+    Multiplies their bits as integers, in a quarter of the time of a selection.
     """
     x.view(torch.int64 if x.dtype == torch.float64 else torch.int32).mul_(kept)
 

@@ -21,7 +21,7 @@ from alibi_torch.kernels.call import Call
 def guarded(
     attend: Callable[[Call], Float[Tensor, "batch heads query_len value_dim"]],
 ) -> Callable[[Call], Float[Tensor, "batch heads query_len value_dim"]]:
-    """A kernel that multiplies what is hidden by 0, made right for any numbers."""
+    """A kernel that multiplies hidden values by 0, made correct for numbers that are not finite."""
 
     def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
         arrays = (call.query, call.key, call.value)
@@ -33,7 +33,7 @@ def guarded(
 
 
 def are_ordinary(*arrays: Tensor) -> bool:
-    """Whether no product or sum of these numbers can be too large: this looks at the data."""
+    """Whether the values are so small that no product or sum of them overflows."""
     dtype = torch.promote_types(arrays[0].dtype, torch.float32)
     limit = 2.0**400 if dtype == torch.float64 else 2.0**50
     norms = (float(torch.linalg.vector_norm(x.detach(), dtype=dtype)) for x in arrays)
@@ -41,7 +41,7 @@ def are_ordinary(*arrays: Tensor) -> bool:
 
 
 def has_values_on_host(*arrays: Tensor) -> bool:
-    """Whether the data of all can be looked at, and without waiting for a device."""
+    """Whether the values of all can be read without waiting for a device."""
     if torch.compiler.is_compiling():
         return False
     return all(
@@ -74,7 +74,7 @@ def is_broken(x: Float[Tensor, "batch heads seq width"]) -> Bool[Tensor, "batch 
 def broken_queries(call: Call) -> Bool[Tensor, "batch heads query_len 1"]:
     """Which queries see a number that is not finite: in a key or its value, or in themselves.
 
-    A query that sees no key is none of them.
+    A query that sees no key is not one of them.
     """
     shown, query = _shown(call), call.query
     key_is_broken = is_broken(call.key) | is_broken(call.value)

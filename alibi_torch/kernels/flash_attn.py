@@ -1,4 +1,4 @@
-"""The flash-attn package on CUDA, which knows ALiBi slopes but neither masks nor windows."""
+"""The flash-attn package on CUDA, which has ALiBi slopes but neither masks nor windows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuses(call: Call) -> str | None:
 
 
 def attention(call: Call) -> Float[Tensor, "batch heads query_len value_dim"]:
-    """Attention of one call; like us, it stands the last query at the last key."""
+    """Attention of one call; flash-attn, too, puts the last query at the last key."""
     package: Any = importlib.import_module("flash_attn")
     attended = package.flash_attn_func(
         *(x.transpose(1, 2) for x in (call.query, call.key, call.value)),

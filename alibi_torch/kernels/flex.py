@@ -1,7 +1,7 @@
 """FlexAttention on CUDA: the bias as a score modification, the windows as its block mask.
 
-Written against torch's public API; measured on no GPU yet. Its block mask lists the blocks of keys
-for every block of queries, (N / 128)² small integers per head.
+Written against torch's public API; not measured on a GPU yet. Its block mask lists the blocks of
+keys for every block of queries, (N / 128)² small integers per head.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def block_mask_of(call: Call) -> BlockMask:
     with torch.no_grad():
         plan = attention_plan(call, BLOCK_SIZE)
     query_len, key_len = call.query.shape[2], call.key.shape[2]
-    # Blocks before `whole` are seen by all of their queries: there the mask need not be asked.
+    # Every query of a block sees all keys of the blocks before `whole`: these need no mask.
     whole = torch.full_like(plan.first[0, 0], key_len // BLOCK_SIZE)
     if call.causal:
         position = torch.arange(0, query_len, BLOCK_SIZE, device=whole.device)
@@ -116,5 +116,5 @@ def _visible(call: Call) -> Callable[..., Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # Not for fixed lengths: the ninth would be computed unfused, with all N² scores.
+    # Not for fixed lengths: torch would compute the ninth of them unfused, with all N² scores.
     return torch.compile(flex_attention)

@@ -1,1 +1,1 @@
-"""Kernels that compute only what lies in certified windows: one operator, passes by technology."""
+"""Kernels that compute only certified windows: one operator, passes by technology."""

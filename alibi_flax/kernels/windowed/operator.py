@@ -1,10 +1,9 @@
 """Attention over certified windows, block by block: the cost grows linearly with the sequence.
 
 `certificate` says which blocks of keys a block of queries needs; the passes of one technology
-compute them; `partition` divides them among devices. The backward pass computes every block again,
-once for the queries and once for the keys: nothing is added up in an order that could change, so
-the bits do not change either. Gradients of gradients, and forward-mode ones, are left to dense
-attention.
+compute them; `partition` divides them among devices. The backward pass recomputes every block, once
+for the queries and once for the keys. So no sum has an order that could change, and the bits are
+always the same. Only dense attention has second and forward-mode derivatives.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from alibi_spec.checks import without_derivative
 )
 @dataclass(frozen=True)
 class BlockedCall:
-    """One call cut for the passes: heads come first, and the last block is filled up with zeros.
+    """The input of the passes: one call with heads first, and zeros to fill the last block.
 
     Attributes:
         query, key, value: heads of key and value serve consecutive heads of queries.
         slopes: m of each head, in the dtype of logits and sums.
-        query_ids, key_ids: a query sees only keys of its own number; None where it sees all.
+        query_ids, key_ids: a query sees only keys with its own id; None if it sees all.
         first, last: half-open ranges of key blocks for each block of queries.
-        query_hashes, key_hashes: what dropout goes by; None without.
+        query_hashes, key_hashes: of dropout; None without.
         causal, scale: as in the call.
         dropout: the share of probabilities that is dropped.
         query_start: the position of the first query among the keys.
@@ -69,12 +68,12 @@ class BlockedCall:
 
     @property
     def query_blocks(self) -> int:
-        """How many blocks the queries make."""
+        """Number of blocks of queries."""
         return self.query.shape[2] // self.block_size
 
     @property
     def key_blocks(self) -> int:
-        """How many blocks the keys make."""
+        """Number of blocks of keys."""
         return self.key.shape[2] // self.block_size
 
     @property
@@ -96,17 +95,25 @@ class BlockedCall:
 )
 @dataclass(frozen=True)
 class PerQuery:
-    """What the backward pass knows of every query.
+    """The facts about every query that the backward pass uses.
 
     Attributes:
         gradient: of its result.
         log_total: log Σ_j exp(s_ij), inf where it sees no key.
-        shift: Σ_j p_ij dp_ij, which the softmax takes off every dp_ij.
+        shift: Σ_j p_ij dp_ij, which the softmax's gradient subtracts from every dp_ij.
     """
 
     gradient: Float[Array, "batch heads queries value_dim"]
     log_total: Float[Array, "batch heads queries"]
     shift: Float[Array, "batch heads queries"]
+
+
+# What the three passes return.
+Attended = tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]
+OfQueries = tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]
+OfKeys = tuple[
+    Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]
+]
 
 
 @runtime_checkable
@@ -120,23 +127,15 @@ class Passes(Protocol):
         """Positions in a block, for a call with many queries."""
         ...
 
-    def attended(
-        self, blocked: BlockedCall
-    ) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+    def attended(self, blocked: BlockedCall) -> Attended:
         """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
         ...
 
-    def query_gradients(
-        self, blocked: BlockedCall, per_query: PerQuery
-    ) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+    def query_gradients(self, blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
         """Gradients of the queries, and each query's share of the gradient of m."""
         ...
 
-    def key_gradients(
-        self, blocked: BlockedCall, per_query: PerQuery
-    ) -> tuple[
-        Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]
-    ]:
+    def key_gradients(self, blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
         """Gradients of the keys and values, for each head of queries."""
         ...
 
@@ -172,7 +171,7 @@ def attention(
 ) -> Float[Array, "batch query_len heads value_dim"]:
     """Attention of one call, up to its tolerance, in blocks of this size or the passes' own."""
     size = passes.block_size(call) if block_size is None else block_size
-    # Few queries need no large block; registers of a TPU hold 128 numbers each.
+    # Few queries need no large block. Sizes are multiples of 128, the width of a TPU's registers.
     size = min(size, -(-call.query.shape[1] // BLOCK_SIZE) * BLOCK_SIZE)
     rate, *hashes = (0.0, None, None) if call.dropout is None else call.dropout
     options = _Options(
@@ -198,12 +197,12 @@ class _Options:
 Arrays = dict[str, Any]  # arrays, or None, by their names in `LAYOUTS`
 
 
-@partial(jax.jit, static_argnums=0)  # or every call outside of jit would compile its loops anew
+@partial(jax.jit, static_argnums=0)  # else every call outside of jit would compile its loops
 def _in_place(options: _Options, arrays: Arrays) -> Array:
     """Let every device attend to the sequences and heads that it holds.
 
-    On a mesh with explicit axes the arrays say where they are. Elsewhere XLA knows, later:
-    `partition` tells it how to divide the passes.
+    On a mesh with explicit axes the types of the arrays say where they are. Otherwise XLA decides
+    that later, and `partition` tells it how the passes can be divided.
     """
     shardings = [jax.typeof(x).sharding for x in arrays.values() if x is not None]
     if not any(axes is not None for sharding in shardings for axes in sharding.spec):
@@ -223,7 +222,7 @@ def _in_place(options: _Options, arrays: Arrays) -> Array:
 
 
 def _attend_alike(options: _Options, arrays: Arrays) -> Array:
-    """Inside of a shard_map what varies at all varies alike, so that gradients do, too."""
+    """Let all arrays in a shard_map vary along the same axes, so that gradients do, too."""
     axes = varying_axes(*arrays.values())
     arrays = {name: x if x is None else varying(x, axes) for name, x in arrays.items()}
     return _attend(options, arrays)
@@ -252,6 +251,7 @@ def _backward(
     )
 
     def grouped(x: Float[Array, "batch heads keys width"], like: Array) -> Array:
+        """The sum over the heads of queries that share a head of keys."""
         shape = (x.shape[0], like.shape[2], -1, *x.shape[2:])
         return x.reshape(shape).sum(axis=2).swapaxes(1, 2).astype(like.dtype)
 
@@ -281,7 +281,7 @@ def _(*_: Any) -> Any:
 
 
 def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
-    """The result, and what the backward pass also needs, of what a device holds."""
+    """Of one device: the result, the log-sums and the windows, for the backward pass."""
     named: Any = {name: arrays.get(name) for name in _NAMES}
     call = Call(
         **named,
@@ -299,7 +299,7 @@ def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
 
 
 def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
-    """Gradients of the queries; of keys and values for each head of queries; of m by sequence."""
+    """Of one device: gradients of queries; of keys and values per query head; of m per sequence."""
     query, key = arrays["query"], arrays["key"]
     blocked = _blocked(options, arrays)
     gradient, attended = (
@@ -321,12 +321,12 @@ def _blocked(options: _Options, arrays: Arrays) -> BlockedCall:
     attention_mask, segment_ids = arrays.get("attention_mask"), arrays.get("segment_ids")
     size, query_start = options.block_size, options.query_start
     query_ids, key_ids = None, None
-    is_padded = not options.causal and key.shape[1] % size > 0  # causality hides padding, too
+    is_padded = not options.causal and key.shape[1] % size > 0  # causal queries see no padding
     if attention_mask is not None or segment_ids is not None or is_padded:
         ids = jnp.zeros(key.shape[:2], jnp.int32) if segment_ids is None else _ranks(segment_ids)
         padding = ((0, 0), (0, -query.shape[1] % size))
         query_ids = jnp.pad(ids[:, query_start : query_start + query.shape[1]], padding)
-        if attention_mask is not None:
+        if attention_mask is not None:  # -1 is the id of no query
             ids = jnp.where(attention_mask.astype(jnp.bool_), ids, -1)
         padding = ((0, 0), (0, -key.shape[1] % size))
         key_ids = jnp.pad(ids, padding, constant_values=-1)
@@ -352,7 +352,7 @@ def _blocked(options: _Options, arrays: Arrays) -> BlockedCall:
 
 
 def _ranks(segment_ids: Integer[Array, "batch key_len"]) -> Int32[Array, "batch key_len"]:
-    """Numbers from 0, equal where segments are: 64-bit ids fit no kernel."""
+    """Ids from 0, equal where segments are: kernels take no 64-bit ids."""
 
     def ranks(ids: Integer[Array, " key_len"]) -> Int32[Array, " key_len"]:
         return jnp.searchsorted(jnp.sort(ids), ids, method="sort").astype(jnp.int32)

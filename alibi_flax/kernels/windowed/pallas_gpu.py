@@ -1,8 +1,8 @@
 """The passes over blocks as Pallas kernels for GPUs, compiled by Triton.
 
-A program owns one block of one head and keeps its state in registers; its steps are those of
-`xla_loops`. JAX 0.11 has deprecated Triton under Pallas, and what is to replace it (Mosaic GPU)
-cannot be tried without a GPU.
+A program computes one block of one head and keeps its state in registers; its steps are those of
+`xla_loops`. JAX 0.11 has deprecated Triton under Pallas; its replacement (Mosaic GPU) cannot be
+tried without a GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 
 from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.partition import shape_of, varying_axes
 from alibi_flax.kernels.windowed import xla_loops
-from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.operator import Attended, BlockedCall, OfKeys, OfQueries, PerQuery
 from alibi_flax.kernels.windowed.xla_loops import Blocks, Index, State, Visit
 
 try:
@@ -57,26 +57,20 @@ def _row_bytes(call: Call) -> int:
     return max(_width(call.query), _width(call.value)) * call.query.dtype.itemsize
 
 
-def attended(
-    blocked: BlockedCall,
-) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+def attended(blocked: BlockedCall) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
     result, log_total = xla_loops.attended(_widened(blocked), sweep=in_programs)
     return result[..., : blocked.value.shape[3]], log_total
 
 
-def query_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
     arrays = (_widened(blocked), _widened_per_query(per_query))
     of_query, of_slope = xla_loops.query_gradients(*arrays, sweep=in_programs)
     return of_query[..., : blocked.query.shape[3]], of_slope
 
 
-def key_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
     arrays = (_widened(blocked), _widened_per_query(per_query))
     of_key, of_value = xla_loops.key_gradients(*arrays, sweep=in_programs)
@@ -86,7 +80,7 @@ def key_gradients(
 def in_programs(
     blocked: BlockedCall, per_query: PerQuery | None, ranges: tuple[Array, Array], visit: Visit
 ) -> State:
-    """Every block of every head by a program of its own: a `Sweep`."""
+    """A `Sweep` with one program for every block of every head."""
     size, (batch, heads, blocks) = blocked.block_size, ranges[0].shape
     first, last = (x.astype(jnp.int32) for x in ranges)
     # In a kernel every array is a reference to memory, under the same name.
@@ -108,7 +102,7 @@ def in_programs(
         return reference[(*leading, pl.ds(block * size, size))]
 
     def one_block() -> State:
-        """What a program writes, to read its shapes off."""
+        """The result of one program, for its shapes."""
         of_arrays = Blocks(blocked, per_query, partial(xla_loops.load, size=size))
         state, _, finish = visit(of_arrays, jnp.int32(0), jnp.int32(0))
         return finish(state)
@@ -137,7 +131,7 @@ def _divided(number: Index, size: int) -> tuple[Index, Index]:
 
 
 def _widened(blocked: BlockedCall) -> BlockedCall:
-    """With as many columns as Triton takes: a power of two."""
+    """With zeros up to a number of columns that Triton takes: a power of two."""
     query, key, value = (_padded(x) for x in (blocked.query, blocked.key, blocked.value))
     return dataclasses.replace(blocked, query=query, key=key, value=value)
 

@@ -1,8 +1,8 @@
 """The passes over blocks as Pallas kernels for TPUs.
 
-A program owns one block of queries (or of keys) of one head, and streams the blocks in its range
-through two buffers: what lies outside is neither fetched nor visited. Numbers per query lie in
-rows, [1, queries], which a TPU stores without padding.
+A program computes one block of queries (or of keys) of one head, and streams the blocks in its
+range through two buffers. Blocks outside the range are neither fetched nor computed. Numbers per
+query are rows, [1, queries], which a TPU stores without padding.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,9 +25,9 @@ from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.certificate import query_block_ranges
 from alibi_flax.kernels.dropout import is_kept
 from alibi_flax.kernels.partition import shape_of, varying_axes
-from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.operator import Attended, BlockedCall, OfKeys, OfQueries, PerQuery
 
-_BLOCK_SIZE = 512  # so that a step computes for longer than it takes to begin
+_BLOCK_SIZE = 512  # so that a step takes longer than its overhead
 _LANES = 128  # numbers in a row of a register
 
 Refs = list[Any]
@@ -48,9 +49,7 @@ def block_size(call: Call) -> int:  # noqa: ARG001
     return _BLOCK_SIZE
 
 
-def attended(
-    blocked: BlockedCall,
-) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+def attended(blocked: BlockedCall) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
@@ -66,7 +65,7 @@ def attended(
             ids, hashes = _ids_and_hashes(blocked, columns, key_rows)
             logits, _ = _logits(blocked, slope, query[0], key, start, 1, ids)
             new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
-            base = jnp.where(new == -math.inf, 0.0, new)
+            base = jnp.where(new == -math.inf, 0.0, new)  # else -inf - -inf would be NaN
             weights, decay = jnp.exp(logits - base), jnp.exp(largest[...] - base)
             largest[...] = new
             total[...] = decay * total[...] + weights.sum(axis=1, keepdims=True)
@@ -96,9 +95,7 @@ def attended(
     return result, log_total
 
 
-def query_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
@@ -138,9 +135,7 @@ def query_gradients(
     return of_query, of_slope
 
 
-def key_gradients(
-    blocked: BlockedCall, per_query: PerQuery
-) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
 
     def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
@@ -150,7 +145,7 @@ def key_gradients(
         columns = [_column(vector[0]) for vector in vectors]
 
         def step(query_block: Array, others: list[Array]) -> None:
-            # Queries lie along the lanes here, so that their rows need not be turned every time.
+            # Logits are [keys, queries] here, so that rows per query need no transpose.
             query, gradient, log_total, shift, *query_rows = others
             start = _start(blocked, query_block, block)
             ids, hashes = _ids_and_hashes(blocked, columns, query_rows)
@@ -190,7 +185,7 @@ class _Operand:
 
     Attributes:
         array: or its shape and dtype.
-        shared: heads of queries that share a sequence.
+        shared: consecutive programs, by batch and head, that read the same sequence.
         axis: of the positions: 1 for a matrix, 2 for a vector.
     """
 
@@ -199,7 +194,7 @@ class _Operand:
     axis: int
 
     def block_shape(self, size: int) -> tuple[int, int]:
-        """Of one block."""
+        """The shape of one block."""
         return (size, self.array.shape[2]) if self.axis == 1 else (1, size)
 
     def own_block(self, size: int) -> pl.BlockSpec:
@@ -212,7 +207,7 @@ class _Operand:
         return pl.BlockSpec((1, *self.block_shape(size)), index)
 
     def block_of(self, ref: Any, head: Array, block: Array, size: int) -> Any:
-        """Any block, where the whole array is stored."""
+        """A reference to one block of the whole array."""
         sequence, positions = jax.lax.div(head, jnp.int32(self.shared)), pl.ds(block * size, size)
         return ref.at[sequence, positions] if self.axis == 1 else ref.at[sequence, :, positions]
 
@@ -228,7 +223,7 @@ def _vector(x: Any, shared: int = 1) -> _Operand:
 
 
 def _of_queries(blocked: BlockedCall) -> list[_Operand]:
-    """The numbers and the hash of each query."""
+    """The id and the hash of each query, where there are any."""
     ids, hashes = blocked.query_ids, blocked.query_hashes
     operands = [] if ids is None else [_vector(ids, blocked.query.shape[1])]
     return operands if hashes is None else [*operands, _vector(hashes)]
@@ -258,20 +253,17 @@ def _empty(like: Array, width: int | None, dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(
-            (math.prod(x.shape) // math.prod(shape[1:]), *shape[1:]), x.dtype
-        )
-    return x.reshape(shape)
+    reshape = partial(jnp.reshape, shape=shape)
+    return jax.eval_shape(reshape, x) if isinstance(x, jax.ShapeDtypeStruct) else reshape(x)
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """Blocks that a program fetches one by one, each while it computes with the one before.
+    """Blocks that a program fetches one by one, each during the computation with the previous one.
 
     Attributes:
         operands, sources: the arrays, and where the whole of each is stored.
-        buffers: two slots of each array, for a block that is used and one that is on its way.
+        buffers: two slots of each array, for a block in use and one that is being fetched.
         semaphores: one for each array and slot.
         head: of the program.
         size: positions in a block.
@@ -285,7 +277,7 @@ class _Stream:
     size: int
 
     def visit(self, start: Array, end: Array, step: Step) -> None:
-        """Step past the blocks from `start` up to `end`."""
+        """Call `step` with the blocks from `start` up to `end`."""
 
         def visit_one(block: Array, _: None) -> None:
             slot = jax.lax.rem(block - start, jnp.int32(2))
@@ -324,15 +316,16 @@ def _sweep(
     state: list[tuple[int, int]],
     outputs: list[_Operand],
 ) -> list[Array]:
-    """Call `program` for every head and block, to pass the blocks of `others` from first to last.
+    """Call `program` for every head and block, and its step for the blocks from first to last.
 
-    A program is given its slope, its block, what it owns, memory for its state, and its outputs. It
-    says how to step past one block, and how to finish.
+    A program takes its slope, its block, its blocks of `own`, memory for its state, and its
+    outputs. It returns a step, which takes one block of `others`, and a function that writes the
+    outputs.
     """
     size, (batch, heads, blocks) = blocked.block_size, first.shape
 
     def kernel(slopes: Any, first: Any, last: Any, *refs: Any) -> None:
-        rest = iter(refs)  # in the order in which pallas_call is told of them below
+        rest = iter(refs)  # in the order of the arguments of pallas_call below
         groups = (own, others, outputs, state, others)
         own_refs, sources, output_refs, state_refs, buffers = (
             list(islice(rest, len(group))) for group in groups
@@ -378,7 +371,7 @@ def _sweep(
 
 
 def _start(blocked: BlockedCall, query_block: Array, key_block: Array) -> Array:
-    """How far the first key of a block lies behind the first query of another."""
+    """The position of the first key of a block, minus that of the first query of another."""
     return (key_block - query_block) * blocked.block_size - blocked.query_start
 
 
@@ -410,7 +403,7 @@ def _logits(
 def _ids_and_hashes(
     blocked: BlockedCall, columns: list[Array], rows: list[Array]
 ) -> tuple[list[tuple[Array, Array]], list[tuple[Array, Array]]]:
-    """What two blocks say of each position, in pairs: numbers, and hashes if there is dropout."""
+    """Columns and rows of two blocks in pairs: of ids if there are any, of hashes for dropout."""
     pairs = list(zip(columns, rows, strict=True))
     count = 0 if blocked.query_ids is None else 1
     return pairs[:count], pairs[count:]
@@ -419,7 +412,7 @@ def _ids_and_hashes(
 def _dropped(
     blocked: BlockedCall, x: Float[Array, "block block"], hashes: list[tuple[Array, Array]]
 ) -> Float[Array, "block block"]:
-    """Zeros in place of what dropout takes, the rest divided by the share that it keeps."""
+    """0 where dropout drops; the rest is divided by the share that is kept."""
     for column, row in hashes:
         x = jnp.where(is_kept(blocked.dropout, column, row), x / (1 - blocked.dropout), 0.0)
     return x
@@ -428,7 +421,7 @@ def _dropped(
 def _dot(
     left: Array, right: Array, left_axis: int, right_axis: int
 ) -> Float[Array, "rows columns"]:
-    """A product summed in float32; the default for float32 would be passes in bfloat16."""
+    """A product summed in float32; by default a TPU would round float32 inputs to bfloat16."""
     is_wide = left.dtype == jnp.float32
     return jax.lax.dot_general(
         *(left, right, (((left_axis,), (right_axis,)), ((), ()))),
@@ -442,7 +435,7 @@ def _zeros(ref: Any) -> Array:
 
 
 def _column(row: Shaped[Array, "1 block"]) -> Shaped[Array, "block 1"]:
-    """Turned by way of a full register, the only shape that can be."""
+    """Transposed as a full register, the only shape that a TPU transposes."""
     return jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
 
 

@@ -1,7 +1,7 @@
 """The passes over blocks in plain JAX, for any device: online softmax in loops of XLA.
 
-A block of queries passes the blocks of keys in its range one by one (Milakov and Gimelshein 2018;
-Dao et al. 2022). What it does at each is said here; a `Sweep` says how blocks come by, and there is
+A block of queries visits the blocks of keys in its range one by one (Milakov and Gimelshein 2018;
+Dao et al. 2022). A `Visit` computes one block; a `Sweep` loops over blocks: `in_loops` here, and
 another one in `pallas_gpu`.
 """
 
@@ -22,10 +22,10 @@ from alibi_flax.kernels.call import Call, refuses_bias
 from alibi_flax.kernels.certificate import query_block_ranges
 from alibi_flax.kernels.dropout import is_kept
 from alibi_flax.kernels.partition import varying, varying_axes
-from alibi_flax.kernels.windowed.operator import BlockedCall, PerQuery
+from alibi_flax.kernels.windowed.operator import Attended, BlockedCall, OfKeys, OfQueries, PerQuery
 
 # XLA spreads a product over the cores of a CPU only from about this size on: smaller blocks do less
-# work and take longer, and so do several of them side by side.
+# work and take longer, and so do several of them at once.
 BLOCK_SIZE = 512
 
 Index = Integer[Array, ""]
@@ -36,12 +36,12 @@ Finish = Callable[[Any], State]
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a pass reads, block by block.
+    """The input of a pass, read block by block.
 
     Attributes:
-        blocked: its arrays may be references to memory, too.
-        per_query: in backward passes.
-        load: one block of [batch, (heads,) seq, (width)], with heads counted through.
+        blocked: in a Pallas kernel its arrays are references to memory.
+        per_query: None in the forward pass.
+        load: one block of [batch, (heads,) seq, (width)], with one index for batch and heads.
     """
 
     blocked: BlockedCall
@@ -64,9 +64,9 @@ class Blocks:
         return query, gradient, log_total, shift
 
 
-# What a block of a head begins with, how it steps past one other block, and how it finishes.
+# For one block of a head: its first state, the step over one other block, the result of a state.
 Visit = Callable[[Blocks, Index, Index], tuple[State, Step, Finish]]
-# What becomes of each block of every head on its way through the blocks first … last.
+# The results of a `Visit` for each block of every head, with steps over the blocks first … last.
 Sweep = Callable[[BlockedCall, PerQuery | None, tuple[Array, Array], Visit], State]
 
 
@@ -83,7 +83,7 @@ def block_size(call: Call) -> int:  # noqa: ARG001
 def in_loops(
     blocked: BlockedCall, per_query: PerQuery | None, ranges: tuple[Array, Array], visit: Visit
 ) -> State:
-    """One block after another, each past one block after another: a `Sweep`."""
+    """A `Sweep` as two nested loops over blocks."""
     batch, heads, blocks = ranges[0].shape
     arrays = Blocks(blocked, per_query, partial(load, size=blocked.block_size))
     axes = varying_axes(blocked.query)
@@ -106,9 +106,7 @@ def load(x: Shaped[Array, "..."], sequence: Index, block: Index, size: int) -> A
     return jax.lax.dynamic_index_in_dim(blocks, sequence * (seq // size) + block, keepdims=False)
 
 
-def attended(
-    blocked: BlockedCall, sweep: Sweep = in_loops
-) -> tuple[Float[Array, "batch heads queries value_dim"], Float[Array, "batch heads queries"]]:
+def attended(blocked: BlockedCall, sweep: Sweep = in_loops) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
     dtype = blocked.slopes.dtype
 
@@ -121,7 +119,7 @@ def attended(
             place = (head, query_block, key_block)
             logits, _ = _logits(blocks, *place, query, key, key_axis=1)
             new = jnp.maximum(largest, logits.max(axis=-1))
-            base = jnp.where(jnp.isneginf(new), 0, new)
+            base = jnp.where(jnp.isneginf(new), 0, new)  # else -inf - -inf would be NaN
             weights, decay = jnp.exp(logits - base[:, None]), jnp.exp(largest - base)
             total = decay * total + weights.sum(axis=-1)
             weights = _dropped(blocks, *place, weights, key_axis=1)
@@ -149,7 +147,7 @@ def attended(
 
 def query_gradients(
     blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops
-) -> tuple[Float[Array, "batch heads queries head_dim"], Float[Array, "batch heads queries"]]:
+) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
     def visit(blocks: Blocks, head: Index, query_block: Index) -> tuple[State, Step, Finish]:
@@ -178,9 +176,7 @@ def query_gradients(
     return of_query, of_slope
 
 
-def key_gradients(
-    blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops
-) -> tuple[Float[Array, "batch heads keys head_dim"], Float[Array, "batch heads keys value_dim"]]:
+def key_gradients(blocked: BlockedCall, per_query: PerQuery, sweep: Sweep = in_loops) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
 
     def visit(blocks: Blocks, head: Index, key_block: Index) -> tuple[State, Step, Finish]:
@@ -190,7 +186,7 @@ def key_gradients(
             of_key, of_value = state
             query, gradient, log_total, shift = blocks.queries(head, query_block)
             place = (head, query_block, key_block)
-            # Keys on the left: XLA is slow at products that sum over the first axis of the left.
+            # Keys on the left: XLA is slow if a product sums over the first axis of its left side.
             logits, _ = _logits(blocks, *place, key, query, key_axis=0)
             weights = jnp.exp(logits - log_total[None])
             of_weights = blocked.dot("kd,qd->kq", value, gradient)
@@ -226,6 +222,7 @@ def _logits(
     blocked = blocks.blocked
     size, heads = blocked.block_size, blocked.slopes.shape[0]
     shape = (size, size)
+    # The index of the key, and of the query, in their blocks.
     index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
     relative = index[0] - index[1] + (key_block - query_block) * size - blocked.query_start
     distance = jnp.abs(relative).astype(blocked.slopes.dtype)
@@ -251,7 +248,7 @@ def _dropped(
     x: Float[Array, "block block"],
     key_axis: int,
 ) -> Float[Array, "block block"]:
-    """Zeros in place of what dropout takes, the rest divided by the share that it keeps."""
+    """0 where dropout drops; the rest is divided by the share that is kept."""
     blocked = blocks.blocked
     if blocked.query_hashes is None or blocked.key_hashes is None:
         return x

@@ -1,8 +1,8 @@
 """The passes over tiles by ATen's fused CPU kernel, which scaled_dot_product_attention runs on.
 
-Called directly it takes a float32 bias beside narrower inputs, returns the normaliser, and reads
-keys and bias through any strides. None of that is public API: before the first call it is tried
-whether this torch does so. The kernel knows no gradient of its bias.
+Called directly it takes a float32 bias with narrower inputs, returns the normaliser, and reads keys
+and bias through any strides. None of that is public API, so the first call tests whether this torch
+does it. The kernel has no gradient of its bias.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alibi_torch.kernels.call import Call, refuses_bias, refuses_dropout
 from alibi_torch.kernels.windowed import plain
-from alibi_torch.kernels.windowed.tiles import Tiles
+from alibi_torch.kernels.windowed.tiles import Attended, Gradients, Tiles
 
 UNIT = 1.0  # the kernel counts logits in powers of e
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -37,12 +37,7 @@ def refuses(call: Call) -> str | None:
     return refuses_dropout(call) or refuses_bias(call)
 
 
-def forward(
-    tiles: Tiles,
-) -> tuple[
-    Float[Tensor, "tiles heads height head_dim"],
-    Float[Tensor, "tiles heads height"],
-]:
+def forward(tiles: Tiles) -> Attended:
     """As `plain.forward`."""
     arrays = (tiles.query, tiles.key, tiles.value)
     op = getattr(torch.ops.aten, _FORWARD)
@@ -55,7 +50,7 @@ def backward(
     attended: Float[Tensor, "tiles heads height head_dim"],
     log_total: Float[Tensor, "tiles heads height"],
     distance: Tensor | None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, None]:
+) -> Gradients:
     """As `plain.backward`, without the slopes."""
     arrays = (gradient, tiles.query, tiles.key, tiles.value, attended, log_total)
     op = getattr(torch.ops.aten, _BACKWARD)
@@ -70,13 +65,13 @@ def _is_available() -> bool:
     return _tried()
 
 
-# As torch.compiler.assume_constant_result does, which would import the whole compiler.
+# Same as torch.compiler.assume_constant_result, which would import the whole compiler.
 vars(_is_available)["_dynamo_marked_constant"] = True
 
 
 @cache
 def _tried() -> bool:
-    """In a thread of its own, which knows no mode of the caller: torch.export's have no numbers."""
+    """In its own thread, outside the caller's modes: in torch.export's, tensors have no values."""
     found: list[bool] = []
     thread = threading.Thread(target=lambda: found.append(_agrees_with_plain_torch()))
     thread.start()
@@ -106,7 +101,7 @@ def _agrees_with_plain_torch() -> bool:
     try:
         found = forward(tiles)
         found = (*found, *backward(tiles, query, attended, log_total, None)[:3])
-    except (RuntimeError, TypeError):  # the arguments are others than we know
+    except (RuntimeError, TypeError):  # its arguments have changed
         return False
     pairs = zip(found, (attended, log_total, *exact), strict=True)
     return all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)

@@ -31,7 +31,7 @@ class Bias:
         self._obstacles = _obstacles(self._visible, self._segments)
 
     def distance(self, strip: Strip) -> Float[Tensor, "1 1 height width"]:
-        """|i - j| for one tile of a strip, which is that of every tile."""
+        """|i - j| in a tile of a strip; the same for all of its tiles."""
         apart = distances(strip, self._query_start, self._slopes.device).abs().to(self.dtype)
         return on_diagonals(apart[None], strip)
 
@@ -41,7 +41,7 @@ class Bias:
         Float[Tensor, "#tiles heads height width"],
         Bool[Tensor, "tiles 1 height 1"] | None,
     ]:
-        """The bias, and which queries see no key: these see all of their tile instead."""
+        """The bias, and which queries see no key: the bias lets these see their whole tile."""
         apart = distances(strip, self._query_start, self._slopes.device)
         penalty = (-self._slopes[strip.heads] * apart.abs()).to(self.dtype)  # rounded once
         if self._causal:
@@ -56,9 +56,10 @@ class Bias:
             visible = visible & key_tiles(self._visible[:, None, :, None], strip, sequences, 1).mT
         if self._segments is not None:
             of_key = self._segments[:, None, :, None]
+            # In reverse order, as all queries of a tile.
             of_query = query_tiles(of_key[:, :, self._query_start :], strip, sequences).flip(2)
             visible = visible & (of_query == key_tiles(of_key, strip, sequences, 1).mT)
-        # The softmax of nothing but -inf is NaN: such queries see everything, and become 0 later.
+        # A softmax of only -inf is NaN: such queries see everything here, and become 0 later.
         is_empty = ~visible.any(dim=-1, keepdim=True)
         return bias.masked_fill(~visible, -torch.inf).masked_fill(is_empty, 0.0), is_empty
 

@@ -1,9 +1,9 @@
 """Attention over certified windows, tile by tile: the cost grows linearly with the sequence.
 
 `certificate` says which keys a query needs, `tiles` groups them into strips of tiles, `workers`
-shares these out among threads, and the passes of one technology compute them. The whole is one
-operator with a gradient, which torch.compile, torch.func and checkpointing see as a box. Its
-backward pass computes every tile again.
+divides these among threads, and the passes of one technology compute them. All of it is one
+operator with a gradient, opaque to torch.compile, torch.func and checkpointing. Its backward pass
+recomputes every tile.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from alibi_torch.kernels.dropout import Dropout
 from alibi_torch.kernels.finite import are_ordinary, broken_queries, cleaned
 from alibi_torch.kernels.windowed.bias import Bias
 from alibi_torch.kernels.windowed.tiles import (
+    Attended,
+    Gradients,
     Strip,
     Tiles,
     add_key_tiles,
@@ -38,8 +40,8 @@ from alibi_torch.kernels.windowed.tiles import (
 )
 from alibi_torch.kernels.windowed.workers import Team
 
-# Arrays as large as the logits that are held at once with dropout. Strips are so much shorter that
-# they still fit the cache.
+# With dropout, this many arrays as large as the logits exist at once. Strips are shorter by this
+# factor, so that they still fit the CPU's cache.
 _ARRAYS_WITH_DROPOUT = 4
 
 
@@ -54,12 +56,10 @@ class Passes(Protocol):
 
     @property
     def UNIT(self) -> float:
-        """What bias and logarithms are multiplied by: log2(e) for powers of two."""
+        """The factor on bias and logarithms: log2(e) for powers of two."""
         ...
 
-    def forward(
-        self, tiles: Tiles
-    ) -> tuple[Float[Tensor, "tiles heads height value_dim"], Float[Tensor, "tiles heads height"]]:
+    def forward(self, tiles: Tiles) -> Attended:
         """softmax(scale · q·k + bias) times v, and `UNIT` · log of the softmax's denominator."""
         ...
 
@@ -70,7 +70,7 @@ class Passes(Protocol):
         attended: Float[Tensor, "tiles heads height value_dim"],
         log_total: Float[Tensor, "tiles heads height"],
         distance: Float[Tensor, "1 1 height width"] | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]:
+    ) -> Gradients:
         """Gradients of query, key and value, and of the slopes where distances are given."""
         ...
 
@@ -80,9 +80,9 @@ def attention(call: Call, passes: Passes) -> Float[Tensor, "batch heads query_le
     arrays = (call.query, call.key, call.value, call.slopes)
     is_compiling = torch.compiler.is_compiling()
     if is_compiling or not any(map(is_functorch_wrapped_tensor, arrays)):
-        _refuse_tangents(*arrays)  # torch.func asks `jvp` below
+        _refuse_tangents(*arrays)  # torch.func calls `jvp` below
     attend: Any = _AttendEagerly.apply
-    if is_compiling:  # and a Function may only be where there are gradients
+    if is_compiling:  # which accepts a Function only with gradients
         has_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
         attend = _Attend.apply if has_gradients else _attend
     attended, _, _ = attend(
@@ -104,7 +104,7 @@ def _passes_named(name: str) -> Passes:
     return module
 
 
-# An operator of torch takes no objects: `_Work` puts together again what `attention` took apart.
+# A torch operator takes no objects: `attention` passes the parts of a call, `_Work` rebuilds it.
 _ARRAYS = (
     "Tensor query, Tensor key, Tensor value, Tensor slopes, Tensor? attention_mask, "
     "Tensor? segment_ids, Tensor? query_hashes, Tensor? key_hashes"
@@ -127,7 +127,7 @@ def _attend(
     Float[Tensor, "batch heads query_len"],
     Integer[Tensor, "2 heads query_blocks_and_one"],
 ]:
-    """Attended values; the logarithm of each softmax's denominator; the windows, the last empty."""
+    """Attended values; the log of each softmax's denominator; the windows, then an empty one."""
     work = _Work(*arguments)
     call, team = work.call, Team.of(work.call.query.device)
 
@@ -146,7 +146,7 @@ def _attend(
             query_tiles(log_totals, strip, sequences).copy_(log_total)
 
         for _ in team.each(compute_strip, cut.parts):
-            pass  # every strip writes its own queries
+            pass  # no two strips write the same queries
         attended, log_totals = in_order(attended, cut.order), in_order(log_totals, cut.order)
         if work.broken is not None:
             attended = attended.masked_fill(work.broken, math.nan)
@@ -184,7 +184,7 @@ def _attend_backward(
         cut = _Cut(work, windows)
         reversed_arrays = [in_order(x, cut.order) for x in (gradient, attended, log_totals)]
 
-        def compute_strip(part: tuple[Strip, slice]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        def compute_strip(part: tuple[Strip, slice]) -> Gradients:
             strip, sequences = part
             tiles, is_empty = cut.tiles(strip, sequences)
             cotangent, result, log_total = (
@@ -195,11 +195,11 @@ def _attend_backward(
             return work.passes.backward(tiles, cotangent, result, log_total, distance)
 
         of_query = torch.zeros_like(cut.query)
-        # Tiles overlap in keys: what they add to one is summed in the dtype of the logits.
+        # Tiles overlap in keys: the gradients of a key are summed in the dtype of the logits.
         of_key, of_value, of_slopes = (
             x.new_zeros(x.shape, dtype=cut.bias.dtype) for x in (call.key, call.value, call.slopes)
         )
-        # One strip after another, in their order: so the bits do not depend on the threads.
+        # Added in the order of the strips, so that the bits do not depend on the threads.
         for (strip, sequences), of_tiles in team.each(compute_strip, cut.parts):
             query_tiles(of_query, strip, sequences).copy_(of_tiles[0])
             add_key_tiles(of_key, of_tiles[1], strip, sequences, cut.group)
@@ -213,7 +213,7 @@ def _attend_backward(
 
 
 class _Work:
-    """What the operators are asked: a call of finite numbers, and how to compute it.
+    """The input of the operators: a call of finite numbers, and how to compute it.
 
     Attributes:
         broken: the queries that see a number that is not finite; None where all are ordinary.
@@ -239,8 +239,8 @@ class _Cut:
 
     Attributes:
         parts: every strip with the sequences that it is computed for at once.
-        order: of the queries, in which those of every tile are reversed.
-        query: in that order.
+        order: of the queries: those of every tile are reversed.
+        query: the call's, in that order.
         group: query heads per head of keys.
     """
 
@@ -256,7 +256,7 @@ class _Cut:
             group=self.group,
             key_elements=batch * max(head_dim, work.block_size) * arrays,
         )
-        # Several tiles lie one after another in a single sequence; only one can lie in many.
+        # `query_tiles` makes one axis of tiles: those of one sequence, or one tile per sequence.
         all_at_once, one_by_one = [slice(0, batch)], [slice(b, b + 1) for b in range(batch)]
         self.parts = [
             (strip, each)
@@ -274,7 +274,7 @@ class _Cut:
     def tiles(
         self, strip: Strip, sequences: slice
     ) -> tuple[Tiles, Bool[Tensor, "tiles 1 height 1"] | None]:
-        """What the passes compute, and which queries see no key: these are 0."""
+        """The input of the passes, and which queries see no key: those are 0."""
         bias, is_empty = self.bias.of(strip, sequences)
         dropout = self._dropout
         if dropout is not None:
@@ -299,7 +299,7 @@ def _cleared(
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
-    # ATen's kernel takes any strides but that of the last axis, which it does not look at.
+    # ATen's kernel takes any strides, but assumes 1 for the last axis without a check.
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -312,7 +312,7 @@ def _shapes(
     return (
         value.new_empty((batch, heads, query_len, value.shape[3])),
         query.new_empty((batch, heads, query_len), dtype=dtype),
-        # An empty block more: torch.export goes by its example where a size may be 1.
+        # One more, empty: torch.export would fix a size that is 1 in its example.
         query.new_empty((2, heads, -(-query_len // block_size) + 1), dtype=torch.int64),
     )
 
@@ -354,7 +354,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_gradients: Any) -> tuple[Tensor | None, ...]:
         needs_slopes = ctx.needs_input_grad[3]
-        # The compiler cannot follow one Function inside another, but needs none of what it adds.
+        # The compiler cannot trace a Function inside another. It does not need `_AttendBackward`,
+        # which only adds vmap and an error.
         differentiate = _attend_backward if torch.compiler.is_compiling() else _AttendBackward.apply
         *gradients, of_slopes = differentiate(
             output_gradients[0], needs_slopes, *ctx.saved_tensors, *ctx.options
@@ -368,7 +369,7 @@ def _refuse_tangents(*arrays: Tensor) -> None:
 
 
 class _AttendEagerly(_Attend):
-    """`_Attend` with what torch.func needs as well, and the compiler refuses."""
+    """`_Attend` with the methods that torch.func needs and the compiler refuses."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: ARG004
@@ -380,7 +381,7 @@ class _AttendEagerly(_Attend):
 
 
 class _AttendBackward(torch.autograd.Function):
-    """`_attend_backward`, which nobody may differentiate."""
+    """`_attend_backward`, with an error as its derivative."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -388,7 +389,7 @@ class _AttendBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> None:  # noqa: ARG004

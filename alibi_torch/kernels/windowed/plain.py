@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alibi_torch.kernels.call import Call, refuses_bias
 from alibi_torch.kernels.dropout import drop
-from alibi_torch.kernels.windowed.tiles import Tiles
+from alibi_torch.kernels.windowed.tiles import Attended, Gradients, Tiles
 
 # Logits are counted in powers of two: exp2 takes half the time of exp.
 UNIT = math.log2(math.e)
@@ -21,12 +21,7 @@ def refuses(call: Call) -> str | None:
     return refuses_bias(call)
 
 
-def forward(
-    tiles: Tiles,
-) -> tuple[
-    Float[Tensor, "tiles heads height value_dim"],
-    Float[Tensor, "tiles heads height"],
-]:
+def forward(tiles: Tiles) -> Attended:
     """softmax(scale · q·k + bias) times v, and `UNIT` times the logarithm of its denominator."""
     logits = _logits(tiles)
     largest = logits.amax(dim=-1, keepdim=True)
@@ -47,12 +42,12 @@ def backward(
     attended: Float[Tensor, "tiles heads height value_dim"],
     log_total: Float[Tensor, "tiles heads height"],
     distance: Float[Tensor, "1 1 height width"] | None,
-) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]:
+) -> Gradients:
     """Gradients of query, key and value, and of the slopes where distances are given."""
     dtype, dropout = tiles.bias.dtype, tiles.dropout
     probabilities = _logits(tiles).sub_(log_total[..., None]).exp2_()
     gradient, attended = gradient.to(dtype), attended.to(dtype)
-    # Σ_j p_ij dp_ij is that of gradient and result: no second look at the keys.
+    # Σ_j p_ij dp_ij, as the product of gradient and result, which takes no pass over the values.
     mean = (gradient * attended).sum(dim=-1, keepdim=True)
     kept = None if dropout is None else dropout.kept()
     if dropout is not None:

@@ -1,4 +1,4 @@
-"""From certified windows to few large products: which tiles of queries and keys meet.
+"""From certified windows to a few large products of tiles.
 
 A tile is a block of queries (or several) with one contiguous range of keys. Consecutive blocks
 whose windows have the same width form a strip: their keys are overlapping views of one array, and
@@ -21,22 +21,22 @@ from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.certificate import attention_plan
 from alibi_torch.kernels.dropout import Dropout
 
-# Numbers that one product may make: of logits, or of the gradients of keys. Strips end there.
+# The most elements of one product (logits, or gradients of keys): a strip ends before it has more.
 _PRODUCT_ELEMENTS = 2**21
-# How much wider than the sum of its tiles' own windows a strip may be.
+# The most keys of a strip's tiles, over those of their own windows.
 _STRIP_WASTE = 1.1
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What the passes are given of one strip; the queries of each tile in reverse order.
+    """The input of the passes for one strip; the queries of each tile in reverse order.
 
     Attributes:
         query, key, value: of each tile; heads that share keys see the same ones.
         bias: times the `UNIT` of the passes; -inf where a query does not see a key.
         scale: factor on q·k.
-        dropout: None without.
-        is_ordinary: unless it is True, products with hidden keys may be infinite.
+        dropout: None without dropout.
+        is_ordinary: False if products with hidden keys can be infinite.
     """
 
     query: Float[Tensor, "tiles heads height head_dim"]
@@ -46,6 +46,11 @@ class Tiles:
     scale: float
     dropout: Dropout | None
     is_ordinary: bool
+
+
+# What the passes return: result and log-sums; gradients of query, key, value and perhaps slopes.
+Attended = tuple[Float[Tensor, "tiles heads height value_dim"], Float[Tensor, "tiles heads height"]]
+Gradients = tuple[Tensor, Tensor, Tensor, Float[Tensor, " heads"] | None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Strip(Extent):
 
     @property
     def products(self) -> int:
-        """How many pairs of a query and a key meet."""
+        """How many pairs of a query and a key are computed."""
         return (self.heads.stop - self.heads.start) * self.queries * self.width
 
 
@@ -88,6 +93,7 @@ def windows_of(call: Call, block_size: int) -> Integer[Tensor, "2 heads query_bl
     """
     plan, query_len = attention_plan(call, block_size), call.query.shape[2]
     first = plan.first.amin(dim=0) * block_size
+    # An empty range must not widen those of other sequences.
     last = torch.where(plan.last > plan.first, plan.last, 0).amax(dim=0) * block_size
     end = torch.arange(1, plan.first.shape[2] + 1, device=call.query.device) * block_size
     end = end.clamp(max=query_len) + call.query_start  # after the position of the last query
@@ -105,13 +111,13 @@ def strips_of(
     group: int,
     key_elements: int,
 ) -> list[Strip]:
-    """The strips that cover all windows, those with most to do first.
+    """The strips that cover all windows, the largest first.
 
-    Heads that share keys and have equal tiles go together.
+    Consecutive heads with equal tiles go together; if keys are shared, those of one head of keys.
 
     Args:
         group: query heads per head of keys.
-        key_elements: numbers per key that a product makes, in all sequences of the batch.
+        key_elements: elements of a product per key and block, in all sequences of the batch.
     """
     heads_of: dict[Extent, list[int]] = defaultdict(list)
     for head, ranges in enumerate(windows.permute(1, 2, 0).tolist()):
@@ -120,7 +126,7 @@ def strips_of(
             heads_of[extent].append(head)
     strips = []
     for extent, heads in heads_of.items():
-        blocks = extent.tiles * -(-extent.height // block_size)
+        blocks = extent.tiles * -(-extent.height // block_size)  # of queries
         limit = max(1, _PRODUCT_ELEMENTS // (blocks * extent.width * key_elements))
         for begin, end in _neighbours(heads, group, limit):
             strips.append(Strip(**vars(extent), heads=slice(begin, end)))
@@ -139,10 +145,10 @@ class _Cover:
     key_elements: int
 
     def extents(self) -> list[Extent]:
-        """From each block on, whatever covers more.
+        """One after another, each of the kind that covers more queries.
 
-        Tiles that slide along with the queries do far from the beginning, one tall tile for several
-        blocks near it, where windows end at the first key.
+        Far from the beginning these are tiles that slide along with the queries; near it, where
+        windows end at the first key, one tall tile for several blocks.
         """
         extents, block = [], 0
         while block < len(self.windows):
@@ -156,17 +162,18 @@ class _Cover:
         return extents
 
     def _sliding(self, block: int) -> Extent:
-        """Tiles of one block each, all of them as wide as the widest on either side needs."""
+        """Tiles of one block each, all with the widest reach to either side of the first query."""
         start, first_query = self.query_start, block * self.block_size
         first, end = self.windows[block]
+        # The reach of a tile: its keys before its first query, and from there on.
         before, after = start + first_query - first, end - (start + first_query)
         tiles, needed = 1, end - first
         for first, end in islice(self.windows, block + 1, None):
             query = first_query + tiles * self.block_size
             needed += end - first
             reach = max(before, start + query - first), max(after, end - (start + query))
-            # All tiles take the widest reach: the first may not begin before the first key, nor the
-            # last end after the last one; and a shorter block of queries is no such tile.
+            # All tiles have the same reach. So the first must not begin before the first key, the
+            # last must not end after the last key, and a shorter block of queries cannot join.
             has_keys = reach[0] <= start + first_query and start + query + reach[1] <= self.key_len
             is_whole = query + self.block_size <= self.query_len
             fits = (tiles + 1) * sum(reach) <= self._limit(needed)
@@ -192,12 +199,12 @@ class _Cover:
         return Extent(first_query, height, 1, start, end - start)
 
     def _limit(self, needed: int) -> float:
-        """How many keys the tiles of blocks that need so many may have."""
+        """The most keys that the tiles of blocks may have together if the blocks need `needed`."""
         return min(_STRIP_WASTE * needed, _PRODUCT_ELEMENTS / self.key_elements)
 
 
 def _neighbours(heads: list[int], group: int, limit: int) -> list[tuple[int, int]]:
-    """Ranges of consecutive heads: of any heads, or if keys are shared, of one head of keys."""
+    """Ranges of up to `limit` consecutive heads; with shared keys, each of one head of keys."""
     ranges: list[tuple[int, int]] = []
     for head in heads:
         if ranges:
@@ -213,9 +220,9 @@ def _neighbours(heads: list[int], group: int, limit: int) -> list[tuple[int, int
 def reversing_order(
     strips: list[Strip], heads: int, query_len: int, device: torch.device
 ) -> Integer[Tensor, " all_queries"]:
-    """Where each query of each head goes, in [heads, query_len], to reverse every tile.
+    """The index of each query of each head in [heads, query_len], with every tile reversed.
 
-    The order is its own inverse: applied twice, it changes nothing.
+    The order is its own inverse.
     """
     order = torch.arange(heads * query_len, device=device).view(heads, query_len)
     for strip in strips:
@@ -246,6 +253,7 @@ def key_tiles(x: Tensor, strip: Strip, sequences: slice, group: int) -> Tensor:
     x = x[:, :, start : start + moved + strip.width]
     if strip.tiles > 1:
         x = _overlapping(x[0], strip.width, strip.height)
+    # With shared keys one head of keys stands for all heads of the strip.
     return x.expand(-1, strip.heads.stop - strip.heads.start, *x.shape[2:])
 
 
@@ -256,11 +264,11 @@ def add_key_tiles(total: Tensor, tiles: Tensor, strip: Strip, sequences: slice, 
     total, start = total[sequences, _key_heads(strip, group)], strip.first_key
     if strip.tiles == 1:
         total[:, :, start : start + strip.width] += tiles
-    elif strip.width > strip.queries:  # fewer tiles than parts: one tile after another
+    elif strip.width > strip.queries:  # fewer tiles than parts, as below
         for tile in tiles:
             total[0, :, start : start + strip.width] += tile
             start += strip.height
-    else:  # one part of all tiles after another: parts of one step do not overlap
+    else:  # tiles in parts of `height` keys: the n-th parts of all tiles do not overlap
         for part in tiles.split(strip.height, dim=2):
             end = start + (strip.tiles - 1) * strip.height + part.shape[2]
             _overlapping(total[0, :, start:end], part.shape[2], strip.height).add_(part)
@@ -288,5 +296,6 @@ def distances(
 
 def on_diagonals(x: Tensor, strip: Strip) -> Tensor:
     """A view of [heads, diagonals] as [1, heads, height, width], queries in reverse order."""
+    # In that order the next query and the next key are both one diagonal on: equal strides.
     shape = (1, x.shape[0], strip.height, strip.width)
     return x.as_strided(shape, (0, x.stride(0), x.stride(1), x.stride(1)))

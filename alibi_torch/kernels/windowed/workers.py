@@ -1,8 +1,8 @@
-"""Threads that share out the tiles of one call. Each computes with one thread of torch's own.
+"""Threads that divide the tiles of one call. Each computes with one thread of torch's own.
 
-Left to itself, torch shares out every single operator among its threads and waits for the slowest,
-hundreds of times in one call. Where other programs run too, each of these meetings can take ten
-milliseconds. These threads take one tile after another and meet once.
+By default torch divides every single operator among its threads and waits for the slowest, hundreds
+of times in one call. On a busy machine each wait can take ten milliseconds. These threads take one
+tile after another and wait once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+
+from alibi_torch.kernels.call import without_autocast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,13 +37,13 @@ class Pool:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = SimpleQueue()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """What `function` of the arguments will be."""
+        """The future result of `function(*arguments)`."""
         future: Future[Result] = Future()
         self._tasks.put((future, function, arguments))
         return future
 
     def grow(self, size: int) -> bool:
-        """Have at least so many threads, all of which have begun; whether that took new ones."""
+        """Have at least `size` threads, all started; return whether some are new."""
         missing = max(0, size - len(self.threads))
         ready = threading.Barrier(missing + 1)
         for _ in range(missing):
@@ -59,14 +60,14 @@ class Pool:
             thread.join()
 
     def _work(self, ready: threading.Barrier) -> None:
-        # What is set here is set for this thread.
-        torch.get_num_threads()  # the first question makes it take everybody's number
+        # These settings are those of one thread.
+        torch.get_num_threads()  # the first call makes it take the process's number
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
         ready.wait()
         while (task := self._tasks.get()) is not None:
             _perform(*task)
-            del task  # or its arrays stay until the next one
+            del task  # frees its arrays before the wait for the next one
 
 
 def _perform(
@@ -80,9 +81,9 @@ def _perform(
 
 @dataclass(frozen=True)
 class Team:
-    """Who computes one call: a leader and workers, or without them the thread that calls.
+    """The threads of one call: a leader and workers, or only the calling thread.
 
-    Nobody records gradients, and autocast is off.
+    They record no gradients, and autocast is off.
     """
 
     device: torch.device
@@ -92,17 +93,17 @@ class Team:
 
     @classmethod
     def of(cls, device: torch.device) -> Team:
-        """As many workers as torch has threads, if it has several on this device."""
+        """As many workers as torch has threads on this device; none if it has one."""
         size = torch.get_num_threads()
         if device.type != "cpu" or size == 1 or not _has_own_counts():
             return cls(device, 1, None, None)
         return cls(device, size, *_pools(size))
 
     def lead(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns, in the thread of a leader."""
+        """The result of `function` in the thread of a leader."""
         if self.leaders is not None:
             return self.leaders.submit(function).result()
-        with torch.no_grad(), _without_autocast(self.device):
+        with torch.no_grad(), without_autocast(self.device):
             return function()
 
     def each(
@@ -127,26 +128,21 @@ class Team:
 
 @cache
 def _has_own_counts() -> bool:
-    """Another backend of torch has one pool for all threads, which a thread cannot leave."""
+    """Whether each thread has its own thread count: with OpenMP, not with one common pool."""
     return "backend: OpenMP" in torch.__config__.parallel_info()
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would narrow the products of float32 inputs. Meta tensors know no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-# Leaders wait for workers, who wait for nobody: many calls at once cannot block each other.
+# Leaders wait for workers, and workers for nothing: concurrent calls cannot deadlock.
 _leaders, _workers = Pool(), Pool()
 _lock = threading.Lock()
 
 
 def _pools(size: int) -> tuple[Pool, Pool]:
-    """At least so many leaders and so many workers."""
+    """Pools of at least `size` leaders and `size` workers."""
     with _lock:
         _register_hooks()
         if _leaders.grow(size) | _workers.grow(size):
-            # A thread that begins later takes the number that was set last.
+            # Later threads take the number that was set last: the workers set 1.
             torch.set_num_threads(size)
         return _leaders, _workers
 
@@ -165,7 +161,7 @@ def _forget() -> None:
 
 
 def _end() -> None:
-    """Python would cut off daemons in the middle of torch; by now no other thread is left."""
+    """Python would kill daemons inside torch. By now no other thread is left that needs them."""
     _leaders.end()
     _workers.end()
     _forget()

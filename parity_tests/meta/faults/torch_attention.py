@@ -197,8 +197,8 @@ FAULTS = (
     Mutant(
         "workers that use every thread",
         "alibi_torch/kernels/windowed/workers.py",
-        "torch.get_num_threads()  # the first question makes",
-        "_ = 0  # the first question makes",
+        "torch.get_num_threads()  # the first call makes",
+        "_ = 0  # the first call makes",
         "test_torch_threads.py",
     ),
     Mutant(
