@@ -16,7 +16,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int32, Integer
 
-from alibi_flax.attention import attention
+from alibi_flax.dispatch import attention
 from alibi_flax.kernels import decode
 from alibi_spec import ALiBiConfig
 from alibi_spec.checks import (

@@ -26,15 +26,15 @@ from jax import Array
 from jax.export import is_symbolic_dim
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.attention import (
+from alibi_flax.cache import KVCache
+from alibi_flax.dispatch import (
     attention,
     attention_implementations,
     biased_logits,
 )
-from alibi_flax.cache import KVCache
 from alibi_flax.kernels.call import has_values_on_host
 from alibi_spec import ALiBiConfig, Parameter, model_slopes, parameter_table, slopes
-from alibi_spec.bias import interpolation
+from alibi_spec.biases import interpolation
 from alibi_spec.checks import (
     check_array,
     check_embeddings,
@@ -48,7 +48,7 @@ from alibi_spec.checks import (
 )
 
 AttentionMask = Integer[Array, "batch seq"] | Bool[Array, "batch seq"]
-SlopeFactor = float | Float[Array, ""]  # `alibi_spec.bias.interpolation`
+SlopeFactor = float | Float[Array, ""]  # `alibi_spec.biases.interpolation`
 
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {

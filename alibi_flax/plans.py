@@ -8,7 +8,7 @@ import flax.linen as nn
 from jax import Array
 from jaxtyping import Integer, Num
 
-from alibi_flax.attention import AttentionPlan, attention_plan
+from alibi_flax.dispatch import AttentionPlan, attention_plan
 from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import check_plannable

@@ -1,6 +1,6 @@
 """What ALiBi is, in NumPy: configuration, bias, masks, parameters, reference model and budgets."""
 
-from alibi_spec.bias import bias, geometric_slopes, model_slopes, slopes
+from alibi_spec.biases import bias, geometric_slopes, model_slopes, slopes
 from alibi_spec.config import ALiBiConfig
 from alibi_spec.masks import masked_softmax, visible_keys
 from alibi_spec.parameters import Parameter, parameter_table

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alibi_spec.bias import model_slopes
+from alibi_spec.biases import model_slopes
 from alibi_spec.certificate import TOLERANCES, tolerance_of
 
 if TYPE_CHECKING:

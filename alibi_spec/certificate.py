@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alibi_spec.bias import default_scale, query_positions
+from alibi_spec.biases import default_scale, query_positions
 from alibi_spec.masks import masked_softmax
 from alibi_spec.reference import biased_logits, shared_heads
 

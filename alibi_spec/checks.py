@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from alibi_spec.bias import DISTANCES
+from alibi_spec.biases import DISTANCES
 
 if TYPE_CHECKING:
     from alibi_spec.config import ALiBiConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from alibi_spec.bias import DISTANCES, default_scale
+from alibi_spec.biases import DISTANCES, default_scale
 from alibi_spec.options import (
     COUNT,
     CUTOFFS,

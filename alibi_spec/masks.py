@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alibi_spec.bias import query_positions, relative_position
+from alibi_spec.biases import query_positions, relative_position
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Integer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from alibi_spec.bias import SLOPE_RULES
+from alibi_spec.biases import SLOPE_RULES
 
 
 class Kind(NamedTuple):

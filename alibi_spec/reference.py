@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alibi_spec.bias import bias, default_scale, interpolation, model_slopes, rounded_bias
+from alibi_spec.biases import bias, default_scale, interpolation, model_slopes, rounded_bias
 from alibi_spec.checks import (
     check_cache,
     check_embeddings,

@@ -1,20 +1,20 @@
 """Transformers with ALiBi attention in PyTorch; `alibi_flax` is the mirror image."""
 
 from alibi_spec import ALiBiConfig
-from alibi_torch.attention import (
+from alibi_torch.cache import KVCache
+from alibi_torch.dispatch import (
     AttentionPlan,
     attention,
     attention_implementations,
     attention_plan,
     biased_logits,
 )
-from alibi_torch.cache import KVCache
 from alibi_torch.encoding import encode
 from alibi_torch.generation import Generated, generate, stream
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
 from alibi_torch.plans import model_plans
 from alibi_torch.scoring import token_log_probabilities
-from alibi_torch.trace import trace
+from alibi_torch.tracing import trace
 
 __all__ = [
     "ALiBiConfig",

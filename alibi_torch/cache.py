@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from alibi_spec import ALiBiConfig
-from alibi_spec.bias import interpolation
+from alibi_spec.biases import interpolation
 from alibi_spec.checks import (
     OTHER_CACHE,
     USED_CACHE,
@@ -23,7 +23,7 @@ from alibi_spec.checks import (
     check_cache_dtype,
     check_capacity,
 )
-from alibi_torch.attention import attention
+from alibi_torch.dispatch import attention
 from alibi_torch.kernels import decode
 from alibi_torch.kernels.call import Call
 

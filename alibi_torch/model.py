@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table, slopes
-from alibi_spec.bias import interpolation
+from alibi_spec.biases import interpolation
 from alibi_spec.checks import (
     check_array,
     check_embeddings,
@@ -32,13 +32,13 @@ from alibi_spec.checks import (
     forbid_vocabulary,
     require_vocabulary,
 )
-from alibi_torch.attention import (
+from alibi_torch.cache import KVCache
+from alibi_torch.checkpoint import PretrainedModule
+from alibi_torch.dispatch import (
     attention,
     attention_implementations,
     biased_logits,
 )
-from alibi_torch.cache import KVCache
-from alibi_torch.checkpoint import PretrainedModule
 from alibi_torch.kernels.finite import has_values_on_host
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]

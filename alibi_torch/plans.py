@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import check_plannable
-from alibi_torch.attention import AttentionPlan, attention_plan
+from alibi_torch.dispatch import AttentionPlan, attention_plan
 from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
 
 

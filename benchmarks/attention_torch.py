@@ -21,7 +21,7 @@ from torch import Tensor
 import alibi_torch
 from alibi_spec import slopes as paper_slopes
 from alibi_spec.certificate import BLOCK_SIZE
-from alibi_torch.attention import attention_plan
+from alibi_torch.dispatch import attention_plan
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.windowed.tiles import strips_of, windows_of
 from benchmarks.compare import (

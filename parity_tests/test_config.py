@@ -11,7 +11,7 @@ import pytest
 
 import alibi_spec
 from alibi_spec import ALiBiConfig
-from alibi_spec.bias import interpolation
+from alibi_spec.biases import interpolation
 from parity_tests.cases import CONFIGS, each_config
 from parity_tests.compare import assert_bitwise
 

@@ -89,7 +89,7 @@ def test_a_tokenizer_and_the_folders_own_ending(
     _model(dataclasses.replace(CONFIG, vocab_size=60)).save_pretrained(folder)
     command = ["generate", str(folder), "--prompt=w3 w4 w5", "--max-new-tokens=30", "--json"]
     assert main(command) == 2
-    assert "has no tokenizer.json; put one there" in capsys.readouterr().err
+    assert "has no tokenizer.json; add one" in capsys.readouterr().err
     tokenizer.save(str(folder / "tokenizer.json"))
     assert main(command) == 0
     (whole,) = json.loads(capsys.readouterr().out)
@@ -112,7 +112,7 @@ def test_a_tokenizer_and_the_folders_own_ending(
     [
         (["--prompt=a", "--prompt=b", "--stream"], "--stream prints one text as it grows"),
         (["--prompt="], "prompt 0 has no tokens; expected at least one"),
-        (["--prompt=a", "--top-p=0.9"], "top_p=0.9 changes nothing where the likeliest token"),
+        (["--prompt=a", "--top-p=0.9"], "top_p=0.9 has no effect without sampling; pass do_sample"),
         (["--prompt=a", "--do-sample", "--temperature=0"], "temperature=0.0 is not valid"),
         (["--prompt=a", "--eos-token-id=256"], "eos_token_id=256 is not a token"),
     ],

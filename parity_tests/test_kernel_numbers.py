@@ -19,7 +19,7 @@ import torch
 import alibi_flax
 import alibi_torch
 from alibi_convert.tensors import as_numpy, as_torch
-from alibi_flax.attention import attention_plan
+from alibi_flax.dispatch import attention_plan
 from alibi_spec import visible_keys
 from alibi_spec.budgets import BUDGETS
 from alibi_spec.certificate import BLOCK_SIZE

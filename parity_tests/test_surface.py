@@ -13,6 +13,7 @@ import pytest
 
 import alibi_convert
 import alibi_flax
+import alibi_spec
 import alibi_torch
 import alibi_verify
 from alibi_spec import surface
@@ -56,7 +57,11 @@ def test_public_names(backend: object) -> None:
     assert all(hasattr(backend, name) for name in backend.__all__)
 
 
-@pytest.mark.parametrize("package", [alibi_convert, alibi_verify], ids=["convert", "verify"])
+@pytest.mark.parametrize(
+    "package",
+    [alibi_spec, alibi_convert, alibi_torch, alibi_flax, alibi_verify],
+    ids=lambda package: package.__name__,
+)
 def test_no_module_shadows_a_public_name(package: ModuleType) -> None:
     modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert modules.isdisjoint(package.__all__)

@@ -12,7 +12,7 @@ import torch
 import alibi_torch
 from alibi_convert.tensors import as_numpy
 from alibi_spec.budgets import BUDGETS
-from alibi_torch.attention import attention_plan
+from alibi_torch.dispatch import attention_plan
 from alibi_torch.kernels import KERNELS, flex
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
 from parity_tests.torch_calls import (

@@ -43,7 +43,7 @@ FAULTS = (
     ),
     Mutant(
         "a signature drifts",
-        "alibi_flax/attention.py",
+        "alibi_flax/dispatch.py",
         'distance: str = "absolute",\n    dropout',
         'distance: str = "signed",\n    dropout',
         "test_surface.py -k signatures",
@@ -64,14 +64,14 @@ FAULTS = (
     ),
     Mutant(
         "nobody is told what a symbolic length costs",
-        "alibi_flax/attention.py",
+        "alibi_flax/dispatch.py",
         "            warnings.warn(_WARNING_OF_SYMBOLIC_LENGTHS, stacklevel=3)\n",
         "",
         "test_kernel_export.py -k symbolic_lengths_are_dense",
     ),
     Mutant(
         "a symbolic length in windows",
-        "alibi_flax/attention.py",
+        "alibi_flax/dispatch.py",
         'if is_symbolic and implementation != "dense":',
         "if False:",
         "test_kernel_export.py -k refuse_symbolic",

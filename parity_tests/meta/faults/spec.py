@@ -7,7 +7,7 @@ from parity_tests.meta.mutant import Mutant
 FAULTS = (
     Mutant(
         "paper slopes wrong beyond powers of two",
-        "alibi_spec/bias.py",
+        "alibi_spec/biases.py",
         "range(1, 2 * (num_heads - power), 2)",
         "range(1, num_heads - power + 1)",
         "test_config.py",
@@ -35,7 +35,7 @@ FAULTS = (
     ),
     Mutant(
         "slopes interpolated too early",
-        "alibi_spec/bias.py",
+        "alibi_spec/biases.py",
         "limit / max(limit, key_len)",
         "limit / key_len",
         "test_config.py -k interpolation",

@@ -14,7 +14,7 @@ FAULTS = (
     ),
     Mutant(
         "scale by d_model instead of head_dim",
-        "alibi_torch/attention.py",
+        "alibi_torch/dispatch.py",
         "default_scale(scale, query.shape[-1])",
         "default_scale(scale, query.shape[1] * query.shape[-1])",
         "test_attention.py",
@@ -147,7 +147,7 @@ FAULTS = (
     ),
     Mutant(
         "torch does not ask where arrays are",
-        "alibi_torch/attention.py",
+        "alibi_torch/dispatch.py",
         "    check_devices({name: str(x.device) for name, x in named.items() if x is not None})\n",
         "",
         "test_kernel_choice.py -k two_devices",
@@ -224,14 +224,14 @@ FAULTS = (
     ),
     Mutant(
         "an exported program that takes the example's kernel",
-        "alibi_torch/attention.py",
+        "alibi_torch/dispatch.py",
         "statically_known_true(fact) if torch.compiler.is_exporting() else bool(fact)",
         "bool(fact)",
         "test_kernel_export.py -k exports_for_any",
     ),
     Mutant(
         "every compiled length computed in windows",
-        "alibi_torch/attention.py",
+        "alibi_torch/dispatch.py",
         "statically_known_true(fact) if torch.compiler.is_exporting() else bool(fact)",
         "statically_known_true(fact)",
         "test_kernel_export.py -k compiles_for_any",

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from alibi_spec.bias import default_scale
+from alibi_spec.biases import default_scale
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,

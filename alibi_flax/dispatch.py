@@ -15,7 +15,7 @@ from alibi_flax.kernels import KERNELS, certificate, dense
 from alibi_flax.kernels.call import Call, has_values_on_host
 from alibi_flax.kernels.certificate import AttentionPlan
 from alibi_flax.kernels.dropout import drawn_dropout
-from alibi_spec.bias import default_scale
+from alibi_spec.biases import default_scale
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     check_attention,
