@@ -6,9 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Unpack
 
-import numpy as np
-
-from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
+from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.values import Cast
 
 
@@ -78,12 +76,12 @@ def inspect(
     checkpoint = open_checkpoint(path, **reading)
     headers = checkpoint.tensors.headers
     return {
-        "path": described(path, checkpoint, reading),
+        "path": checkpoint.source,
         "format": checkpoint.format,
         "family": checkpoint.family,
         "model": "ALiBiTransformer" if checkpoint.config.vocab_size is None else "ALiBiLM",
-        "parameters": sum(int(np.prod(header.shape)) for header in headers.values()),
-        "nbytes": sum(header.nbytes for header in headers.values()),
+        "parameters": sum(header.size for header in headers.values()),
+        "nbytes": checkpoint.tensors.nbytes,
         "config": checkpoint.config.to_dict(),
         "tensors": {
             name: {"shape": list(header.shape), "dtype": str(header.dtype)}
@@ -93,11 +91,3 @@ def inspect(
         "ignored": dict(checkpoint.ignored),
         "wrappers": list(checkpoint.wrappers),
     }
-
-
-def described(given: str | os.PathLike[str], checkpoint: Checkpoint, reading: Reading) -> str:
-    """A source as it was given, or which one it was of several revisions, or steps of orbax."""
-    if checkpoint.format == "orbax":
-        return str(checkpoint.path)
-    revision = reading.get("revision")
-    return str(given) if revision is None else f"{given}@{revision}"

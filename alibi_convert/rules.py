@@ -50,6 +50,14 @@ class Row:
                 yield Rule(foreign, parameters, self.pattern)
 
 
+def both(foreign: str, canonical: str) -> tuple[Row, Row]:
+    """The rows of a module's weight and bias."""
+    return (
+        Row(f"{foreign}.weight", f"{canonical}.weight"),
+        Row(f"{foreign}.bias", f"{canonical}.bias"),
+    )
+
+
 def _alternatives(name: str) -> list[str]:
     found = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
     if found is None:

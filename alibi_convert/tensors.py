@@ -89,6 +89,11 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.headers)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(header.nbytes for header in self.headers.values())
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by name."""
         return {name: header.shape for name, header in self.headers.items()}

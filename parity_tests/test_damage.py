@@ -143,7 +143,7 @@ def test_adapters_without_their_model(tmp_path: Path) -> None:
     for config in (None, "{}"):
         if config is not None:
             (folder / "config.json").write_text(config)
-        with pytest.raises(CheckpointError, match=r"an adapter alone, for 'org/bloom'; merge it"):
+        with pytest.raises(CheckpointError, match=r"only an adapter, for 'org/bloom'; merge it"):
             open_checkpoint(folder)
 
 

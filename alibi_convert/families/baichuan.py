@@ -68,7 +68,7 @@ _TABLE = KeyTable(
 
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") == "baichuan"
+    return source.model_type == "baichuan"
 
 
 def _config(source: Source) -> ALiBiConfig:

@@ -36,6 +36,11 @@ class Source:
     tensors: Tensors
     ignored: frozenset[str] = frozenset()
 
+    @property
+    def model_type(self) -> Any:
+        """What its config.json says it is, if it says so."""
+        return (self.config or {}).get("model_type")
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -50,6 +55,12 @@ class Derived:
     pattern: str
     reason: str
     same_as: str | None = None
+
+
+def tied_head(embedding: str) -> Callable[[ALiBiConfig], tuple[Derived, ...]]:
+    """`derived` of families whose lm_head may be the token embedding, which has this name."""
+    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
+    return lambda config: (head,) if config.tie_embeddings else ()
 
 
 @dataclass(frozen=True)

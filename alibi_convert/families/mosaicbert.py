@@ -13,7 +13,7 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.families import bert, jina
 from alibi_convert.families.family import Derived, Family, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _WQKV = "attention.self.Wqkv"
@@ -21,7 +21,7 @@ _HEAD_EPS = 1e-12  # of the norm in the head, whatever layer_norm_eps says
 
 _ROWS = (
     *bert.EMBEDDING_ROWS,
-    *bert.both(f"{bert.LAYER}.{_WQKV}", f"{bert.OURS}.attn.{{query,key,value}}"),
+    *both(f"{bert.LAYER}.{_WQKV}", f"{bert.OURS}.attn.{{query,key,value}}"),
     *bert.ATTENTION_OUTPUT_ROWS,
     *bert.GATED_ROWS,
     *bert.HEAD_ROWS,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_convert.families.family import Derived, Family, Peer, Source
+from alibi_convert.families.family import Family, Peer, Source, tied_head
 from alibi_convert.families.keys import (
     Key,
     KeyTable,
@@ -21,7 +21,7 @@ from alibi_convert.families.keys import (
     one_of,
     without_general_keys,
 )
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _MODEL_TYPES = ("mpt", "mosaic_gpt", "replit_lm")
@@ -232,11 +232,7 @@ _MODULES = (
 )
 _ROWS = (
     Row("transformer.wte.weight", "token_embedding.weight"),
-    *(
-        Row(f"{foreign}.{leaf}", f"{canonical}.{leaf}")
-        for foreign, canonical in _MODULES
-        for leaf in ("weight", "bias")
-    ),
+    *(row for names in _MODULES for row in both(*names)),
     Row("lm_head.weight", "lm_head.weight"),
 )
 _BLOCK = r"(transformer\.blocks\.\d+)"
@@ -250,7 +246,7 @@ _ALIASES = (  # of the model without its head; of Replit-code-v1 and MPT before 
 
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") in _MODEL_TYPES
+    return source.model_type in _MODEL_TYPES
 
 
 def _read_config(source: Source) -> ALiBiConfig:
@@ -286,12 +282,6 @@ def _write_config(config: ALiBiConfig) -> dict[str, Any]:
     return foreign
 
 
-def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
-    embedding = "transformer.wte.weight"
-    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
-    return (head,) if config.tie_embeddings else ()
-
-
 # What transformers' MPT computes whatever its configuration says.
 _TRANSFORMERS_ALWAYS = {
     "activation": "gelu",
@@ -318,7 +308,7 @@ FAMILY = Family(
     _read_config,
     _ROWS,
     aliases=_ALIASES,
-    derived=_derived,
+    derived=tied_head("transformer.wte.weight"),
     write_config=_write_config,
     label="folder, as llm-foundry's and transformers' MPT",
     neutral_keys=_KEYS.neutral_keys,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
+from alibi_convert.errors import CheckpointError
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.journal import Journal
 from alibi_spec import ALiBiConfig
@@ -34,21 +35,28 @@ class Opened:
 
     Attributes:
         format: a key of `FORMATS`, or "folder" for that of another library.
+        path: where it was found: of an orbax manager, the step.
+        files: those with the configuration and the weights, by name.
         tensors: as they are named there, unread.
         carried: a configuration of ours.
         foreign: one of a family's.
         left: what is there without being the model, with the reason.
-        path: where it was found, if not where it was looked for.
-        keys: that led to the tensors.
+        wrappers: keys that led to the tensors, and prefixes of their names that were removed.
     """
 
     format: str
+    path: Path
+    files: Mapping[str, Path]
     tensors: Tensors
     carried: ALiBiConfig | None = None
     foreign: Mapping[str, Any] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
-    path: Path | None = None
-    keys: Sequence[str] = ()
+    wrappers: Sequence[str] = ()
+
+
+def no_steps(path: Path, step: int) -> CheckpointError:
+    """What to raise if a step is asked for where no manager kept any."""
+    return CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
 
 
 class Writing(TypedDict, total=False):

@@ -18,7 +18,7 @@ import numpy as np
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json, read_whole, require_regular
 from alibi_convert.formats.config_file import config_json, read_config
-from alibi_convert.formats.format import Asked, Format, Opened
+from alibi_convert.formats.format import Asked, Format, Opened, no_steps
 from alibi_convert.formats.train_state import find_params
 from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, check_tree, flax_tree
@@ -62,12 +62,6 @@ def recognises(path: Path) -> bool:
     )
 
 
-def require_steps(path: Path, step: int | None) -> None:
-    """Raise CheckpointError if a step is asked for where a manager kept none."""
-    if step is not None and not (recognises(path) and _steps(path)):
-        raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
-
-
 def find_tree(folder: Path, step: int | None = None) -> Path:
     """The folder of the one tree that holds params.
 
@@ -89,6 +83,8 @@ def find_tree(folder: Path, step: int | None = None) -> Path:
             )
         return folder / (likely or names)[0]
     steps = _steps(folder)
+    if not steps and step is not None:
+        raise no_steps(folder, step)
     if not steps:
         raise CheckpointError(
             f"{folder} is not a complete orbax checkpoint: {_TREE_FILE} does not exist"
@@ -205,7 +201,9 @@ def read(folder: Path, asked: Asked) -> Opened:
     is_ours = (folder / CONFIG_FILE).exists()
     config = asked.settle(read_config(folder / CONFIG_FILE) if is_ours else None)
     tensors, left = _read_tree(tree, config)
-    return Opened("orbax", tensors, config, left=left, path=folder if is_ours else tree)
+    place = folder if is_ours else tree
+    files = {str(f.relative_to(place)): f for f in sorted(place.rglob("*")) if f.is_file()}
+    return Opened("orbax", place, files, tensors, config, left=left)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES
-from alibi_convert.files import open_regular
-from alibi_convert.formats.config_file import read_sidecar, write_sidecar
+from alibi_convert.files import open_regular, require_regular
+from alibi_convert.formats.config_file import read_sidecar, with_sidecar, write_sidecar
 from alibi_convert.formats.format import Asked, Format, Opened
 from alibi_convert.formats.zip_file import MAGIC, check_zip
 from alibi_convert.machine import require
@@ -53,7 +53,8 @@ _UNPICKLING_ERRORS = (
 
 
 def require_consent(path: Path, allow_pt: bool) -> None:
-    """Raise CheckpointError, before a byte of a pickle is read, unless pickles are allowed."""
+    """Raise CheckpointError, before a file is unpickled, unless pickles are allowed."""
+    require_regular(path)
     if not allow_pt:
         raise CheckpointError(
             f"{path} is a pickle, which can be made to run code; if you trust it, pass "
@@ -207,14 +208,14 @@ def read(path: Path, asked: Asked) -> Opened:
     Raises:
         CheckpointError: as for `load_pickle` and `state_dict`.
     """
-    carried = read_sidecar(path)
+    carried, files = read_sidecar(path), with_sidecar(path)
     saved = load_pickle(path, asked.allow_pt)
     for family in FAMILIES:
         found = family.unpickled(saved)
         if found is not None:
-            return Opened("pt", state_dict(found[1], path), foreign=found[0])
+            return Opened("pt", path, files, state_dict(found[1], path), foreign=found[0])
     state, keys, left = _find_state_dict(saved)
-    return Opened("pt", state_dict(state, path), carried, left=left, keys=keys)
+    return Opened("pt", path, files, state_dict(state, path), carried, left=left, wrappers=keys)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

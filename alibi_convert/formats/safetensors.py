@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import open_regular, parse_json, require_regular
-from alibi_convert.formats.config_file import config_json, parse_config
+from alibi_convert.formats.config_file import config_json, parse_config, with_sidecar
 from alibi_convert.formats.format import Asked, Format, Opened
 from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_spec import ALiBiConfig
@@ -162,8 +162,9 @@ def read(path: Path, _: Asked) -> Opened:
     tensors, metadata = read_safetensors(path)
     carried = None
     if _CONFIG in metadata:
-        carried = parse_config(metadata[_CONFIG], f"metadata of {path}")
-    return Opened("safetensors", tensors, carried)
+        origin = f"metadata of {path}"
+        carried = parse_config(parse_json(metadata[_CONFIG], origin), origin)
+    return Opened("safetensors", path, with_sidecar(path), tensors, carried)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json
-from alibi_convert.formats.pt import PICKLE_SUFFIXES, load_pickle, state_dict
+from alibi_convert.formats.pt import PICKLE_SUFFIXES, load_pickle, require_consent, state_dict
 from alibi_convert.formats.safetensors import read_safetensors, write_safetensors
 from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_convert.writing.journal import Journal
@@ -96,11 +96,7 @@ def _shards(folder: Path, allow_pt: bool) -> tuple[Path | None, list[str]]:
     found = [name for name in (PICKLE_INDEX_FILE, PICKLE_FILE) if (folder / name).exists()]
     found += sorted(path.name for path in folder.glob("pytorch_model-*-of-*.bin"))
     if found:
-        raise CheckpointError(
-            f"{folder} holds pickles ({', '.join(found)}), which can be made to run code; if you "
-            "trust them, pass allow_pt=True (--allow-pt): they are then read by torch's "
-            "weights_only unpickler"
-        )
+        require_consent(folder / found[0], allow_pt)
     raise CheckpointError(
         f"{folder} holds no weights: {WEIGHTS_FILE} does not exist, nor does {INDEX_FILE}, "
         f"{PICKLE_FILE} or {PICKLE_INDEX_FILE}"
@@ -175,8 +171,7 @@ def write_tensors(
             is_over.set()
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
-        total = sum(header.nbytes for header in tensors.headers.values())
-        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        contents = {"metadata": {"total_size": tensors.nbytes}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return hashes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG_FILE = "config.json"
@@ -36,8 +35,6 @@ COMPANIONS = (
     f"{_CHAT_TEMPLATES}/*.jinja",
 )
 
-_LFS_POINTER_BYTES = 1024  # no pointer is longer
-
 
 def companions(folder: Path) -> list[str]:
     """Names, with slashes, of what belongs to the model of a folder without being weights."""
@@ -49,25 +46,6 @@ def copy_companion(source: Path, folder: Path, name: str) -> None:
     """Copy one of `companions` into another folder."""
     (folder / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(source / name, folder / name)
-
-
-def left_behind(folder: Path, taken: Iterable[str]) -> list[str]:
-    """What a folder holds besides what was read or copied, and its conversion.json."""
-    known = {CONVERSION_FILE, *(name.split("/")[0] for name in taken)}
-    others = sorted(path for path in folder.iterdir() if path.name not in known)
-    return [f"{path.name}/" if path.is_dir() else path.name for path in others]
-
-
-def lfs_pointers(path: Path) -> list[Path]:
-    """Files of a checkpoint that git-LFS has not fetched: a few lines stand where they should."""
-    files = path.iterdir() if path.is_dir() else (path, sidecar(path))
-    return [file for file in sorted(files) if _is_lfs_pointer(file)]
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    if not file.is_file() or file.stat().st_size > _LFS_POINTER_BYTES:
-        return False
-    return file.read_bytes().startswith(b"version https://git-lfs.github.com/")
 
 
 def sidecar(path: Path) -> Path:
