@@ -42,12 +42,12 @@ class Checkpoint:
         family: "alibi-duo", or the foreign family that it was recognised as.
         config: what the model computes.
         tensors: canonical names, torch layout, read when looked up.
-        derived: tensors of the file that are not carried over, with the reason.
+        derived: tensors of the file that are dropped, with the reason.
         origins: names in the file of what each tensor comes from, where they differ from ours.
         folded: tensors that are computed from those of the file, with the reason.
         foreign_config: the config.json of another family's folder.
-        ignored: keys of it that were left out of account by the caller's word, with their values.
-        wrappers: keys and prefixes of training runs that stood before the names in the file.
+        ignored: keys of it that the caller said to ignore, with their values.
+        wrappers: keys and prefixes of training that were removed from the names in the file.
         files: those with the configuration and the weights, by name.
         source: as it was given, or which one it was of several revisions, or of orbax's steps.
     """
@@ -122,7 +122,7 @@ def open_checkpoint(
 
 
 def _recognised(opened: Opened, given: GivenConfig | None, ignored: frozenset[str]) -> Checkpoint:
-    """What was read, as the model of a known family or of ours."""
+    """The model of a known family or of ours, from what a format has read."""
     path, tensors = opened.path, opened.tensors
     source = Source(opened.foreign, tensors, ignored)
     has_our_names = any(name.startswith("transformer.layers.") for name in tensors)
@@ -144,7 +144,7 @@ def _recognised(opened: Opened, given: GivenConfig | None, ignored: frozenset[st
 
 
 def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
-    """The parameters of a configuration, in order, and what is there besides without need."""
+    """The parameters of a configuration, in order; the names that are dropped, with the reason."""
     settled = settle_ties(_TIED_HEAD(config), tensors)
     shapes = {row.name: row.shape for row in parameter_table(config)}
     check_shapes(shapes, settled.tensors.shapes)
@@ -225,7 +225,7 @@ def _from_family(
     _require_floats(path, found.tensors)
     return Checkpoint(
         *(path, kind, family.name, config, found.tensors),
-        derived=found.derived,
+        derived=found.dropped,
         origins=found.origins,
         folded=found.folded,
         foreign_config=source.config,

@@ -110,7 +110,7 @@ class Target:
     max_shard_bytes: int
 
     def cast(self, source: Checkpoint) -> Checkpoint:
-        """What is to be written: the source in the dtypes of the destination, unread."""
+        """The source in the dtypes of the destination, unread."""
         return replace(source, tensors=cast(source.tensors, self.dtype))
 
 
@@ -145,15 +145,15 @@ def _task(source: Checkpoint, target: Target) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Written:
-    """What was written, before it is moved into place.
+    """The files that were written, before they are moved into place.
 
     Attributes:
-        path: where it is.
-        values: what was seen in the tensors on their way.
-        copied: files that came along unchanged.
-        left_behind: what else the folder of the source holds.
-        journal: which files a killed run had finished, and the hashes of the source.
-        xxh3: those hashes by file name that are known from writing.
+        path: where they are.
+        values: casts, NaN and infinity seen in the tensors while they were written.
+        copied: files that were copied unchanged.
+        left_behind: other files in the folder of the source.
+        journal: which files a killed conversion had finished, and the hashes of the source.
+        xxh3: hashes by file name, as far as they are known from writing.
     """
 
     path: Path
@@ -205,10 +205,10 @@ def _check(
 
 
 def _require_written(wanted: Checkpoint, written: Checkpoint, progress: bool) -> None:
-    """What was written, on its way to the destination, reads back as it should."""
+    """Raise CheckpointError unless the files, not yet moved to the destination, read back right."""
     if written.family != OURS:
-        # It says the same in its own words, and perhaps has none for dropout or max_len; that it
-        # says what the model computes was checked when it was written.
+        # A family's configuration may have no key for dropout or max_len. Whether it describes the
+        # model was checked when it was written.
         written = replace(written, config=wanted.config)
     with progress_bar(progress, "checking bits", wanted.tensors.nbytes) as advance:
         require_same(wanted, written, advance)

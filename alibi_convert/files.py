@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: regular ones, of bounded size, and strict JSON in them.
+"""Files from untrusted sources: regular ones, of bounded size, and strict JSON in them.
 
 A pipe never ends, a device may be anything, JSON may say two things under one key, and git-LFS puts
 a pointer where it has not fetched a file.
@@ -22,7 +22,7 @@ _LFS_POINTER_BYTES = 1024  # no pointer is longer
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """What the file system says of a regular file, or of one that a link leads to.
+    """The `stat` of a regular file, or of one that a link leads to.
 
     Raises:
         CheckpointError: there is none, it is something else, or git-LFS has not fetched it.
@@ -48,7 +48,7 @@ def _begins(path: Path, start: bytes) -> bool:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, opened for reading; whatever fails in the block names it.
+    """A regular file, opened for reading; errors in the block name it.
 
     Raises:
         CheckpointError: as for `require_regular`, or it cannot be read.

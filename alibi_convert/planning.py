@@ -1,4 +1,4 @@
-"""What a conversion would do, from headers alone: no tensor data is read, nothing is written."""
+"""What a conversion would do, only from headers: no tensor data is read, nothing is written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Problem:
 
     Attributes:
         cause: what is wrong.
-        mend: what to do about it.
+        mend: how to fix it.
         stops: whether the conversion would fail, or merely lose something.
     """
 
@@ -66,7 +66,7 @@ class Plan:
         files: names of the tensors, as the destination names them, in each file.
         dropped, folded, ignored: as in `Report`.
         nbytes: of all tensors in the destination.
-        peak_memory_bytes: estimated need of a run.
+        peak_memory_bytes: estimated need of the conversion.
         free_disk_bytes: where the destination would be, if the file system says.
         problems: what would stop the conversion, or deserves a thought.
     """

@@ -1,4 +1,4 @@
-"""How far a long run has got: in bytes, or by the name of the step."""
+"""How far a long operation has got: in bytes, or by the name of the step."""
 
 from __future__ import annotations
 

@@ -20,18 +20,18 @@ class Report:
         family: "alibi-duo" or the foreign family recognised.
         tensors: how many were written.
         nbytes: bytes of tensor data written.
-        dropped: tensors of the source that the configuration implies, with the reason.
+        dropped: tensors of the source that are not needed, with the reason.
         folded: tensors that were computed from those of the source, with the reason.
         ignored: keys of the foreign configuration that were ignored, with their values.
-        wrappers: keys and prefixes of training runs, left out of the names.
+        wrappers: keys and prefixes of training that were removed from the names.
         rounding: largest relative rounding error of any element, None when nothing was cast.
         casts: the dtypes that were cast, each with its largest rounding error.
-        nonfinite: number of NaN and infinite elements, of the tensors that have such.
+        nonfinite: number of NaN and infinite elements, of each tensor that has any.
         copied: files that came along unchanged: tokenizer and generation settings.
-        left_behind: what else the folder of the source holds.
-        kept: files that a killed run had finished and that were not written again.
+        left_behind: other files in the folder of the source, not copied.
+        kept: files that a killed conversion had finished; they were not written again.
         source_sha256, destination_xxh3: hashes by file name.
-        verified: the destination was read back and is bitwise what was meant.
+        verified: the destination was read back and is right, bit by bit.
         verification: every check: "bitwise", and "logits" or why they were not compared.
         seconds: how long it took.
     """

@@ -1,4 +1,4 @@
-"""Tensors by name, read only when asked for, whatever file or framework they come from."""
+"""Tensors by name, read only when asked for, from any file or framework."""
 
 from __future__ import annotations
 

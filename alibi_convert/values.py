@@ -86,7 +86,7 @@ class Watched:
 
     @property
     def nonfinite(self) -> dict[str, int]:
-        """How many elements are NaN or infinite, of the tensors that have such."""
+        """How many elements are NaN or infinite, of each tensor that has any."""
         return {name: each["nonfinite"] for name, each in self.seen.items() if each["nonfinite"]}
 
     @property
@@ -159,7 +159,7 @@ def _cast(chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _look(name: str, chunk: np.ndarray, dtype: np.dtype, seen: Seen) -> np.ndarray:
-    """The chunk in `dtype`; what is seen in it is added to `seen`."""
+    """The chunk in `dtype`; its rounding, NaN and infinity are added to `seen`."""
     nonfinite = count_nonfinite(chunk)
     seen.nonfinite += nonfinite
     if dtype.itemsize > chunk.itemsize or dtype == chunk.dtype:  # wider floats hold narrower ones

@@ -97,7 +97,7 @@ def with_head(config: ALiBiConfig, source: Source, hidden_act: str) -> ALiBiConf
     if ACTIVATIONS.get(hidden_act) != config.activation:
         raise CheckpointError(
             f"hidden_act={hidden_act!r} of the masked-language head cannot be honoured: the layers "
-            f"have {config.activation!r}; remove the tensors cls.* to read the encoder alone"
+            f"have {config.activation!r}; remove the tensors cls.* to read only the encoder"
         )
     return replace(config, head="masked_lm")
 

@@ -1,7 +1,7 @@
 """Falcon-RW 1B and 7B (tiiuae), the ALiBi models among the Falcons, as transformers keeps them.
 
 The bias is inside the scale, (q·k + r) / sqrt(head_dim), and both the slope and r = m j are rounded
-to bfloat16 whatever the dtype of the model: `distance="bfloat16"` reproduces that.
+to bfloat16 for any dtype of the model: `distance="bfloat16"` reproduces that.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _read_config(source: Source) -> ALiBiConfig:
 
 
 def _write_config(config: ALiBiConfig) -> dict[str, Any]:
-    """With both sizes said outright that the table leaves to their defaults."""
+    """With both sizes, which the table leaves to their defaults."""
     usual_width = dataclasses.replace(config, expansion_factor=4, feed_forward_dim=None)
     sizes = {"ffn_hidden_size": config.ffn_dim, "num_kv_heads": config.num_heads}
     return _KEYS.write(usual_width) | sizes

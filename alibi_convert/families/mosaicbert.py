@@ -17,7 +17,7 @@ from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _WQKV = "attention.self.Wqkv"
-_HEAD_EPS = 1e-12  # of the norm in the head, whatever layer_norm_eps says
+_HEAD_EPS = 1e-12  # of the norm in the head, which ignores layer_norm_eps
 
 _ROWS = (
     *bert.EMBEDDING_ROWS,
@@ -63,7 +63,7 @@ def _config(source: Source) -> ALiBiConfig:
     if config.head == "masked_lm" and config.norm_eps != _HEAD_EPS:
         raise CheckpointError(
             f"layer_norm_eps={config.norm_eps} cannot be honoured: the head has {_HEAD_EPS} "
-            "always; remove the tensors cls.* to read the encoder alone"
+            "always; remove the tensors cls.* to read only the encoder"
         )
     return config
 

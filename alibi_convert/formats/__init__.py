@@ -28,18 +28,18 @@ def exported(
     description: str,
     suffix: str = "",
 ) -> Format:
-    """What another library reads: a folder, or a state dict alone, with tensors by its names.
+    """What another library reads: a folder, or only a state dict, with tensors by its names.
 
     Args:
         config_json: the contents of `config.json`; raises CheckpointError for a configuration that
             the library cannot express.
         foreign: the canonical tensors under the library's names and in its layouts, unread.
         description: one line for the help text.
-        suffix: ".pt" for a state dict alone.
+        suffix: ".pt" for a state dict; empty for a folder.
     """
 
     def stored(config: ALiBiConfig, tensors: Tensors) -> Tensors:
-        config_json(config)  # raises where there is no way to say what the model computes
+        config_json(config)  # raises where the library cannot express the configuration
         return foreign(config, tensors)
 
     def write_file(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

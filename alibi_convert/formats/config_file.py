@@ -1,4 +1,4 @@
-"""Our `config.json`: in a folder, beside a file, or in the metadata of one."""
+"""Our `config.json`: in a folder, next to a file, or in the metadata of one."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def config_json(config: ALiBiConfig) -> str:
 
 
 def with_sidecar(path: Path) -> dict[str, Path]:
-    """A file, and the configuration beside it if there is one, by name."""
+    """A file, and the file of its configuration if there is one, by name."""
     return {each.name: each for each in (path, sidecar(path)) if each.exists()}
 
 
 def read_sidecar(path: Path) -> ALiBiConfig | None:
-    """The configuration beside a .pt or .msgpack file, if there is one."""
+    """The configuration next to a .pt or .msgpack file, if there is one."""
     return read_config(sidecar(path)) if sidecar(path).exists() else None
 
 
 def write_sidecar(path: Path, config: ALiBiConfig) -> None:
-    """The configuration, beside a .pt or .msgpack file."""
+    """The configuration, next to a .pt or .msgpack file."""
     sidecar(path).write_text(config_json(config), encoding="utf-8")

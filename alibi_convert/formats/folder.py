@@ -1,4 +1,4 @@
-"""Folders with a `config.json` beside their weights: ours, and those of other libraries."""
+"""Folders with a `config.json` and weights: ours, and those of other libraries."""
 
 from __future__ import annotations
 

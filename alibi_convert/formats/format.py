@@ -40,7 +40,7 @@ class Opened:
         tensors: as they are named there, unread.
         carried: a configuration of ours.
         foreign: one of a family's.
-        left: what is there without being the model, with the reason.
+        left: names in the file that are not of the model, with the reason; they are dropped.
         wrappers: keys that led to the tensors, and prefixes of their names that were removed.
     """
 
@@ -55,19 +55,19 @@ class Opened:
 
 
 def no_steps(path: Path, step: int) -> CheckpointError:
-    """What to raise if a step is asked for where no manager kept any."""
+    """The error for a step that is asked for where no manager kept any."""
     return CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
 
 
 class Writing(TypedDict, total=False):
-    """What matters to formats of several files: their size, and which a killed run finished."""
+    """Options of formats of several files: their size, and which of them are finished already."""
 
     max_shard_bytes: int
     journal: Journal | None
 
 
 class Write(Protocol):
-    """How a format is written, into a path that does not exist yet unless a run is resumed."""
+    """How a format is written, into a path that does not exist unless a conversion is resumed."""
 
     def __call__(
         self, path: Path, config: ALiBiConfig, tensors: Tensors, **options: Unpack[Writing]
@@ -93,7 +93,7 @@ class Format:
         suffix: of a file; empty for a folder.
         write: into a path.
         recognises: whether a path is of this format, by its name or by what a folder holds.
-        read: such a path; None for what is read as another format: a family's own names in it.
+        read: such a path; None for an export, which another format reads.
         streams: whether it is written a few megabytes at a time; otherwise the whole model is in
             memory at once.
         library: module without which it cannot be written, and the extra that installs it.

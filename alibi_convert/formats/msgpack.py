@@ -111,7 +111,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, asked: Asked) -> Opened:
-    """Flax params, or a training state with them, and what was left beside them.
+    """Flax params, or a training state with them, of which the other keys are dropped.
 
     Raises:
         CheckpointError: truncated, not msgpack, or not the params of this configuration.
@@ -123,7 +123,7 @@ def read(path: Path, asked: Asked) -> Opened:
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """Flax params, and the configuration beside them."""
+    """Flax params, and their configuration in another file."""
     require("flax", "flax", "writing .msgpack")
     from flax import serialization
 

@@ -1,9 +1,9 @@
-"""What the names of tensors say: what training wrapped the model in, or that there is no model.
+"""Names of tensors: prefixes of training are removed, adapters and quantised weights refused.
 
 DistributedDataParallel, a LightningModule or a ComposerModel put one word before every name;
 torch.compile, FSDP and activation checkpointing put theirs before the names of any submodule.
-Adapters and quantised weights would be refused in any case, by what is missing or unexpected; here
-by what they are.
+Adapters and quantised weights would be refused in any case, for tensors that are missing or
+unexpected; the error here says what they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MERGE = "merge it into its base model first (peft: model.merge_and_unload(), the
 _DEQUANTISE = (
     "save it dequantised first (transformers: from_pretrained, model.dequantize(), save_pretrained)"
 )
-# What names of tensors say, as the beginning of a sentence, and the way out.
+# A pattern of names; what such a checkpoint is, to follow its path; the way out.
 _KINDS = (
     (r"\.lora_(embedding_)?(A|B|magnitude_vector)\b", "holds an adapter", MERGE),
     (r"\.(qweight|qzeros|g_idx)$", "is quantised by GPTQ or AWQ", _DEQUANTISE),
@@ -41,9 +41,9 @@ _KINDS = (
 
 
 def unwrapped(tensors: Tensors) -> tuple[Tensors, list[str]]:
-    """The tensors under the names that they have in the model itself, and what was cut off.
+    """The tensors under their names in the model itself, and the prefixes that were removed.
 
-    `module.` and `model.` are cut off only where every name begins with it.
+    `module.` and `model.` are removed only where every name begins with it.
 
     Raises:
         CheckpointError: two tensors would have one name.

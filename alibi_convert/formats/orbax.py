@@ -115,7 +115,7 @@ def _step(folder: Path) -> re.Match[str] | None:
 
 
 def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
-    """The params in the folder of one tree, and what was left beside them, with the reason.
+    """The params in the folder of one tree; the other keys, with the reason why they are dropped.
 
     Raises:
         CheckpointError: broken, or not the params of this configuration.
@@ -192,7 +192,7 @@ def _crc32c_table() -> tuple[int, ...]:
 
 
 def read(folder: Path, asked: Asked) -> Opened:
-    """The params of one tree, and what was left beside them; of ours, with a config.json.
+    """The params of one tree, and the other keys; of ours, with a config.json.
 
     Raises:
         CheckpointError: broken, or not the params of this configuration.
@@ -207,7 +207,7 @@ def read(folder: Path, asked: Asked) -> Opened:
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """Flax params, and our config.json beside them."""
+    """Flax params, and our config.json in the same folder."""
     require("orbax.checkpoint", "flax", "writing orbax")
     import orbax.checkpoint as ocp
 

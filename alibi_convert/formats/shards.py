@@ -1,6 +1,6 @@
 """The files with a folder's weights: one of safetensors, or shards with an index, or pickles.
 
-Names and layouts of tensors are left as they are: what a tensor means is decided elsewhere.
+Names and layouts of tensors stay as they are; `families` decides what they mean.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def write_tensors(
     with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
         try:
             hashes = dict(zip(files, pool.map(write, files), strict=True))
-        finally:  # after an error or an interruption nobody waits for gigabytes to be written
+        finally:  # an error or an interruption does not wait for gigabytes to be written
             is_over.set()
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}

@@ -1,4 +1,4 @@
-"""Hashes of files: SHA-256 names a source, XXH3 tells whether what was written is still whole.
+"""Hashes of files: SHA-256 names a source, XXH3 tells whether a written file is still whole.
 
 hashlib lets other threads run, so the hashes of the sources cost a core, not time.
 """

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint folder are called, and which of them go along unread."""
+"""Names of the files in a checkpoint folder, and which of them are copied unread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 ORBAX_FOLDER = "params"
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file that orbax puts into every checkpoint
 
-# What belongs to a model without being weights; it goes along from folder to folder.
+# Companions: files of a model that are not weights; they are copied from folder to folder.
 _CHAT_TEMPLATES = "additional_chat_templates"
 COMPANIONS = (
     "tokenizer.json",
@@ -37,7 +37,7 @@ COMPANIONS = (
 
 
 def companions(folder: Path) -> list[str]:
-    """Names, with slashes, of what belongs to the model of a folder without being weights."""
+    """Names, with slashes, of the companions in a folder."""
     found = (path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)))
     return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
 
@@ -49,19 +49,19 @@ def copy_companion(source: Path, folder: Path, name: str) -> None:
 
 
 def sidecar(path: Path) -> Path:
-    """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` beside it."""
+    """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` next to it."""
     return path.with_name(path.name + ".json")
 
 
 def is_weight_file(path: Path) -> bool:
-    """Whether this entry of a folder is weights, or says in which files they are."""
+    """Whether this entry of a folder is weights or their index."""
     is_shard = re.fullmatch(r"(model|pytorch_model)-.*\.(safetensors|bin)", path.name)
     names = (WEIGHTS_FILE, INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE)
     return is_shard is not None or path.name in names
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this entry of a folder is weights of ours, or says what they are."""
+    """Whether this entry of a folder is weights of ours, their index or their configuration."""
     if path.name == ORBAX_FOLDER:
         return (path / ORBAX_MARK).exists()
     is_shard = path.name.startswith("model-") and path.name.endswith(".safetensors")

@@ -1,4 +1,4 @@
-"""Where a converted checkpoint comes from: `conversion.json`, written beside its weights."""
+"""Where a converted checkpoint comes from: `conversion.json`, written next to its weights."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def recorded_family(folder: Path) -> dict[str, Any]:
 
 
 def bring_along(source: Checkpoint, folder: Path, to: str) -> tuple[list[str], list[str]]:
-    """Copy what belongs to the model of a folder without being weights.
+    """Copy the companions of a source to the folder of the destination.
 
     A model that returns to its family also gets back the keys that we have no use for.
 
     Returns:
-        the names of the files that were copied, and of what else the source's folder holds.
+        names of the files that were copied, and of the others in the source's folder.
     """
     _restore_neutral_keys(folder, source.path, to)
     names = companions(source.path) if source.path.is_dir() and folder.is_dir() else []
@@ -74,7 +74,7 @@ def bring_along(source: Checkpoint, folder: Path, to: str) -> tuple[list[str], l
 
 
 def _left_behind(source: Checkpoint, copied: Iterable[str]) -> list[str]:
-    """What a folder holds that was not read or copied, and is not its conversion.json."""
+    """Names in a folder of what was neither read nor copied, but for its conversion.json."""
     taken = (CONVERSION_FILE, *source.files, *copied)
     known = {name.split("/")[0] for name in taken}
     others = sorted(path for path in source.path.iterdir() if path.name not in known)
