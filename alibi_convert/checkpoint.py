@@ -165,7 +165,7 @@ def _unknown_family(origin: str, foreign: Mapping[str, Any]) -> CheckpointError:
 def _as_config(
     given: GivenConfig | None, tensors: Tensors, ignored: frozenset[str]
 ) -> ALiBiConfig | None:
-    """The configuration that somebody gave, in our terms."""
+    """The configuration that the caller gave, as an `ALiBiConfig`."""
     if not isinstance(given, Mapping):
         return given
     source = Source(given, tensors, ignored)
@@ -207,7 +207,7 @@ def _require_floats(path: Path, tensors: Tensors) -> None:
 
 
 def _require_layers(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
-    """A table of so many layers is not even made for a file that cannot hold them."""
+    """Refuse more layers than the file can hold, before a table of them is made."""
     if config.num_layers > len(tensors):
         raise CheckpointError(
             f"{path}: the configuration has {config.num_layers:,} layers, the file "

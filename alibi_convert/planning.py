@@ -68,7 +68,7 @@ class Plan:
         nbytes: of all tensors in the destination.
         peak_memory_bytes: estimated need of the conversion.
         free_disk_bytes: where the destination would be, if the file system says.
-        problems: what would stop the conversion, or deserves a thought.
+        problems: what would stop the conversion, or lose something.
     """
 
     source: str

@@ -12,7 +12,7 @@ Begin = Callable[[str], object]  # is told the step that begins
 
 
 def ignore(_: int | str) -> None:
-    """Nobody is watching."""
+    """Show nothing."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Report:
         rounding: largest relative rounding error of any element, None when nothing was cast.
         casts: the dtypes that were cast, each with its largest rounding error.
         nonfinite: number of NaN and infinite elements, of each tensor that has any.
-        copied: files that came along unchanged: tokenizer and generation settings.
+        copied: files that were copied unchanged: tokenizer and generation settings.
         left_behind: other files in the folder of the source, not copied.
         kept: files that a killed conversion had finished; they were not written again.
         source_sha256, destination_xxh3: hashes by file name.

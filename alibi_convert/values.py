@@ -1,4 +1,4 @@
-"""What passes through a conversion, chunk by chunk: casts and their rounding, NaN and infinity."""
+"""The values in a conversion, chunk by chunk: casts and their rounding, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alibi_convert.tensors import LazyTensor, Tensors, as_bits
 
 @dataclass
 class Seen:
-    """What one tensor held.
+    """Counts of what one tensor holds.
 
     Attributes:
         nonfinite: how many elements are NaN or infinite.
@@ -46,7 +46,7 @@ class Cast:
 
 
 class Watched:
-    """Tensors, cast where asked for, that are looked at whenever they are read.
+    """Tensors that are cast and examined whenever they are read.
 
     Attributes:
         tensors: to be written.
@@ -78,7 +78,7 @@ class Watched:
         def read() -> np.ndarray:
             if dtype != header.dtype:
                 return _gather(stream(), header.shape, dtype)
-            for _ in stream():  # looked at; nothing to keep
+            for _ in stream():  # examined; nothing to keep
                 pass
             return header.read()
 

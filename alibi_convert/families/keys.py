@@ -337,7 +337,7 @@ class KeyTable:
         if any(other != first for other in others):
             listed = ", ".join(f"{name}={value!r}" for name, value in said.items())
             raise CheckpointError(
-                f"the {self.family} configuration says one thing twice and differently: {listed}; "
+                f"the {self.family} configuration sets one field to different values: {listed}; "
                 "keep the one that is meant"
             )
         value = first

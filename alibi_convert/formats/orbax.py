@@ -1,7 +1,7 @@
 """Flax params in what orbax writes: one tree, a step of a CheckpointManager, or all its steps.
 
 A tree is a folder with `_METADATA`; the data is a small database. The library reads its manifest
-without asking how large it is, and has ended the process over a damaged one: it is checked before.
+without a limit of size, and a damaged one has ended the process: it is checked first.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[st
     try:
         tree: Any = handler.metadata(folder).tree
         found, left = find_params(tree, tree_folder)
-        check_tree(found.params, config)  # a lie about a shape costs no memory
+        check_tree(found.params, config)  # a wrong shape costs no memory
         # As NumPy arrays: the devices that wrote it need not be here.
         one = ocp.RestoreArgs(restore_type=np.ndarray)
         wanted = found.in_place

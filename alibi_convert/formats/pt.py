@@ -164,7 +164,7 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 
 def _check_mapped(path: Path, entries: Mapping[str, tuple[int, int]], tensors: list[Any]) -> None:
-    """Every storage is one entry of the archive, whole: torch does not ask when it maps.
+    """Every storage is one entry of the archive, whole: torch does not check this when it maps.
 
     It is not known where in memory the file begins, but all storages must agree on it.
     """

@@ -1,4 +1,4 @@
-"""One safetensors file: checked before it is believed, read as views of it, written as a stream.
+"""One safetensors file: checked first, read as views of it, written as a stream.
 
 The library's own writer wants a whole shard in memory, garbles strided arrays (0.8.0), and its
 reader accepts a name that is there twice.
@@ -98,7 +98,7 @@ def _view(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np
         view = np.memmap(path, dtype, mode="r", offset=start, shape=shape).view(np.ndarray)
     except (OSError, ValueError) as error:  # gone, or shorter than when it was opened
         raise CheckpointError(f"{path} has changed since it was opened: {error}") from None
-    # The format does not align data, and few libraries look before they cast a pointer.
+    # The format does not align data, and few libraries check alignment before they cast a pointer.
     return view if view.flags.aligned else view.copy()
 
 
@@ -111,7 +111,7 @@ def write_safetensors(
         CheckpointError: a dtype that the format lacks.
     """
     headers = (tensors if isinstance(tensors, Tensors) else Tensors.of(tensors)).headers
-    # Wide elements first, so that each tensor is aligned for whoever maps the file.
+    # Wide elements first, so that each tensor is aligned when the file is mapped.
     headers = dict(sorted(headers.items(), key=lambda item: -item[1].dtype.itemsize))
     start = _header(headers, {"format": "pt", **(metadata or {})})
     digest = xxhash.xxh3_128()

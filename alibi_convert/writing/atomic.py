@@ -97,7 +97,7 @@ def building(
                         shutil.rmtree(partial)
         except BaseException:
             for parent in new_parents:
-                with suppress(OSError):  # never made, or in use by somebody else
+                with suppress(OSError):  # never made, or in use by another process
                     parent.rmdir()
             raise
 
@@ -122,7 +122,7 @@ def check_destination(destination: Path, overwrite: bool, kept: Collection[str] 
 
 @contextmanager
 def _explained(destination: Path, nbytes: int) -> Iterator[None]:
-    """Failures of the disk in words."""
+    """Errors of the disk as CheckpointErrors that say what to do."""
     try:
         yield
     except OSError as error:
