@@ -257,7 +257,7 @@ def test_params_that_are_no_arrays(tmp_path: Path) -> None:
 
     tree = {"step": 3, "kernel": np.zeros(2)}
     (tmp_path / "state.msgpack").write_bytes(serialization.msgpack_serialize(tree))
-    with pytest.raises(CheckpointError, match="step is a int, expected an array; give the params"):
+    with pytest.raises(CheckpointError, match="step is a int, expected an array; give only"):
         open_checkpoint(tmp_path / "state.msgpack", config=CONFIG)
 
 

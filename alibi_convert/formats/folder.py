@@ -11,7 +11,7 @@ from alibi_convert.formats.config_file import config_json, parse_config
 from alibi_convert.formats.format import Asked, Format, Opened, Writing
 from alibi_convert.formats.names import MERGE
 from alibi_convert.formats.orbax import recognises as is_orbax
-from alibi_convert.formats.shards import read_tensors, weight_files, write_tensors
+from alibi_convert.formats.shards import read_weights, write_tensors
 from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.layout import CONFIG_FILE, is_weight_file
@@ -38,12 +38,11 @@ def read(folder: Path, asked: Asked) -> Opened:
     values = read_json(file)
     is_foreign = "model_type" in values and "format" not in values
     carried = None if is_foreign else parse_config(values, str(file))
-    tensors = read_tensors(folder, asked.allow_pt)
-    names = (CONFIG_FILE, *weight_files(folder, asked.allow_pt))
+    tensors, weights = read_weights(folder, asked.allow_pt)
     return Opened(
         "folder" if is_foreign else "alibi",
         folder,
-        {name: folder / name for name in names},
+        {name: folder / name for name in (CONFIG_FILE, *weights)},
         tensors,
         carried,
         foreign=values if is_foreign else None,
