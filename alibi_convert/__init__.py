@@ -1,4 +1,4 @@
-"""Checkpoints between formats and frameworks, driven by tables; NumPy and safetensors alone."""
+"""Checkpoints between formats and frameworks, driven by tables, with only NumPy and safetensors."""
 
 from alibi_convert.checkpoint import Checkpoint, flax_to_torch, open_checkpoint, torch_to_flax
 from alibi_convert.conversion import convert

@@ -12,28 +12,24 @@ from alibi_convert import formats
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import (
     FAMILIES,
-    Derived,
     Family,
     Source,
     import_tensors,
     settle_ties,
+    tied_head,
 )
 from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.formats.config_file import OURS
-from alibi_convert.formats.format import Asked
-from alibi_convert.formats.refusals import require_plain_tensors
-from alibi_convert.formats.wrappers import unwrapped
+from alibi_convert.formats.format import Asked, Opened
+from alibi_convert.formats.names import require_plain_tensors
 from alibi_convert.hub import resolve
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
 from alibi_convert.tensors import DTYPES, Tensors, as_torch
-from alibi_convert.writing.layout import lfs_pointers
 from alibi_spec import ALiBiConfig, parameter_table
 
 # A configuration from elsewhere: ours, or the contents of a family's config.json.
 GivenConfig = ALiBiConfig | Mapping[str, Any]
-_TIED_HEAD = Derived(
-    r"lm_head\.weight", "tied: it is the token embedding", same_as="token_embedding.weight"
-)
+_TIED_HEAD = tied_head("token_embedding.weight")
 
 
 @dataclass(frozen=True)
@@ -46,12 +42,14 @@ class Checkpoint:
         family: "alibi-duo", or the foreign family that it was recognised as.
         config: what the model computes.
         tensors: canonical names, torch layout, read when looked up.
-        derived: tensors of the file that are not carried over, with the reason.
+        derived: tensors of the file that are dropped, with the reason.
         origins: names in the file of what each tensor comes from, where they differ from ours.
         folded: tensors that are computed from those of the file, with the reason.
         foreign_config: the config.json of another family's folder.
-        ignored: keys of it that were left out of account by the caller's word, with their values.
-        wrappers: keys and prefixes of training runs that stood before the names in the file.
+        ignored: keys of it that the caller said to ignore, with their values.
+        wrappers: keys and prefixes of training that were removed from the names in the file.
+        files: those with the configuration and the weights, by name.
+        source: as it was given, or which one it was of several revisions, or of orbax's steps.
     """
 
     path: Path
@@ -65,6 +63,8 @@ class Checkpoint:
     foreign_config: Mapping[str, Any] | None = None
     ignored: Mapping[str, Any] = field(default_factory=dict)
     wrappers: Sequence[str] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+    source: str = ""
 
 
 class Reading(TypedDict, total=False):
@@ -103,36 +103,27 @@ def open_checkpoint(
     Raises:
         CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
     """
-    path = resolve(path, allow_pt, revision, needs_weights=True)
-    try:
-        return _open(path, config, allow_pt, frozenset(ignore_keys), step)
-    except CheckpointError as error:
-        pointers = [file for file in lfs_pointers(path) if file.name in str(error)]
-        if not pointers:
-            raise
-        raise CheckpointError(
-            f"{pointers[0]} is a pointer of git-LFS, not the file itself; run `git lfs pull` in "
-            f"{pointers[0].parent}"
-        ) from None
-
-
-def _open(
-    path: Path,
-    given: GivenConfig | None,
-    allow_pt: bool,
-    ignored: frozenset[str],
-    step: int | None,
-) -> Checkpoint:
-    if not os.path.exists(path):  # unlike Path.exists, False for names that no file can have
-        raise CheckpointError(f"{path} does not exist; give a checkpoint folder or file")
+    place = resolve(path, allow_pt, revision, needs_weights=True)
+    if not os.path.exists(place):  # unlike Path.exists, False for names that no file can have
+        raise CheckpointError(f"{place} does not exist; give a checkpoint folder or file")
+    ignored = frozenset(ignore_keys)
 
     def settle(carried: ALiBiConfig | None) -> ALiBiConfig:
-        return _settle(path, carried, _as_config(given, Tensors({}), ignored))
+        return _settle(place, carried, _as_config(config, Tensors({}), ignored))
 
-    opened = formats.read(path, Asked(allow_pt, step, settle))
-    place = opened.path or path
-    tensors, prefixes = unwrapped(opened.tensors)
-    require_plain_tensors(place, tensors)
+    opened = formats.read(place, Asked(allow_pt, step, settle))
+    given = str(path) if revision is None else f"{path}@{revision}"
+    return replace(
+        _recognised(opened, config, ignored),
+        source=str(opened.path) if opened.format == "orbax" else given,
+        files=opened.files,
+        wrappers=opened.wrappers,
+    )
+
+
+def _recognised(opened: Opened, given: GivenConfig | None, ignored: frozenset[str]) -> Checkpoint:
+    """The model of a known family or of ours, from what a format has read."""
+    path, tensors = opened.path, opened.tensors
     source = Source(opened.foreign, tensors, ignored)
     has_our_names = any(name.startswith("transformer.layers.") for name in tensors)
     if isinstance(given, Mapping) and source.config is None and not has_our_names:
@@ -140,22 +131,21 @@ def _open(
     family = _family(source) if opened.carried is None else None
     if family is not None:
         config = _as_config(given, family.renamed(tensors), ignored)
-        found = _from_family(family, place, opened.format, config, source)
+        found = _from_family(family, path, opened.format, config, source)
     elif source.config is not None:
-        raise _unknown_family(str(place), source.config)
+        raise _unknown_family(str(path), source.config)
     else:
-        _require_floats(place, tensors)
-        config = _settle(place, opened.carried, _as_config(given, tensors, ignored))
-        _require_layers(place, config, tensors)
+        _require_floats(path, tensors)
+        config = _settle(path, opened.carried, _as_config(given, tensors, ignored))
+        _require_layers(path, config, tensors)
         ordered, dropped = _own_tensors(tensors, config)
-        found = Checkpoint(place, opened.format, OURS, config, ordered, dropped)
-    derived, wrappers = {**opened.left, **found.derived}, [*opened.keys, *prefixes]
-    return replace(found, derived=derived, wrappers=wrappers)
+        found = Checkpoint(path, opened.format, OURS, config, ordered, dropped)
+    return replace(found, derived={**opened.left, **found.derived})
 
 
 def _own_tensors(tensors: Tensors, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
-    """The parameters of a configuration, in order, and what is there besides without need."""
-    settled = settle_ties((_TIED_HEAD,) if config.tie_embeddings else (), tensors)
+    """The parameters of a configuration, in order; the names that are dropped, with the reason."""
+    settled = settle_ties(_TIED_HEAD(config), tensors)
     shapes = {row.name: row.shape for row in parameter_table(config)}
     check_shapes(shapes, settled.tensors.shapes)
     return Tensors({name: settled.tensors.headers[name] for name in shapes}), settled.dropped
@@ -175,7 +165,7 @@ def _unknown_family(origin: str, foreign: Mapping[str, Any]) -> CheckpointError:
 def _as_config(
     given: GivenConfig | None, tensors: Tensors, ignored: frozenset[str]
 ) -> ALiBiConfig | None:
-    """The configuration that somebody gave, in our terms."""
+    """The configuration that the caller gave, as an `ALiBiConfig`."""
     if not isinstance(given, Mapping):
         return given
     source = Source(given, tensors, ignored)
@@ -217,7 +207,7 @@ def _require_floats(path: Path, tensors: Tensors) -> None:
 
 
 def _require_layers(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
-    """A table of so many layers is not even made for a file that cannot hold them."""
+    """Refuse more layers than the file can hold, before a table of them is made."""
     if config.num_layers > len(tensors):
         raise CheckpointError(
             f"{path}: the configuration has {config.num_layers:,} layers, the file "
@@ -235,7 +225,7 @@ def _from_family(
     _require_floats(path, found.tensors)
     return Checkpoint(
         *(path, kind, family.name, config, found.tensors),
-        derived=found.derived,
+        derived=found.dropped,
         origins=found.origins,
         folded=found.folded,
         foreign_config=source.config,

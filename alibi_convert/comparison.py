@@ -53,7 +53,7 @@ def relation(first: Checkpoint, second: Checkpoint) -> Relation:
         dtypes = _changed(first, second)
         statement = f"the first checkpoint is the second, cast to {', '.join(dtypes)}"
         return Relation(statement, None, first, dtypes[0])
-    shrinks = _nbytes(second) <= _nbytes(first)
+    shrinks = second.tensors.nbytes <= first.tensors.nbytes
     dtypes = _changed(second, first) if shrinks else _changed(first, second)
     difference = onward if shrinks else back
     return Relation(SAME, f"even after a cast to {', '.join(dtypes)}, {difference}")
@@ -77,10 +77,6 @@ def _changed(cast: Checkpoint, source: Checkpoint) -> list[str]:
     }
     by_resolution = sorted(changed, key=lambda dtype: float(ml_dtypes.finfo(dtype).eps))
     return [str(dtype) for dtype in reversed(by_resolution)]
-
-
-def _nbytes(checkpoint: Checkpoint) -> int:
-    return sum(header.nbytes for header in checkpoint.tensors.headers.values())
 
 
 def require_same(wanted: Checkpoint, found: Checkpoint, advance: Advance = ignore) -> None:

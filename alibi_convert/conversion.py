@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,14 +23,13 @@ from alibi_convert.formats import FORMATS, by_suffix
 from alibi_convert.formats.config_file import OURS
 from alibi_convert.formats.shards import MAX_SHARD_BYTES, parse_size
 from alibi_convert.progress import progress_bar
-from alibi_convert.report import Report, described
+from alibi_convert.report import Report
 from alibi_convert.tensors import DTYPES
 from alibi_convert.values import Watched, cast
 from alibi_convert.writing.atomic import building
 from alibi_convert.writing.hashing import file_xxh3, hashing
 from alibi_convert.writing.journal import Journal
-from alibi_convert.writing.layout import companions, copy_companion, left_behind
-from alibi_convert.writing.provenance import restore_neutral_keys, source_files, write_provenance
+from alibi_convert.writing.provenance import bring_along, write_provenance
 
 VERIFY = ("logits", "bits", "none")  # how much of a conversion is proven
 
@@ -78,136 +76,114 @@ def convert(
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r} is not known; expected one of {', '.join(VERIFY)}")
     started = time.monotonic()
-    work = settle(source, destination, to, dtype, max_shard_size, reading, progress)
-    with building(work.destination, overwrite, work.nbytes, work.task, resume) as (path, journal):
-        sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(work.files))
-        with hashing(work.files, sha256) as hashed:
-            written = _write(work, path, journal)
+    target = settle(destination, to, dtype, max_shard_size)
+    checkpoint = open_checkpoint(source, **reading)
+    task, nbytes = _task(checkpoint, target), target.cast(checkpoint).tensors.nbytes
+    with building(target.path, overwrite, nbytes, task, resume) as (path, journal):
+        sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(checkpoint.files))
+        with hashing(checkpoint.files, sha256) as hashed:
+            written = _write(checkpoint, target, path, journal, progress)
             if strict_values:
                 written.values.require_finite()
-            verification = _check(work, written, verify)
+            verification = _check(checkpoint, target, written, verify, progress)
             hashed.result()
-        report = _report(work, written, verification, time.monotonic() - started)
+        report = _report(checkpoint, target, written, verification, time.monotonic() - started)
         if path.is_dir():
-            write_provenance(path, report, work.checkpoint)
+            write_provenance(path, report, checkpoint)
     return report
 
 
 @dataclass(frozen=True)
-class Work:
-    """One conversion, settled before anything is written.
+class Target:
+    """Where and how a conversion writes, settled before its source is opened.
 
     Attributes:
-        source: as it was given, or which one it was of several.
-        checkpoint: what it holds, and in what dtypes.
-        meant: the same in the dtypes of the destination.
-        destination, to, max_shard_bytes: where and how it is to be written.
-        dtype: of every tensor in the destination; None where each keeps its own.
-        allow_pt, progress: as for `convert`.
+        path: the destination.
+        format: a key of `FORMATS`.
+        dtype: of every tensor; None where each keeps its own.
+        max_shard_bytes: largest file of a folder.
     """
 
-    source: str
-    checkpoint: Checkpoint
-    meant: Checkpoint
-    destination: Path
-    to: str
-    max_shard_bytes: int
+    path: Path
+    format: str
     dtype: np.dtype | None
-    allow_pt: bool
-    progress: bool
+    max_shard_bytes: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors in the destination."""
-        return sum(header.nbytes for header in self.meant.tensors.headers.values())
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """The files that make up the source, by name."""
-        return source_files(self.checkpoint.path, self.allow_pt)
-
-    @property
-    def task(self) -> dict[str, Any]:
-        """What a run must have in common with one that it resumes, as plain JSON values."""
-        found = {name: path.stat() for name, path in self.files.items()}
-        task = {
-            "source": {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()},
-            "config": self.checkpoint.config.to_dict(),
-            "to": self.to,
-            "dtype": None if self.dtype is None else str(self.dtype),
-            "max_shard_bytes": self.max_shard_bytes,
-        }
-        return json.loads(json.dumps(task))
+    def cast(self, source: Checkpoint) -> Checkpoint:
+        """The source in the dtypes of the destination, unread."""
+        return replace(source, tensors=cast(source.tensors, self.dtype))
 
 
 def settle(
-    source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     to: str | None,
     dtype: str | None,
     max_shard_size: int | str | None,
-    reading: Reading,
-    progress: bool = False,
-) -> Work:
-    """Open the source, and see how it would be written; errors are those of `convert`."""
-    place = Path(os.path.expanduser(destination))
-    to = check_target(place, to, dtype)
-    max_shard_bytes = MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size)
-    checkpoint = open_checkpoint(source, **reading)
-    target = None if dtype is None else DTYPES[dtype]
-    return Work(
-        source=described(source, checkpoint, reading),
-        checkpoint=checkpoint,
-        meant=replace(checkpoint, tensors=cast(checkpoint.tensors, target)),
-        destination=place,
-        to=to,
-        max_shard_bytes=max_shard_bytes,
-        dtype=target,
-        allow_pt=reading.get("allow_pt", False),
-        progress=progress,
+) -> Target:
+    """The arguments of `convert` about its destination; ValueError for unknown ones."""
+    path = Path(os.path.expanduser(destination))
+    return Target(
+        path=path,
+        format=check_target(path, to, dtype),
+        dtype=None if dtype is None else DTYPES[dtype],
+        max_shard_bytes=MAX_SHARD_BYTES if max_shard_size is None else parse_size(max_shard_size),
     )
+
+
+def _task(source: Checkpoint, target: Target) -> dict[str, Any]:
+    """What a conversion must have in common with one that it resumes, as plain JSON values."""
+    found = {name: path.stat() for name, path in source.files.items()}
+    task = {
+        "source": {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()},
+        "config": source.config.to_dict(),
+        "to": target.format,
+        "dtype": None if target.dtype is None else str(target.dtype),
+        "max_shard_bytes": target.max_shard_bytes,
+    }
+    return json.loads(json.dumps(task))
 
 
 @dataclass(frozen=True)
 class _Written:
-    """What was written, before it is moved into place.
+    """The files that were written, before they are moved into place.
 
     Attributes:
-        path: where it is.
-        values: what was seen in the tensors on their way.
-        copied: files that came along unchanged.
-        journal: which files a killed run had finished, and the hashes of the source.
-        xxh3: those hashes by file name that are known from writing.
+        path: where they are.
+        values: casts, NaN and infinity seen in the tensors while they were written.
+        copied: files that were copied unchanged.
+        left_behind: other files in the folder of the source.
+        journal: which files a killed conversion had finished, and the hashes of the source.
+        xxh3: hashes by file name, as far as they are known from writing.
     """
 
     path: Path
     values: Watched
     copied: list[str]
+    left_behind: list[str]
     journal: Journal
     xxh3: Mapping[str, str]
 
 
-def _write(work: Work, path: Path, journal: Journal) -> _Written:
+def _write(
+    source: Checkpoint, target: Target, path: Path, journal: Journal, progress: bool
+) -> _Written:
     """Everything but conversion.json, tensor by tensor."""
-    source = work.checkpoint
-    with progress_bar(
-        work.progress, "reading and writing", work.nbytes, journal.size(path)
-    ) as advance:
+    nbytes = target.cast(source).tensors.nbytes
+    with progress_bar(progress, "reading and writing", nbytes, journal.size(path)) as advance:
         seen = journal.notes.setdefault("seen", {})
-        values = Watched(source.tensors, work.dtype, seen, advance)
-        xxh3 = FORMATS[work.to].write(
+        values = Watched(source.tensors, target.dtype, seen, advance)
+        xxh3 = FORMATS[target.format].write(
             *(path, source.config, values.tensors),
-            max_shard_bytes=work.max_shard_bytes,
+            max_shard_bytes=target.max_shard_bytes,
             journal=journal,
         )
-    restore_neutral_keys(path, source.path, work.to)
-    names = companions(source.path) if source.path.is_dir() and path.is_dir() else []
-    for name in names:
-        copy_companion(source.path, path, name)
-    return _Written(path, values, names, journal, xxh3)
+    copied, left_behind = bring_along(source, path, target.format)
+    return _Written(path, values, copied, left_behind, journal, xxh3)
 
 
-def _check(work: Work, written: _Written, verify: str) -> dict[str, Any]:
+def _check(
+    source: Checkpoint, target: Target, written: _Written, verify: str, progress: bool
+) -> dict[str, Any]:
     """Read back what was written, compare it bit by bit, then run both sides and compare outputs.
 
     Returns:
@@ -216,7 +192,7 @@ def _check(work: Work, written: _Written, verify: str) -> dict[str, Any]:
     if verify == "none":
         return {"bitwise": False, "logits": {"not_run": "verification was switched off"}}
     found = open_checkpoint(written.path, allow_pt=True)
-    _require_written(work, found)
+    _require_written(target.cast(source), replace(found, path=target.path), progress)
     if verify == "bits":
         logits = {"not_run": "only bits were to be verified"}
     elif written.values.nonfinite:
@@ -224,33 +200,37 @@ def _check(work: Work, written: _Written, verify: str) -> dict[str, Any]:
     else:
         from alibi_verify.logits import compare_logits  # the one import upwards: it runs models
 
-        is_cast = bool(written.values.casts)
-        logits = compare_logits(work.checkpoint, found, is_cast, work.progress)
+        logits = compare_logits(source, found, bool(written.values.casts), progress)
     return {"bitwise": True, "logits": logits}
 
 
-def _require_written(work: Work, written: Checkpoint) -> None:
-    """What was written, on its way to the destination, reads back as what was meant."""
+def _require_written(wanted: Checkpoint, written: Checkpoint, progress: bool) -> None:
+    """Raise CheckpointError unless the files, not yet moved to the destination, read back right."""
     if written.family != OURS:
-        # It says the same in its own words, and perhaps has none for dropout or max_len; that it
-        # says what the model computes was checked when it was written.
-        written = replace(written, config=work.meant.config)
-    with progress_bar(work.progress, "checking bits", work.nbytes) as advance:
-        require_same(work.meant, replace(written, path=work.destination), advance)
+        # A family's configuration may have no key for dropout or max_len. Whether it describes the
+        # model was checked when it was written.
+        written = replace(written, config=wanted.config)
+    with progress_bar(progress, "checking bits", wanted.tensors.nbytes) as advance:
+        require_same(wanted, written, advance)
 
 
-def _report(work: Work, written: _Written, verification: dict[str, Any], seconds: float) -> Report:
+def _report(
+    source: Checkpoint,
+    target: Target,
+    written: _Written,
+    verification: dict[str, Any],
+    seconds: float,
+) -> Report:
     """What was done and what the checks found."""
-    source, values = work.checkpoint, written.values
-    taken = (*work.files, *written.copied)
+    values = written.values
     return Report(
-        source=work.source,
-        destination=str(work.destination),
+        source=source.source,
+        destination=str(target.path),
         source_format=source.format,
-        destination_format=work.to,
+        destination_format=target.format,
         family=source.family,
         tensors=len(source.tensors),
-        nbytes=work.nbytes,
+        nbytes=values.tensors.nbytes,
         dropped=dict(source.derived),
         folded=dict(source.folded),
         ignored=dict(source.ignored),
@@ -259,7 +239,7 @@ def _report(work: Work, written: _Written, verification: dict[str, Any], seconds
         casts=values.casts,
         nonfinite=values.nonfinite,
         copied=written.copied,
-        left_behind=left_behind(source.path, taken) if source.path.is_dir() else [],
+        left_behind=written.left_behind,
         kept=sorted(written.journal.kept),
         source_sha256=written.journal.notes["source_sha256"],
         destination_xxh3=_all_hashes(written.path, written.xxh3),

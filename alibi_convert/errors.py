@@ -2,7 +2,7 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written as asked; the message says why and how to mend it."""
+    """A checkpoint cannot be read or written as asked; the message says why and how to fix it."""
 
 
 class MismatchError(CheckpointError):

@@ -1,6 +1,7 @@
-"""Files that nobody vouches for: regular ones, of bounded size, and strict JSON in them.
+"""Files from untrusted sources: regular ones, of bounded size, and strict JSON in them.
 
-A pipe never ends, a device may be anything, and JSON may say two things under one key.
+A pipe never ends, a device may be anything, JSON may say two things under one key, and git-LFS puts
+a pointer where it has not fetched a file.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any, BinaryIO
 from alibi_convert.errors import CheckpointError
 
 MAX_JSON_BYTES = 2**24  # an index of a hundred thousand tensors
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+_LFS_POINTER_BYTES = 1024  # no pointer is longer
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """What the file system says of a regular file, or of one that a link leads to.
+    """The `stat` of a regular file, or of one that a link leads to.
 
     Raises:
-        CheckpointError: there is none, or it is something else.
+        CheckpointError: there is none, it is something else, or git-LFS has not fetched it.
     """
     with _explained(path):
         if not os.path.exists(path):  # unlike Path.stat, False for names that no file can have
@@ -30,12 +33,22 @@ def require_regular(path: Path) -> os.stat_result:
         found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is {_kind(found.st_mode)}, expected a regular file")
+    if found.st_size <= _LFS_POINTER_BYTES and _begins(path, _LFS_POINTER):
+        raise CheckpointError(
+            f"{path} is a pointer of git-LFS, not the file itself; run `git lfs pull` in "
+            f"{path.parent}"
+        )
     return found
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    with _explained(path), path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, opened for reading; whatever fails in the block names it.
+    """A regular file, opened for reading; errors in the block name it.
 
     Raises:
         CheckpointError: as for `require_regular`, or it cannot be read.

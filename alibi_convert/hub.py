@@ -1,4 +1,4 @@
-"""Checkpoints by their name on the Hugging Face hub; without that library, paths alone."""
+"""Checkpoints by their name on the Hugging Face hub; without that library, only paths."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def resolve(
     if os.path.exists(name) or not _NAME.fullmatch(name) or name.endswith(_FILE_SUFFIXES):
         if revision is not None:
             raise CheckpointError(
-                f"{name} is a path, and only models on the hub have revisions; leave revision "
-                "(--revision) away"
+                f"{name} is a path, and only models on the hub have revisions; omit "
+                "revision (--revision)"
             )
         return Path(name)
     if not is_installed("huggingface_hub"):
@@ -53,7 +53,7 @@ def resolve(
         return _snapshot(name, revision, (*_FILES, *_PICKLES))
     if needs_weights:
         raise CheckpointError(
-            f"{name} on the hub has no .safetensors file; its pickles, if it has such "
+            f"{name} on the hub has no .safetensors file; its pickles, if it has any "
             "(pytorch_model.bin), can be made to run code: if you trust them, pass allow_pt=True "
             "(--allow-pt)"
         )

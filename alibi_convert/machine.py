@@ -1,4 +1,4 @@
-"""What this machine has to give: optional packages, memory, and room on its disks."""
+"""The resources of this machine: optional packages, memory, and room on its disks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_installed(module: str) -> bool:
 
 
 def require(module: str, extra: str, purpose: str) -> None:
-    """Raise ValueError, with the command that mends it, unless `module` is installed."""
+    """Raise ValueError, with the command that installs it, unless `module` is installed."""
     if not is_installed(module):
         raise ValueError(
             f"{purpose} needs {module}, which is not installed; pip install 'alibi-duo[{extra}]'"
@@ -60,6 +60,6 @@ def existing_parent(destination: Path) -> Path:
 
 
 def free_bytes(destination: Path) -> int | None:
-    """What the disk of a destination has left; None where the file system does not say."""
+    """Free bytes on the disk of a destination; None where the file system does not say."""
     usage = shutil.disk_usage(existing_parent(destination))
     return usage.free if usage.total else None

@@ -1,4 +1,4 @@
-"""What a conversion would do, from headers alone: no tensor data is read, nothing is written."""
+"""What a conversion would do, only from headers: no tensor data is read, nothing is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from alibi_convert.checkpoint import Checkpoint, Reading
+from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.conversion import settle
 from alibi_convert.errors import CheckpointError
 from alibi_convert.formats import FORMATS
@@ -44,7 +44,7 @@ class Problem:
 
     Attributes:
         cause: what is wrong.
-        mend: what to do about it.
+        mend: how to fix it.
         stops: whether the conversion would fail, or merely lose something.
     """
 
@@ -66,9 +66,9 @@ class Plan:
         files: names of the tensors, as the destination names them, in each file.
         dropped, folded, ignored: as in `Report`.
         nbytes: of all tensors in the destination.
-        peak_memory_bytes: estimated need of a run.
+        peak_memory_bytes: estimated need of the conversion.
         free_disk_bytes: where the destination would be, if the file system says.
-        problems: what would stop the conversion, or deserves a thought.
+        problems: what would stop the conversion, or lose something.
     """
 
     source: str
@@ -116,8 +116,9 @@ def plan(
     place = Path("converted" if destination is None else os.path.expanduser(destination))
     if destination is None and to in FORMATS:
         place = place.with_suffix(FORMATS[to].suffix)
-    work = settle(source, place, to, dtype, max_shard_size, reading)
-    checkpoint, wanted, form = work.checkpoint, work.meant.tensors, FORMATS[work.to]
+    target = settle(place, to, dtype, max_shard_size)
+    checkpoint, form = open_checkpoint(source, **reading), FORMATS[target.format]
+    wanted = target.cast(checkpoint).tensors
     problems = []
     if destination is not None:
         problems += _destination_problems(place, overwrite)
@@ -127,24 +128,24 @@ def plan(
     except CheckpointError as error:
         problems.append(Problem(str(error), "choose another format", stops=True))
     headers = [*wanted.headers.values(), *stored.headers.values()]
-    peak = _peak_memory(form, headers, work.nbytes)
-    problems += [*_disk_problems(place, work.nbytes), *_memory_problems(peak)]
-    problems += [*_library_problems(work.to), *_cast_problems(checkpoint, dtype)]
+    peak = _peak_memory(form, headers, wanted.nbytes)
+    problems += [*_disk_problems(place, wanted.nbytes), *_memory_problems(peak)]
+    problems += [*_library_problems(target.format), *_cast_problems(checkpoint, dtype)]
     single = {place.name: list(stored)}
     sharded = not form.suffix and form.streams
     return Plan(
-        source=work.source,
+        source=checkpoint.source,
         source_format=checkpoint.format,
-        destination_format=work.to,
+        destination_format=target.format,
         family=checkpoint.family,
         config=checkpoint.config.to_dict(),
         tensors=_rows(checkpoint, wanted),
         stored=stored.shapes,
-        files=shard_names(stored.headers, work.max_shard_bytes) if sharded else single,
+        files=shard_names(stored.headers, target.max_shard_bytes) if sharded else single,
         dropped=dict(checkpoint.derived),
         folded=dict(checkpoint.folded),
         ignored=dict(checkpoint.ignored),
-        nbytes=work.nbytes,
+        nbytes=wanted.nbytes,
         peak_memory_bytes=peak,
         free_disk_bytes=free_bytes(place),
         problems=tuple(problems),

@@ -1,4 +1,4 @@
-"""How far a long run has got: in bytes, or by the name of the step."""
+"""How far a long operation has got: in bytes, or by the name of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Begin = Callable[[str], object]  # is told the step that begins
 
 
 def ignore(_: int | str) -> None:
-    """Nobody is watching."""
+    """Show nothing."""
 
 
 @contextmanager

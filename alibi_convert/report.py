@@ -6,9 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Unpack
 
-import numpy as np
-
-from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
+from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.values import Cast
 
 
@@ -22,18 +20,18 @@ class Report:
         family: "alibi-duo" or the foreign family recognised.
         tensors: how many were written.
         nbytes: bytes of tensor data written.
-        dropped: tensors of the source that the configuration implies, with the reason.
+        dropped: tensors of the source that are not needed, with the reason.
         folded: tensors that were computed from those of the source, with the reason.
         ignored: keys of the foreign configuration that were ignored, with their values.
-        wrappers: keys and prefixes of training runs, left out of the names.
+        wrappers: keys and prefixes of training that were removed from the names.
         rounding: largest relative rounding error of any element, None when nothing was cast.
         casts: the dtypes that were cast, each with its largest rounding error.
-        nonfinite: number of NaN and infinite elements, of the tensors that have such.
-        copied: files that came along unchanged: tokenizer and generation settings.
-        left_behind: what else the folder of the source holds.
-        kept: files that a killed run had finished and that were not written again.
+        nonfinite: number of NaN and infinite elements, of each tensor that has any.
+        copied: files that were copied unchanged: tokenizer and generation settings.
+        left_behind: other files in the folder of the source, not copied.
+        kept: files that a killed conversion had finished; they were not written again.
         source_sha256, destination_xxh3: hashes by file name.
-        verified: the destination was read back and is bitwise what was meant.
+        verified: the destination was read back and is right, bit by bit.
         verification: every check: "bitwise", and "logits" or why they were not compared.
         seconds: how long it took.
     """
@@ -78,12 +76,12 @@ def inspect(
     checkpoint = open_checkpoint(path, **reading)
     headers = checkpoint.tensors.headers
     return {
-        "path": described(path, checkpoint, reading),
+        "path": checkpoint.source,
         "format": checkpoint.format,
         "family": checkpoint.family,
         "model": "ALiBiTransformer" if checkpoint.config.vocab_size is None else "ALiBiLM",
-        "parameters": sum(int(np.prod(header.shape)) for header in headers.values()),
-        "nbytes": sum(header.nbytes for header in headers.values()),
+        "parameters": sum(header.size for header in headers.values()),
+        "nbytes": checkpoint.tensors.nbytes,
         "config": checkpoint.config.to_dict(),
         "tensors": {
             name: {"shape": list(header.shape), "dtype": str(header.dtype)}
@@ -93,11 +91,3 @@ def inspect(
         "ignored": dict(checkpoint.ignored),
         "wrappers": list(checkpoint.wrappers),
     }
-
-
-def described(given: str | os.PathLike[str], checkpoint: Checkpoint, reading: Reading) -> str:
-    """A source as it was given, or which one it was of several revisions, or steps of orbax."""
-    if checkpoint.format == "orbax":
-        return str(checkpoint.path)
-    revision = reading.get("revision")
-    return str(given) if revision is None else f"{given}@{revision}"

@@ -50,6 +50,14 @@ class Row:
                 yield Rule(foreign, parameters, self.pattern)
 
 
+def both(foreign: str, canonical: str) -> tuple[Row, Row]:
+    """The rows of a module's weight and bias."""
+    return (
+        Row(f"{foreign}.weight", f"{canonical}.weight"),
+        Row(f"{foreign}.bias", f"{canonical}.bias"),
+    )
+
+
 def _alternatives(name: str) -> list[str]:
     found = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
     if found is None:
@@ -64,7 +72,7 @@ class Rule:
 
     Attributes:
         foreign: name in the foreign checkpoint.
-        parameters: rows of `parameter_table`.
+        parameters: entries of `parameter_table`.
         pattern: as in `Row`.
     """
 
@@ -204,14 +212,14 @@ def canonical_tensors(params: Mapping[str, Any], config: ALiBiConfig) -> dict[st
 
 
 def check_tree(params: Mapping[str, Any], config: ALiBiConfig) -> dict[tuple[str, ...], Any]:
-    """The leaves of a params tree by path, or of what describes one by shapes and dtypes.
+    """The leaves of a params tree by path; shapes and dtypes may stand for the arrays.
 
     Raises:
         CheckpointError: as for `canonical_tensors`.
     """
     leaves: dict[tuple[str, ...], Any] = {}
     for path, leaf in _leaves(params, ()):
-        if path[-1:] == ("value",):  # of a box, written as the mapping of what it holds
+        if path[-1:] == ("value",):  # of a box, written as a mapping
             path = path[:-1]
         if path in leaves:
             raise CheckpointError(f"{'/'.join(path)} is there twice, in two forms; remove one")
@@ -235,7 +243,7 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...],
         yield path, node
     else:
         raise CheckpointError(
-            f"{'/'.join(path)} is a {type(node).__name__}, expected an array; give the params alone"
+            f"{'/'.join(path)} is a {type(node).__name__}, expected an array; give only the params"
         )
 
 

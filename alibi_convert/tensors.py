@@ -1,4 +1,4 @@
-"""Tensors by name, read only when asked for, whatever file or framework they come from."""
+"""Tensors by name, read only when asked for, from any file or framework."""
 
 from __future__ import annotations
 
@@ -87,6 +87,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.headers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(header.nbytes for header in self.headers.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a checkpoint."""
+"""The tokenizer in the folder of a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None)
         tokenizer = Tokenizer.from_buffer(read_whole(file, MAX_TOKENIZER_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{file} is not a tokenizer: {error}") from None
-    # Those of whoever saved it last: a long text would be cut, a short one filled, in silence.
+    # The settings of its last use: a long text would be cut, a short one padded, without a warning.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

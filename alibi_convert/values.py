@@ -1,4 +1,4 @@
-"""What passes through a conversion, chunk by chunk: casts and their rounding, NaN and infinity."""
+"""The values in a conversion, chunk by chunk: casts and their rounding, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alibi_convert.tensors import LazyTensor, Tensors, as_bits
 
 @dataclass
 class Seen:
-    """What one tensor held.
+    """Counts of what one tensor holds.
 
     Attributes:
         nonfinite: how many elements are NaN or infinite.
@@ -46,7 +46,7 @@ class Cast:
 
 
 class Watched:
-    """Tensors, cast where asked for, that are looked at whenever they are read.
+    """Tensors that are cast and examined whenever they are read.
 
     Attributes:
         tensors: to be written.
@@ -78,7 +78,7 @@ class Watched:
         def read() -> np.ndarray:
             if dtype != header.dtype:
                 return _gather(stream(), header.shape, dtype)
-            for _ in stream():  # looked at; nothing to keep
+            for _ in stream():  # examined; nothing to keep
                 pass
             return header.read()
 
@@ -86,7 +86,7 @@ class Watched:
 
     @property
     def nonfinite(self) -> dict[str, int]:
-        """How many elements are NaN or infinite, of the tensors that have such."""
+        """How many elements are NaN or infinite, of each tensor that has any."""
         return {name: each["nonfinite"] for name, each in self.seen.items() if each["nonfinite"]}
 
     @property
@@ -159,7 +159,7 @@ def _cast(chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _look(name: str, chunk: np.ndarray, dtype: np.dtype, seen: Seen) -> np.ndarray:
-    """The chunk in `dtype`; what is seen in it is added to `seen`."""
+    """The chunk in `dtype`; its rounding, NaN and infinity are added to `seen`."""
     nonfinite = count_nonfinite(chunk)
     seen.nonfinite += nonfinite
     if dtype.itemsize > chunk.itemsize or dtype == chunk.dtype:  # wider floats hold narrower ones

@@ -143,7 +143,7 @@ def test_adapters_without_their_model(tmp_path: Path) -> None:
     for config in (None, "{}"):
         if config is not None:
             (folder / "config.json").write_text(config)
-        with pytest.raises(CheckpointError, match=r"an adapter alone, for 'org/bloom'; merge it"):
+        with pytest.raises(CheckpointError, match=r"only an adapter, for 'org/bloom'; merge it"):
             open_checkpoint(folder)
 
 
@@ -257,7 +257,7 @@ def test_params_that_are_no_arrays(tmp_path: Path) -> None:
 
     tree = {"step": 3, "kernel": np.zeros(2)}
     (tmp_path / "state.msgpack").write_bytes(serialization.msgpack_serialize(tree))
-    with pytest.raises(CheckpointError, match="step is a int, expected an array; give the params"):
+    with pytest.raises(CheckpointError, match="step is a int, expected an array; give only"):
         open_checkpoint(tmp_path / "state.msgpack", config=CONFIG)
 
 

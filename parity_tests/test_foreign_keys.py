@@ -213,7 +213,7 @@ def test_attention_biases_are_there_anyway() -> None:
         ("bloom", {"quantization_config": {"bits": 4}}, "the weights are quantised; save them deq"),
         ("falcon", {"is_encoder_decoder": True}, "is_encoder_decoder=True"),
         ("mosaicbert", {"is_decoder": True}, "is_decoder=True"),
-        ("mpt", {"attention_bias": True}, "attention_bias=True beside no_bias=True"),
+        ("mpt", {"attention_bias": True}, "attention_bias=True together with no_bias=True"),
         ("mpt", {"head_dim": 64}, "head_dim=64 cannot be honoured"),
         ("mpt", attention(head_dim=64), "head_dim=64 cannot be honoured"),
         ("mpt", attention(nope=True), r"attn_config\.nope=True"),

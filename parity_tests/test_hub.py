@@ -95,7 +95,7 @@ def test_revisions_everywhere(
     next(verify_steps("org/name", revision="f"))
     assert main(["inspect", "org/name", "--revision=g"]) == 0
     assert [revision for _, revision in hub.asked] == list("abcdefg")
-    with pytest.raises(CheckpointError, match=r"out is a path, and only models .* leave revision"):
+    with pytest.raises(CheckpointError, match=r"out is a path, and only models .* omit revision"):
         open_checkpoint(tmp_path / "out", revision="main")
 
 

@@ -20,6 +20,7 @@ from alibi_convert.families.family import (
     export_tensors,
     import_tensors,
     settle_ties,
+    tied_head,
 )
 
 FAMILIES = (
@@ -51,4 +52,5 @@ __all__ = [
     "family_named",
     "import_tensors",
     "settle_ties",
+    "tied_head",
 ]

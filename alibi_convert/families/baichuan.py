@@ -1,7 +1,7 @@
 """Baichuan-13B and Baichuan2-13B, which share their model_type with the rotary 7B models.
 
 No key says which is which. The 7B models have max_position_embeddings (and rotary buffers), the
-13B ones have model_max_length alone. Baichuan2 has z_loss_weight or its larger vocabulary; its
+13B ones have only model_max_length. Baichuan2 has z_loss_weight or its larger vocabulary; its
 logits are products with the rows of lm_head scaled to length one, which is done on import.
 """
 
@@ -68,7 +68,7 @@ _TABLE = KeyTable(
 
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") == "baichuan"
+    return source.model_type == "baichuan"
 
 
 def _config(source: Source) -> ALiBiConfig:

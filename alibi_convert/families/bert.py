@@ -11,16 +11,11 @@ import numpy as np
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families.family import Derived, Fold, Source
 from alibi_convert.families.keys import Key, Neutral, Only
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 LAYER, OURS = "bert.encoder.layer.{i}", "transformer.layers.{i}"
 GATED_LAYERS = f"{LAYER}.mlp.gated_layers"
-
-
-def both(foreign: str, ours: str) -> tuple[Row, Row]:
-    """The rows of a module's weight and bias."""
-    return Row(f"{foreign}.weight", f"{ours}.weight"), Row(f"{foreign}.bias", f"{ours}.bias")
 
 
 EMBEDDING_ROWS = (
@@ -81,7 +76,7 @@ IMPLIED: dict[str, Any] = {
 
 def is_bert(source: Source) -> bool:
     """Whether the configuration says BERT, as those of its descendants with ALiBi do too."""
-    return source.config is not None and source.config.get("model_type") == "bert"
+    return source.model_type == "bert"
 
 
 def has_layer_tensor(source: Source, *names: str) -> bool:
@@ -102,7 +97,7 @@ def with_head(config: ALiBiConfig, source: Source, hidden_act: str) -> ALiBiConf
     if ACTIVATIONS.get(hidden_act) != config.activation:
         raise CheckpointError(
             f"hidden_act={hidden_act!r} of the masked-language head cannot be honoured: the layers "
-            f"have {config.activation!r}; remove the tensors cls.* to read the encoder alone"
+            f"have {config.activation!r}; remove the tensors cls.* to read only the encoder"
         )
     return replace(config, head="masked_lm")
 

@@ -6,9 +6,9 @@ The bias of transformers' BLOOM, m times the number of real positions before the
 
 from __future__ import annotations
 
-from alibi_convert.families.family import Derived, Family, Peer, Source
+from alibi_convert.families.family import Family, Peer, Source, tied_head
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, one_of
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _KEYS = KeyTable(
@@ -59,7 +59,7 @@ _MODULES = (
     ("transformer.h.{i}.mlp.dense_4h_to_h", "transformer.layers.{i}.ffn.fc2"),
     ("transformer.ln_f", "transformer.final_norm"),
 )
-_ROWS = (
+ROWS = (
     Row("transformer.word_embeddings.weight", "token_embedding.weight"),
     Row(
         "transformer.h.{i}.self_attention.query_key_value.weight",
@@ -71,39 +71,30 @@ _ROWS = (
         "transformer.layers.{i}.attn.{query,key,value}.bias",
         "(heads part head_dim) -> part (heads head_dim)",
     ),
-    *(
-        Row(f"{foreign}.{leaf}", f"{canonical}.{leaf}")
-        for foreign, canonical in _MODULES
-        for leaf in ("weight", "bias")
-    ),
+    *(row for names in _MODULES for row in both(*names)),
     Row("lm_head.weight", "lm_head.weight"),
 )
-_ALIASES = (  # files written from the model without its head
+ALIASES = (  # files written from the model without its head
     (r"((?:word_embeddings|word_embeddings_layernorm|h\.\d+|ln_f)\..+)", r"transformer.\1"),
 )
+DERIVED = tied_head("transformer.word_embeddings.weight")
 
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") == "bloom"
+    return source.model_type == "bloom"
 
 
 def _read_config(source: Source) -> ALiBiConfig:
     return _KEYS.read(source.config or {}, source.ignored)
 
 
-def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
-    embedding = "transformer.word_embeddings.weight"
-    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
-    return (head,) if config.tie_embeddings else ()
-
-
 FAMILY = Family(
     "bloom",
     _recognises,
     _read_config,
-    _ROWS,
-    aliases=_ALIASES,
-    derived=_derived,
+    ROWS,
+    aliases=ALIASES,
+    derived=DERIVED,
     write_config=_KEYS.write,
     label="folder, as transformers' BLOOM",
     neutral_keys=_KEYS.neutral_keys,

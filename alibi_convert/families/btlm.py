@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.families.family import Derived, Family, Source
+from alibi_convert.families.family import Derived, Family, Source, tied_head
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, flag
 from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig, slopes
@@ -149,7 +149,7 @@ _TABLE = KeyTable(
 
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") in ("btlm", "jais")
+    return source.model_type in ("btlm", "jais")
 
 
 def _config(source: Source) -> ALiBiConfig:
@@ -182,12 +182,7 @@ def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
         Derived(r"transformer\.h\.\d+\.attn\.bias", "causal mask: the model is causal anyway"),
         Derived(r"transformer\.h\.\d+\.attn\.masked_bias", "the logit of a masked key"),
     )
-    if not config.tie_embeddings:
-        return buffers
-    head = Derived(
-        r"lm_head\.weight", "the head is the token embedding", same_as="transformer.wte.weight"
-    )
-    return (*buffers, head)
+    return (*buffers, *tied_head("transformer.wte.weight")(config))
 
 
 FAMILY = Family(

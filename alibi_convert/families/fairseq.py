@@ -145,7 +145,7 @@ _TABLE = KeyTable(
         ),
         Neutral(
             ("adaptive_softmax_dropout", "decoder_embed_path", "decoder_layerdrop"),
-            "training alone",
+            "only training",
         ),
     ),
     implied={"norm_eps": 1e-5},

@@ -1,7 +1,7 @@
 """Falcon-RW 1B and 7B (tiiuae), the ALiBi models among the Falcons, as transformers keeps them.
 
 The bias is inside the scale, (q·k + r) / sqrt(head_dim), and both the slope and r = m j are rounded
-to bfloat16 whatever the dtype of the model: `distance="bfloat16"` reproduces that.
+to bfloat16 for any dtype of the model: `distance="bfloat16"` reproduces that.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_convert.families.family import Derived, Family, Peer, Source
+from alibi_convert.families import bloom
+from alibi_convert.families.family import Family, Peer, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, one_of
-from alibi_convert.rules import Row
 from alibi_spec import ALiBiConfig
 
 _MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
@@ -77,40 +77,9 @@ _KEYS = KeyTable(
     refine=_refine,
 )
 
-_MODULES = (
-    ("transformer.h.{i}.input_layernorm", "transformer.layers.{i}.attn_norm"),
-    ("transformer.h.{i}.self_attention.dense", "transformer.layers.{i}.attn.output"),
-    ("transformer.h.{i}.post_attention_layernorm", "transformer.layers.{i}.ffn_norm"),
-    ("transformer.h.{i}.mlp.dense_h_to_4h", "transformer.layers.{i}.ffn.fc1"),
-    ("transformer.h.{i}.mlp.dense_4h_to_h", "transformer.layers.{i}.ffn.fc2"),
-    ("transformer.ln_f", "transformer.final_norm"),
-)
-_ROWS = (
-    Row("transformer.word_embeddings.weight", "token_embedding.weight"),
-    Row(
-        "transformer.h.{i}.self_attention.query_key_value.weight",
-        "transformer.layers.{i}.attn.{query,key,value}.weight",
-        "(heads part head_dim) embed -> part (heads head_dim) embed",
-    ),
-    Row(
-        "transformer.h.{i}.self_attention.query_key_value.bias",
-        "transformer.layers.{i}.attn.{query,key,value}.bias",
-        "(heads part head_dim) -> part (heads head_dim)",
-    ),
-    *(
-        Row(f"{foreign}.{leaf}", f"{canonical}.{leaf}")
-        for foreign, canonical in _MODULES
-        for leaf in ("weight", "bias")
-    ),
-    Row("lm_head.weight", "lm_head.weight"),
-)
-_ALIASES = (  # files written from the model without its head
-    (r"((?:word_embeddings|h\.\d+|ln_f)\..+)", r"transformer.\1"),
-)
-
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") in _MODEL_TYPES
+    return source.model_type in _MODEL_TYPES
 
 
 def _read_config(source: Source) -> ALiBiConfig:
@@ -118,25 +87,19 @@ def _read_config(source: Source) -> ALiBiConfig:
 
 
 def _write_config(config: ALiBiConfig) -> dict[str, Any]:
-    """With both sizes said outright that the table leaves to their defaults."""
+    """With both sizes, which the table leaves to their defaults."""
     usual_width = dataclasses.replace(config, expansion_factor=4, feed_forward_dim=None)
     sizes = {"ffn_hidden_size": config.ffn_dim, "num_kv_heads": config.num_heads}
     return _KEYS.write(usual_width) | sizes
-
-
-def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
-    embedding = "transformer.word_embeddings.weight"
-    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
-    return (head,) if config.tie_embeddings else ()
 
 
 FAMILY = Family(
     "falcon",
     _recognises,
     _read_config,
-    _ROWS,
-    aliases=_ALIASES,
-    derived=_derived,
+    bloom.ROWS,  # without the norm after the embedding
+    aliases=bloom.ALIASES,
+    derived=bloom.DERIVED,
     write_config=_write_config,
     label="folder, as transformers' Falcon-RW",
     neutral_keys=_KEYS.neutral_keys,

@@ -1,4 +1,4 @@
-"""What a family of foreign checkpoints declares, and how its declarations are put to work."""
+"""The declarations of a family of foreign checkpoints, and how they are applied."""
 
 from __future__ import annotations
 
@@ -29,17 +29,22 @@ class Source:
     Attributes:
         config: its config.json (or what its file says about the model); None when there is none.
         tensors: by foreign name, unread.
-        ignored: keys of the configuration that change nothing, by the caller's word.
+        ignored: keys of the configuration that the caller says change nothing.
     """
 
     config: Mapping[str, Any] | None
     tensors: Tensors
     ignored: frozenset[str] = frozenset()
 
+    @property
+    def model_type(self) -> Any:
+        """The model_type of its config.json, if there is one."""
+        return (self.config or {}).get("model_type")
+
 
 @dataclass(frozen=True)
 class Derived:
-    """Foreign tensors that are not carried over.
+    """Foreign tensors that are dropped.
 
     Attributes:
         pattern: regular expression for the whole name.
@@ -50,6 +55,12 @@ class Derived:
     pattern: str
     reason: str
     same_as: str | None = None
+
+
+def tied_head(embedding: str) -> Callable[[ALiBiConfig], tuple[Derived, ...]]:
+    """`derived` of families whose lm_head may be the token embedding, which has this name."""
+    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
+    return lambda config: (head,) if config.tie_embeddings else ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Peer:
 
     Attributes:
         attention: the one of its attention implementations that is right.
-        ignores: fields of a configuration that it computes something else for, whatever they say.
+        ignores: fields of a configuration that it ignores; it computes something else there.
     """
 
     attention: str = "eager"
@@ -107,7 +118,7 @@ class Family:
         rows: the table of tensors, both ways.
         aliases: (regular expression, replacement) for names that other files use; each in turn
             renames what it matches as a whole.
-        derived: foreign tensors that are not carried over.
+        derived: foreign tensors that are dropped.
         folds: canonical tensors that are computed.
         unpickled: the options and the state dict in what the family's library pickles; None for
             other pickles.
@@ -117,7 +128,7 @@ class Family:
         suffix: of an export; empty for a folder, ".pt" for a state dict without a configuration.
         generated: foreign tensors that an export adds, by name.
         neutral_keys: keys of the foreign config.json that a model may take with it when it returns.
-        peer: who else runs its folders, to be compared with; None where nobody does.
+        peer: the library's own model, to be compared with; None where there is none.
     """
 
     name: str
@@ -168,13 +179,13 @@ class Import:
     Attributes:
         tensors: canonical names, torch layout, unread.
         origins: the foreign names that each comes from.
-        derived: foreign tensors that are not carried over, with the reason.
+        dropped: foreign tensors that are dropped, with the reason.
         folded: canonical tensors that are computed, with the reason.
     """
 
     tensors: Tensors
     origins: dict[str, tuple[str, ...]]
-    derived: dict[str, str]
+    dropped: dict[str, str]
     folded: dict[str, str]
 
 
@@ -217,11 +228,11 @@ def export_tensors(family: Family, config: ALiBiConfig, tensors: Tensors) -> Ten
 
 @dataclass(frozen=True)
 class Settled:
-    """Tensors without those that are not carried over.
+    """Tensors without those that are dropped.
 
     Attributes:
-        tensors: a tied one that was there under its second name alone has its first.
-        dropped: names that are not carried over, with the reason.
+        tensors: a tied one that was there only under its second name has its first.
+        dropped: names that are dropped, with the reason.
         other_names: the second name that the file uses, by the first.
     """
 
@@ -231,7 +242,7 @@ class Settled:
 
 
 def settle_ties(derived: tuple[Derived, ...], tensors: Tensors) -> Settled:
-    """See which tensors need not be carried over, and which go by a second name.
+    """Find the tensors that are dropped, and those that go by a second name.
 
     Raises:
         CheckpointError: two tensors must be the same and differ.

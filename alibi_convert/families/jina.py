@@ -16,25 +16,25 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.families import bert
 from alibi_convert.families.family import Derived, Family, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _PLAIN_ROWS = (
-    *bert.both(f"{bert.LAYER}.intermediate.dense", f"{bert.OURS}.ffn.fc1"),
-    *bert.both(f"{bert.LAYER}.output.dense", f"{bert.OURS}.ffn.fc2"),
-    *bert.both(f"{bert.LAYER}.output.LayerNorm", f"{bert.OURS}.ffn_norm"),
+    *both(f"{bert.LAYER}.intermediate.dense", f"{bert.OURS}.ffn.fc1"),
+    *both(f"{bert.LAYER}.output.dense", f"{bert.OURS}.ffn.fc2"),
+    *both(f"{bert.LAYER}.output.LayerNorm", f"{bert.OURS}.ffn_norm"),
 )
 
 
 _TWICE_NORMALISED_ROWS = (
-    *bert.both(f"{bert.LAYER}.attention.self.layer_norm_q", f"{bert.OURS}.attn.query_norm"),
-    *bert.both(f"{bert.LAYER}.attention.self.layer_norm_k", f"{bert.OURS}.attn.key_norm"),
-    *bert.both(f"{bert.LAYER}.attention.output.dense", f"{bert.OURS}.attn.output"),
-    *bert.both(f"{bert.LAYER}.attention.output.LayerNorm", f"{bert.OURS}.attn_output_norm"),
-    *bert.both(f"{bert.LAYER}.layer_norm_1", f"{bert.OURS}.attn_norm"),
+    *both(f"{bert.LAYER}.attention.self.layer_norm_q", f"{bert.OURS}.attn.query_norm"),
+    *both(f"{bert.LAYER}.attention.self.layer_norm_k", f"{bert.OURS}.attn.key_norm"),
+    *both(f"{bert.LAYER}.attention.output.dense", f"{bert.OURS}.attn.output"),
+    *both(f"{bert.LAYER}.attention.output.LayerNorm", f"{bert.OURS}.attn_output_norm"),
+    *both(f"{bert.LAYER}.layer_norm_1", f"{bert.OURS}.attn_norm"),
     Row(f"{bert.LAYER}.mlp.up_gated_layer.weight", f"{bert.OURS}.ffn.{{fc1,gate}}.weight"),
-    *bert.both(f"{bert.LAYER}.mlp.down_layer", f"{bert.OURS}.ffn.fc2"),
-    *bert.both(f"{bert.LAYER}.layer_norm_2", f"{bert.OURS}.ffn_norm"),
+    *both(f"{bert.LAYER}.mlp.down_layer", f"{bert.OURS}.ffn.fc2"),
+    *both(f"{bert.LAYER}.layer_norm_2", f"{bert.OURS}.ffn_norm"),
 )
 
 
@@ -42,7 +42,7 @@ def _rows(*layers: Row) -> tuple[Row, ...]:
     projections = (
         row
         for name in ("query", "key", "value")
-        for row in bert.both(f"{bert.LAYER}.attention.self.{name}", f"{bert.OURS}.attn.{name}")
+        for row in both(f"{bert.LAYER}.attention.self.{name}", f"{bert.OURS}.attn.{name}")
     )
     return (
         *bert.EMBEDDING_ROWS,

@@ -15,9 +15,9 @@ from alibi_convert.errors import CheckpointError
 from alibi_spec import ALiBiConfig
 
 REQUIRED = object()  # a key without a default
-MISSING = object()  # what a key that is not there has for its value
+MISSING = object()  # the value of a key that is not there
 
-# Keys of any config.json that say nothing about what the model computes: transformers' own, of
+# Keys of any config.json that do not change what the model computes: transformers' own, of
 # every version, and those that trainers add.
 COMMON_NEUTRAL: tuple[str, ...] = (
     "_attn_implementation",
@@ -259,7 +259,7 @@ class KeyTable:
 
         Args:
             foreign: the contents of config.json.
-            ignored: keys that no line names, and that change nothing by the caller's word.
+            ignored: keys that no line names, and that the caller says change nothing.
 
         Raises:
             CheckpointError: a key is missing, unknown, or has a value that cannot be honoured; or
@@ -337,7 +337,7 @@ class KeyTable:
         if any(other != first for other in others):
             listed = ", ".join(f"{name}={value!r}" for name, value in said.items())
             raise CheckpointError(
-                f"the {self.family} configuration says one thing twice and differently: {listed}; "
+                f"the {self.family} configuration sets one field to different values: {listed}; "
                 "keep the one that is meant"
             )
         value = first

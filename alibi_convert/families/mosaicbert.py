@@ -13,15 +13,15 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.families import bert, jina
 from alibi_convert.families.family import Derived, Family, Source
 from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _WQKV = "attention.self.Wqkv"
-_HEAD_EPS = 1e-12  # of the norm in the head, whatever layer_norm_eps says
+_HEAD_EPS = 1e-12  # of the norm in the head, which ignores layer_norm_eps
 
 _ROWS = (
     *bert.EMBEDDING_ROWS,
-    *bert.both(f"{bert.LAYER}.{_WQKV}", f"{bert.OURS}.attn.{{query,key,value}}"),
+    *both(f"{bert.LAYER}.{_WQKV}", f"{bert.OURS}.attn.{{query,key,value}}"),
     *bert.ATTENTION_OUTPUT_ROWS,
     *bert.GATED_ROWS,
     *bert.HEAD_ROWS,
@@ -63,7 +63,7 @@ def _config(source: Source) -> ALiBiConfig:
     if config.head == "masked_lm" and config.norm_eps != _HEAD_EPS:
         raise CheckpointError(
             f"layer_norm_eps={config.norm_eps} cannot be honoured: the head has {_HEAD_EPS} "
-            "always; remove the tensors cls.* to read the encoder alone"
+            "always; remove the tensors cls.* to read only the encoder"
         )
     return config
 

@@ -2,7 +2,7 @@
 
 llm-foundry defines what the keys mean. transformers' MptForCausalLM ignores `alibi_bias_max`,
 `qk_ln`, `logit_scale`, `no_bias`, `norm_type`, `ffn_config` and `expansion_ratio`, and refuses
-grouped queries: an export that needs one of them is right for llm-foundry alone.
+grouped queries: an export that needs one of them is right only for llm-foundry.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_convert.families.family import Derived, Family, Peer, Source
+from alibi_convert.families.family import Family, Peer, Source, tied_head
 from alibi_convert.families.keys import (
     Key,
     KeyTable,
@@ -21,7 +21,7 @@ from alibi_convert.families.keys import (
     one_of,
     without_general_keys,
 )
-from alibi_convert.rules import Row
+from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
 _MODEL_TYPES = ("mpt", "mosaic_gpt", "replit_lm")
@@ -88,7 +88,7 @@ def _attention_type(num_kv_heads: int | None) -> str:
 
 
 def _grouped_heads(num_kv_heads: int | None) -> int | None:
-    """llm-foundry takes their number for grouped queries alone."""
+    """llm-foundry takes their number only for grouped queries."""
     return None if num_kv_heads == 1 else num_kv_heads
 
 
@@ -112,14 +112,14 @@ def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any
     if width is not None:
         fields |= {"expansion_factor": 1, "feed_forward_dim": width}
     if foreign.get("attention_bias", False) and foreign.get("no_bias", True):
-        raise ValueError("attention_bias=True beside no_bias=True cannot be honoured")
+        raise ValueError("attention_bias=True together with no_bias=True cannot be honoured")
     attention = foreign.get("attn_config") or {}
     for given in (foreign.get("head_dim"), attention.get("head_dim")):
         if given is not None and given * fields["num_heads"] != d_model:
             raise ValueError(f"head_dim={given!r} cannot be honoured: it is d_model / n_heads here")
     fields["num_kv_heads"] = _kv_heads(attention, fields["num_heads"])
     if fields["norm"] == "rms":
-        fields["norm_bias"] = False  # whatever no_bias says
+        fields["norm_bias"] = False  # even where no_bias is false
     if fields["logit_scale"] == "inv_sqrt_d_model":
         fields["logit_scale"] = 1 / math.sqrt(d_model)
     return fields
@@ -205,8 +205,8 @@ _KEYS = KeyTable(
         Neutral(("residual_coeff",), "branches are not scaled"),
         Neutral(("attn_config.attn_uses_sequence_id",), "only for inputs with sequence ids"),
         Neutral(("attn_config.seq_parallel_world_size",), "how work is divided"),
-        Neutral(("use_pad_tok_in_ffn",), "changes padded positions alone"),
-        Neutral(("embedding_fraction",), "scales gradients alone"),
+        Neutral(("use_pad_tok_in_ffn",), "changes only padded positions"),
+        Neutral(("embedding_fraction",), "scales only gradients"),
         Neutral(("low_precision_layernorm",), "an older norm_type; a LayerNorm either way"),
         Neutral(_INITIAL_WEIGHTS, "initial weights"),
         Neutral(
@@ -232,11 +232,7 @@ _MODULES = (
 )
 _ROWS = (
     Row("transformer.wte.weight", "token_embedding.weight"),
-    *(
-        Row(f"{foreign}.{leaf}", f"{canonical}.{leaf}")
-        for foreign, canonical in _MODULES
-        for leaf in ("weight", "bias")
-    ),
+    *(row for names in _MODULES for row in both(*names)),
     Row("lm_head.weight", "lm_head.weight"),
 )
 _BLOCK = r"(transformer\.blocks\.\d+)"
@@ -250,7 +246,7 @@ _ALIASES = (  # of the model without its head; of Replit-code-v1 and MPT before 
 
 
 def _recognises(source: Source) -> bool:
-    return source.config is not None and source.config.get("model_type") in _MODEL_TYPES
+    return source.model_type in _MODEL_TYPES
 
 
 def _read_config(source: Source) -> ALiBiConfig:
@@ -258,7 +254,7 @@ def _read_config(source: Source) -> ALiBiConfig:
 
 
 def _nested(foreign: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with an attn_config that says what is about attention, and no more."""
+    """The configuration with an attn_config of which all keys are about attention."""
     attention = foreign.get("attn_config")
     if not isinstance(attention, Mapping | None):
         return dict(foreign)
@@ -286,13 +282,7 @@ def _write_config(config: ALiBiConfig) -> dict[str, Any]:
     return foreign
 
 
-def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
-    embedding = "transformer.wte.weight"
-    head = Derived(r"lm_head\.weight", "tied: it is the token embedding", same_as=embedding)
-    return (head,) if config.tie_embeddings else ()
-
-
-# What transformers' MPT computes whatever its configuration says.
+# The values that transformers' MPT always has: it ignores these fields.
 _TRANSFORMERS_ALWAYS = {
     "activation": "gelu",
     "attention_bias": False,
@@ -318,7 +308,7 @@ FAMILY = Family(
     _read_config,
     _ROWS,
     aliases=_ALIASES,
-    derived=_derived,
+    derived=tied_head("transformer.wte.weight"),
     write_config=_write_config,
     label="folder, as llm-foundry's and transformers' MPT",
     neutral_keys=_KEYS.neutral_keys,

@@ -16,7 +16,8 @@ from typing import Any, Unpack
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES, export_tensors
 from alibi_convert.formats import folder, msgpack, orbax, pt, safetensors
-from alibi_convert.formats.format import Asked, Format, Opened, Writing
+from alibi_convert.formats.format import Asked, Format, Opened, Writing, no_steps
+from alibi_convert.formats.names import require_plain_tensors, unwrapped
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
 
@@ -27,18 +28,18 @@ def exported(
     description: str,
     suffix: str = "",
 ) -> Format:
-    """What another library reads: a folder, or a state dict alone, with tensors by its names.
+    """What another library reads: a folder, or only a state dict, with tensors by its names.
 
     Args:
         config_json: the contents of `config.json`; raises CheckpointError for a configuration that
             the library cannot express.
         foreign: the canonical tensors under the library's names and in its layouts, unread.
         description: one line for the help text.
-        suffix: ".pt" for a state dict alone.
+        suffix: ".pt" for a state dict; empty for a folder.
     """
 
     def stored(config: ALiBiConfig, tensors: Tensors) -> Tensors:
-        config_json(config)  # raises where there is no way to say what the model computes
+        config_json(config)  # raises where the library cannot express the configuration
         return foreign(config, tensors)
 
     def write_file(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
@@ -82,19 +83,27 @@ _SUFFIXES_WITH_DIGITS = frozenset((".h5", ".hdf5", ".pt2"))
 
 
 def read(path: Path, asked: Asked) -> Opened:
-    """What a path holds, read as the format that recognises it.
+    """What a path holds, read as the format that recognises it, under the model's own names.
 
     Raises:
-        CheckpointError: none does; a step is asked for where there are none; or the path is broken.
+        CheckpointError: none does; a step is asked for where there are none; the path is broken; or
+            it holds an adapter or quantised weights.
     """
-    orbax.require_steps(path, asked.step)
     for kind in FORMATS.values():
         if kind.read is not None and kind.recognises(path):
-            return kind.read(path, asked)
-    raise CheckpointError(
-        f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
-        f"{', '.join(pt.PICKLE_SUFFIXES)} or .msgpack"
-    )
+            break
+    else:
+        raise CheckpointError(
+            f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
+            f"{', '.join(pt.PICKLE_SUFFIXES)} or .msgpack"
+        )
+    if asked.step is not None and kind is not orbax.FORMAT:
+        raise no_steps(path, asked.step)
+    opened = kind.read(path, asked)
+    tensors, prefixes = unwrapped(opened.tensors)
+    require_plain_tensors(opened.path, tensors)
+    wrappers = [*opened.wrappers, *prefixes]
+    return dataclasses.replace(opened, tensors=tensors, wrappers=wrappers)
 
 
 def by_suffix(destination: Path) -> str:

@@ -1,12 +1,13 @@
-"""Our `config.json`: in a folder, beside a file, or in the metadata of one."""
+"""Our `config.json`: in a folder, next to a file, or in the metadata of one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.files import parse_json, read_whole
+from alibi_convert.files import read_json
 from alibi_convert.writing.layout import sidecar
 from alibi_spec import ALiBiConfig
 
@@ -14,13 +15,13 @@ OURS = "alibi-duo"  # what `format` says, where other libraries say `model_type`
 VERSION = 1
 
 
-def parse_config(text: str | bytes, origin: str) -> ALiBiConfig:
-    """The configuration of a checkpoint of ours; `origin` names it in errors.
+def parse_config(values: dict[str, Any], origin: str) -> ALiBiConfig:
+    """The configuration that a config.json of ours holds; `origin` names it in errors.
 
     Raises:
         CheckpointError: not our format, of a newer version, or with invalid values.
     """
-    values = parse_json(text, origin)
+    values = dict(values)
     if values.pop("format", None) != OURS:
         kind = f" (model_type {values['model_type']!r})" if "model_type" in values else ""
         raise CheckpointError(
@@ -40,9 +41,7 @@ def parse_config(text: str | bytes, origin: str) -> ALiBiConfig:
 
 def read_config(path: Path) -> ALiBiConfig:
     """`parse_config` of a file; a missing one is a CheckpointError too."""
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} has no {path.name}; expected a checkpoint folder")
-    return parse_config(read_whole(path), str(path))
+    return parse_config(read_json(path), str(path))
 
 
 def config_json(config: ALiBiConfig) -> str:
@@ -51,11 +50,16 @@ def config_json(config: ALiBiConfig) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
+def with_sidecar(path: Path) -> dict[str, Path]:
+    """A file, and the file of its configuration if there is one, by name."""
+    return {each.name: each for each in (path, sidecar(path)) if each.exists()}
+
+
 def read_sidecar(path: Path) -> ALiBiConfig | None:
-    """The configuration beside a .pt or .msgpack file, if there is one."""
+    """The configuration next to a .pt or .msgpack file, if there is one."""
     return read_config(sidecar(path)) if sidecar(path).exists() else None
 
 
 def write_sidecar(path: Path, config: ALiBiConfig) -> None:
-    """The configuration, beside a .pt or .msgpack file."""
+    """The configuration, next to a .pt or .msgpack file."""
     sidecar(path).write_text(config_json(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Folders with a `config.json` beside their weights: ours, and those of other libraries."""
+"""Folders with a `config.json` and weights: ours, and those of other libraries."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Unpack
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.files import parse_json, read_whole
+from alibi_convert.files import read_json
 from alibi_convert.formats.config_file import config_json, parse_config
 from alibi_convert.formats.format import Asked, Format, Opened, Writing
+from alibi_convert.formats.names import MERGE
 from alibi_convert.formats.orbax import recognises as is_orbax
-from alibi_convert.formats.refusals import require_model
-from alibi_convert.formats.shards import read_tensors, write_tensors
+from alibi_convert.formats.shards import read_weights, write_tensors
 from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import Tensors
-from alibi_convert.writing.layout import CONFIG_FILE
+from alibi_convert.writing.layout import CONFIG_FILE, is_weight_file
 from alibi_spec import ALiBiConfig, parameter_table
+
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def recognises(path: Path) -> bool:
@@ -29,16 +31,29 @@ def read(folder: Path, asked: Asked) -> Opened:
     Raises:
         CheckpointError: a file is missing, broken, or the index and the shards disagree.
     """
-    require_model(folder)
+    _require_model(folder)
     file = folder / CONFIG_FILE
     if not file.exists():
         raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
-    text = read_whole(file)
-    values = parse_json(text, str(file))
-    if "model_type" in values and "format" not in values:
-        return Opened("folder", read_tensors(folder, asked.allow_pt), foreign=values)
-    carried = parse_config(text, str(file))
-    return Opened("alibi", read_tensors(folder, asked.allow_pt), carried)
+    values = read_json(file)
+    is_foreign = "model_type" in values and "format" not in values
+    carried = None if is_foreign else parse_config(values, str(file))
+    tensors, weights = read_weights(folder, asked.allow_pt)
+    return Opened(
+        "folder" if is_foreign else "alibi",
+        folder,
+        {name: folder / name for name in (CONFIG_FILE, *weights)},
+        tensors,
+        carried,
+        foreign=values if is_foreign else None,
+    )
+
+
+def _require_model(folder: Path) -> None:
+    """Raise CheckpointError, naming the base model, for a folder that holds only an adapter."""
+    if (folder / _ADAPTER_CONFIG).exists() and not any(map(is_weight_file, folder.iterdir())):
+        base = read_json(folder / _ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(f"{folder} holds only an adapter, for {base!r}; {MERGE}")
 
 
 def write(

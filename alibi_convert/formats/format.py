@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
+from alibi_convert.errors import CheckpointError
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.journal import Journal
 from alibi_spec import ALiBiConfig
@@ -34,32 +35,39 @@ class Opened:
 
     Attributes:
         format: a key of `FORMATS`, or "folder" for that of another library.
+        path: where it was found: of an orbax manager, the step.
+        files: those with the configuration and the weights, by name.
         tensors: as they are named there, unread.
         carried: a configuration of ours.
         foreign: one of a family's.
-        left: what is there without being the model, with the reason.
-        path: where it was found, if not where it was looked for.
-        keys: that led to the tensors.
+        left: names in the file that are not of the model, with the reason; they are dropped.
+        wrappers: keys that led to the tensors, and prefixes of their names that were removed.
     """
 
     format: str
+    path: Path
+    files: Mapping[str, Path]
     tensors: Tensors
     carried: ALiBiConfig | None = None
     foreign: Mapping[str, Any] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
-    path: Path | None = None
-    keys: Sequence[str] = ()
+    wrappers: Sequence[str] = ()
+
+
+def no_steps(path: Path, step: int) -> CheckpointError:
+    """The error for a step that is asked for where no manager kept any."""
+    return CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
 
 
 class Writing(TypedDict, total=False):
-    """What matters to formats of several files: their size, and which a killed run finished."""
+    """Options of formats of several files: their size, and which of them are finished already."""
 
     max_shard_bytes: int
     journal: Journal | None
 
 
 class Write(Protocol):
-    """How a format is written, into a path that does not exist yet unless a run is resumed."""
+    """How a format is written, into a path that does not exist unless a conversion is resumed."""
 
     def __call__(
         self, path: Path, config: ALiBiConfig, tensors: Tensors, **options: Unpack[Writing]
@@ -85,7 +93,7 @@ class Format:
         suffix: of a file; empty for a folder.
         write: into a path.
         recognises: whether a path is of this format, by its name or by what a folder holds.
-        read: such a path; None for what is read as another format: a family's own names in it.
+        read: such a path; None for an export, which another format reads.
         streams: whether it is written a few megabytes at a time; otherwise the whole model is in
             memory at once.
         library: module without which it cannot be written, and the extra that installs it.

@@ -11,7 +11,7 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import open_regular, without_duplicates
-from alibi_convert.formats.config_file import read_sidecar, write_sidecar
+from alibi_convert.formats.config_file import read_sidecar, with_sidecar, write_sidecar
 from alibi_convert.formats.format import Asked, Format, Opened
 from alibi_convert.formats.train_state import find_params
 from alibi_convert.machine import require
@@ -111,7 +111,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, asked: Asked) -> Opened:
-    """Flax params, or a training state with them, and what was left beside them.
+    """Flax params, or a training state with them, of which the other keys are dropped.
 
     Raises:
         CheckpointError: truncated, not msgpack, or not the params of this configuration.
@@ -119,11 +119,11 @@ def read(path: Path, asked: Asked) -> Opened:
     config = asked.settle(read_sidecar(path))
     found, left = find_params(load_msgpack(path), path)
     tensors = Tensors.of(canonical_tensors(found.params, config))
-    return Opened("msgpack", tensors, config, left=left)
+    return Opened("msgpack", path, with_sidecar(path), tensors, config, left=left)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """Flax params, and the configuration beside them."""
+    """Flax params, and their configuration in another file."""
     require("flax", "flax", "writing .msgpack")
     from flax import serialization
 

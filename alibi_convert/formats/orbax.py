@@ -1,7 +1,7 @@
 """Flax params in what orbax writes: one tree, a step of a CheckpointManager, or all its steps.
 
 A tree is a folder with `_METADATA`; the data is a small database. The library reads its manifest
-without asking how large it is, and has ended the process over a damaged one: it is checked before.
+without a limit of size, and a damaged one has ended the process: it is checked first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json, read_whole, require_regular
 from alibi_convert.formats.config_file import config_json, read_config
-from alibi_convert.formats.format import Asked, Format, Opened
+from alibi_convert.formats.format import Asked, Format, Opened, no_steps
 from alibi_convert.formats.train_state import find_params
 from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, check_tree, flax_tree
@@ -62,12 +62,6 @@ def recognises(path: Path) -> bool:
     )
 
 
-def require_steps(path: Path, step: int | None) -> None:
-    """Raise CheckpointError if a step is asked for where a manager kept none."""
-    if step is not None and not (recognises(path) and _steps(path)):
-        raise CheckpointError(f"{path} has no steps; leave out step={step} (--step)")
-
-
 def find_tree(folder: Path, step: int | None = None) -> Path:
     """The folder of the one tree that holds params.
 
@@ -89,6 +83,8 @@ def find_tree(folder: Path, step: int | None = None) -> Path:
             )
         return folder / (likely or names)[0]
     steps = _steps(folder)
+    if not steps and step is not None:
+        raise no_steps(folder, step)
     if not steps:
         raise CheckpointError(
             f"{folder} is not a complete orbax checkpoint: {_TREE_FILE} does not exist"
@@ -119,7 +115,7 @@ def _step(folder: Path) -> re.Match[str] | None:
 
 
 def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
-    """The params in the folder of one tree, and what was left beside them, with the reason.
+    """The params in the folder of one tree; the other keys, with the reason why they are dropped.
 
     Raises:
         CheckpointError: broken, or not the params of this configuration.
@@ -135,7 +131,7 @@ def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[st
     try:
         tree: Any = handler.metadata(folder).tree
         found, left = find_params(tree, tree_folder)
-        check_tree(found.params, config)  # a lie about a shape costs no memory
+        check_tree(found.params, config)  # a wrong shape costs no memory
         # As NumPy arrays: the devices that wrote it need not be here.
         one = ocp.RestoreArgs(restore_type=np.ndarray)
         wanted = found.in_place
@@ -196,7 +192,7 @@ def _crc32c_table() -> tuple[int, ...]:
 
 
 def read(folder: Path, asked: Asked) -> Opened:
-    """The params of one tree, and what was left beside them; of ours, with a config.json.
+    """The params of one tree, and the other keys; of ours, with a config.json.
 
     Raises:
         CheckpointError: broken, or not the params of this configuration.
@@ -205,11 +201,13 @@ def read(folder: Path, asked: Asked) -> Opened:
     is_ours = (folder / CONFIG_FILE).exists()
     config = asked.settle(read_config(folder / CONFIG_FILE) if is_ours else None)
     tensors, left = _read_tree(tree, config)
-    return Opened("orbax", tensors, config, left=left, path=folder if is_ours else tree)
+    place = folder if is_ours else tree
+    files = {str(f.relative_to(place)): f for f in sorted(place.rglob("*")) if f.is_file()}
+    return Opened("orbax", place, files, tensors, config, left=left)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """Flax params, and our config.json beside them."""
+    """Flax params, and our config.json in the same folder."""
     require("orbax.checkpoint", "flax", "writing orbax")
     import orbax.checkpoint as ocp
 

@@ -1,6 +1,6 @@
-"""Pickles of torch, read with consent and by torch's weights_only unpickler alone.
+"""Pickles of torch, read with consent, only by torch's weights_only unpickler.
 
-Archives are checked before torch maps them, and what it makes of them is checked after that.
+Archives are checked before torch maps them, and the tensors are checked after that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES
-from alibi_convert.files import open_regular
-from alibi_convert.formats.config_file import read_sidecar, write_sidecar
+from alibi_convert.files import open_regular, require_regular
+from alibi_convert.formats.config_file import read_sidecar, with_sidecar, write_sidecar
 from alibi_convert.formats.format import Asked, Format, Opened
 from alibi_convert.formats.zip_file import MAGIC, check_zip
 from alibi_convert.machine import require
@@ -53,7 +53,8 @@ _UNPICKLING_ERRORS = (
 
 
 def require_consent(path: Path, allow_pt: bool) -> None:
-    """Raise CheckpointError, before a byte of a pickle is read, unless pickles are allowed."""
+    """Raise CheckpointError, before a file is unpickled, unless pickles are allowed."""
+    require_regular(path)
     if not allow_pt:
         raise CheckpointError(
             f"{path} is a pickle, which can be made to run code; if you trust it, pass "
@@ -64,7 +65,7 @@ def require_consent(path: Path, allow_pt: bool) -> None:
 def load_pickle(path: Path, allow_pt: bool) -> Any:
     """What torch.save wrote: values and, mapped from the file, tensors.
 
-    `Namespace` is allowed beside what weights_only allows: it holds values and runs nothing.
+    `Namespace` is allowed too: it holds values and runs nothing.
 
     Raises:
         CheckpointError: not allowed, damaged, or holding objects of other classes.
@@ -77,7 +78,7 @@ def load_pickle(path: Path, allow_pt: bool) -> Any:
         is_zip = file.read(len(MAGIC)) == MAGIC  # files from before torch 1.6 are not
     entries = check_zip(path) if is_zip else {}
     if any(name.endswith("constants.pkl") for name in entries):
-        raise CheckpointError(f"{path} is a TorchScript program; save its state_dict() alone")
+        raise CheckpointError(f"{path} is a TorchScript program; save only its state_dict()")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old protocols and of storages with types
@@ -85,7 +86,7 @@ def load_pickle(path: Path, allow_pt: bool) -> Any:
     except _UNPICKLING_ERRORS as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's advice is to trust it
-            cause = "it may hold more than tensors; save the model's state_dict() alone"
+            cause = "it may hold more than tensors; save only the model's state_dict()"
         raise CheckpointError(f"{path} is truncated or not a plain state dict: {cause}") from None
     if is_zip:
         _check_mapped(path, entries, list(_tensors(saved)))
@@ -96,7 +97,7 @@ def state_dict(saved: Any, path: Path) -> Tensors:
     """The tensors of a torch state dict, mapped from the file at `path`.
 
     Raises:
-        CheckpointError: something else, or something beside dense tensors of known dtypes.
+        CheckpointError: something else, or more than dense tensors of known dtypes.
     """
     import torch
 
@@ -109,8 +110,8 @@ def state_dict(saved: Any, path: Path) -> Tensors:
     ]
     if others:
         raise CheckpointError(
-            f"{path} holds more than tensors ({', '.join(map(str, others[:4]))}); save the "
-            "model's state_dict() alone"
+            f"{path} holds more than tensors ({', '.join(map(str, others[:4]))}); save only "
+            "the model's state_dict()"
         )
     for name, tensor in saved.items():
         if not _is_plain(tensor):
@@ -163,7 +164,7 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 
 def _check_mapped(path: Path, entries: Mapping[str, tuple[int, int]], tensors: list[Any]) -> None:
-    """Every storage is one entry of the archive, whole: torch does not ask when it maps.
+    """Every storage is one entry of the archive, whole: torch does not check this when it maps.
 
     It is not known where in memory the file begins, but all storages must agree on it.
     """
@@ -178,10 +179,10 @@ def _check_mapped(path: Path, entries: Mapping[str, tuple[int, int]], tensors: l
 
 
 def _find_state_dict(saved: Any) -> tuple[Any, list[str], dict[str, str]]:
-    """The state dict in what a training run pickled, or what was pickled itself.
+    """The state dict in a pickle of a training run, or else all that was pickled.
 
     Returns:
-        it; the keys that lead to it; and what is beside it, with the reason why it is left.
+        it; the keys that lead to it; and the other keys, with the reason why they are dropped.
     """
     for keys in _ENTRIES:
         node: Any = saved
@@ -189,7 +190,7 @@ def _find_state_dict(saved: Any) -> tuple[Any, list[str], dict[str, str]]:
         for key in keys:
             if not isinstance(node, Mapping) or not isinstance(node.get(key), Mapping):
                 break
-            left |= {str(name): f"beside {key}, which is the model" for name in node if name != key}
+            left |= {str(name): f"not in {key}, which is the model" for name in node if name != key}
             node = node[key]
         else:
             return node, list(keys), left
@@ -202,23 +203,23 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, asked: Asked) -> Opened:
-    """A state dict, alone or in what a training run or a family's library saves.
+    """A state dict, also in what a training run or a family's library saves.
 
     Raises:
         CheckpointError: as for `load_pickle` and `state_dict`.
     """
-    carried = read_sidecar(path)
+    carried, files = read_sidecar(path), with_sidecar(path)
     saved = load_pickle(path, asked.allow_pt)
     for family in FAMILIES:
         found = family.unpickled(saved)
         if found is not None:
-            return Opened("pt", state_dict(found[1], path), foreign=found[0])
+            return Opened("pt", path, files, state_dict(found[1], path), foreign=found[0])
     state, keys, left = _find_state_dict(saved)
-    return Opened("pt", state_dict(state, path), carried, left=left, keys=keys)
+    return Opened("pt", path, files, state_dict(state, path), carried, left=left, wrappers=keys)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """A torch state dict, and the configuration beside it."""
+    """A torch state dict, and its configuration in another file."""
     save(path, tensors)
     write_sidecar(path, config)
     return {}
@@ -233,7 +234,7 @@ def save(path: Path, tensors: Tensors) -> None:
     try:
         with path.open("wb") as file:
             torch.save(state, file)
-    except RuntimeError as error:  # raised over what the disk said
+    except RuntimeError as error:  # it hides the error of the disk
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise

@@ -1,4 +1,4 @@
-"""One safetensors file: checked before it is believed, read as views of it, written as a stream.
+"""One safetensors file: checked first, read as views of it, written as a stream.
 
 The library's own writer wants a whole shard in memory, garbles strided arrays (0.8.0), and its
 reader accepts a name that is there twice.
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import open_regular, parse_json, require_regular
-from alibi_convert.formats.config_file import config_json, parse_config
+from alibi_convert.formats.config_file import config_json, parse_config, with_sidecar
 from alibi_convert.formats.format import Asked, Format, Opened
 from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_spec import ALiBiConfig
@@ -98,7 +98,7 @@ def _view(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np
         view = np.memmap(path, dtype, mode="r", offset=start, shape=shape).view(np.ndarray)
     except (OSError, ValueError) as error:  # gone, or shorter than when it was opened
         raise CheckpointError(f"{path} has changed since it was opened: {error}") from None
-    # The format does not align data, and few libraries look before they cast a pointer.
+    # The format does not align data, and few libraries check alignment before they cast a pointer.
     return view if view.flags.aligned else view.copy()
 
 
@@ -111,7 +111,7 @@ def write_safetensors(
         CheckpointError: a dtype that the format lacks.
     """
     headers = (tensors if isinstance(tensors, Tensors) else Tensors.of(tensors)).headers
-    # Wide elements first, so that each tensor is aligned for whoever maps the file.
+    # Wide elements first, so that each tensor is aligned when the file is mapped.
     headers = dict(sorted(headers.items(), key=lambda item: -item[1].dtype.itemsize))
     start = _header(headers, {"format": "pt", **(metadata or {})})
     digest = xxhash.xxh3_128()
@@ -162,8 +162,9 @@ def read(path: Path, _: Asked) -> Opened:
     tensors, metadata = read_safetensors(path)
     carried = None
     if _CONFIG in metadata:
-        carried = parse_config(metadata[_CONFIG], f"metadata of {path}")
-    return Opened("safetensors", tensors, carried)
+        origin = f"metadata of {path}"
+        carried = parse_config(parse_json(metadata[_CONFIG], origin), origin)
+    return Opened("safetensors", path, with_sidecar(path), tensors, carried)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The files with a folder's weights: one of safetensors, or shards with an index, or pickles.
 
-Names and layouts of tensors are left as they are: what a tensor means is decided elsewhere.
+Names and layouts of tensors stay as they are; `families` decides what they mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json
-from alibi_convert.formats.pt import PICKLE_SUFFIXES, load_pickle, state_dict
+from alibi_convert.formats.pt import PICKLE_SUFFIXES, load_pickle, require_consent, state_dict
 from alibi_convert.formats.safetensors import read_safetensors, write_safetensors
 from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_convert.writing.journal import Journal
@@ -54,53 +54,46 @@ def read_tensors(folder: Path, allow_pt: bool = False) -> Tensors:
     Raises:
         CheckpointError: a file is missing, broken, or the index and the shards disagree.
     """
+    return read_weights(folder, allow_pt)[0]
+
+
+def read_weights(folder: Path, allow_pt: bool) -> tuple[Tensors, list[str]]:
+    """`read_tensors`, and the names of their files: the index, if there is one, and the shards."""
     index, shards = _shards(folder, allow_pt)
-    weight_map = {} if index is None else _weight_map(index)
     headers: dict[str, LazyTensor] = {}
-    for shard in shards:
+    for shard, listed in shards.items():
         tensors = _read_shard(folder / shard, allow_pt)
         twice = sorted(headers.keys() & set(tensors))
         if twice:
             raise CheckpointError(f"{folder / shard} holds {twice[0]} a second time; remove one")
-        listed = {name for name, file in weight_map.items() if file == shard}
-        if index is not None and listed != set(tensors):
+        if listed is not None and listed != set(tensors):
             odd = sorted(listed ^ set(tensors))
             raise CheckpointError(f"{folder / shard} and the index disagree about {', '.join(odd)}")
         headers.update(tensors.headers)
-    return Tensors(headers)
+    return Tensors(headers), [*index, *shards]
 
 
-def weight_files(folder: Path, allow_pt: bool = False) -> list[str]:
-    """Names of the files that `read_tensors` reads: the index, if there is one, and the weights."""
-    index, shards = _shards(folder, allow_pt)
-    return shards if index is None else [index.name, *shards]
-
-
-def _shards(folder: Path, allow_pt: bool) -> tuple[Path | None, list[str]]:
-    """The index, if there is one, and the names of the files with weights."""
+def _shards(folder: Path, allow_pt: bool) -> tuple[list[str], Mapping[str, set[str] | None]]:
+    """The name of the index, or none; and of every shard, with the tensors that the index lists."""
     pickles = (PICKLE_INDEX_FILE, PICKLE_FILE) if allow_pt else ()
     for file in (INDEX_FILE, WEIGHTS_FILE, *pickles):
         path = folder / file
         if not path.exists():
             continue
         if file in (WEIGHTS_FILE, PICKLE_FILE):
-            return None, [file]
-        return path, sorted(set(_weight_map(path).values()))
+            return [], {file: None}
+        return [file], _listed(path)
     for stem, suffix in (
         ("model", "safetensors"),
         *([("pytorch_model", "bin")] if allow_pt else []),
     ):
         shards = _numbered_shards(folder, stem, suffix)
         if shards:
-            return None, shards
+            return [], dict.fromkeys(shards)
     found = [name for name in (PICKLE_INDEX_FILE, PICKLE_FILE) if (folder / name).exists()]
     found += sorted(path.name for path in folder.glob("pytorch_model-*-of-*.bin"))
     if found:
-        raise CheckpointError(
-            f"{folder} holds pickles ({', '.join(found)}), which can be made to run code; if you "
-            "trust them, pass allow_pt=True (--allow-pt): they are then read by torch's "
-            "weights_only unpickler"
-        )
+        require_consent(folder / found[0], allow_pt)
     raise CheckpointError(
         f"{folder} holds no weights: {WEIGHTS_FILE} does not exist, nor does {INDEX_FILE}, "
         f"{PICKLE_FILE} or {PICKLE_INDEX_FILE}"
@@ -127,7 +120,8 @@ def _numbered_shards(folder: Path, stem: str, suffix: str) -> list[str]:
     return sorted(numbers)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _listed(index: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard, as the index lists them."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensors to file names")
@@ -137,7 +131,10 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A plain name may still be a symbolic link: that is how download caches share files.
         if Path(shard).name != shard or "\\" in shard or shard in ("", ".."):
             raise CheckpointError(f"{index} names {shard!r}, outside the folder")
-    return weight_map
+    shards: dict[str, set[str]] = {shard: set() for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        shards[shard].add(name)
+    return shards
 
 
 def _read_shard(path: Path, allow_pt: bool) -> Tensors:
@@ -171,12 +168,11 @@ def write_tensors(
     with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
         try:
             hashes = dict(zip(files, pool.map(write, files), strict=True))
-        finally:  # after an error or an interruption nobody waits for gigabytes to be written
+        finally:  # an error or an interruption does not wait for gigabytes to be written
             is_over.set()
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
-        total = sum(header.nbytes for header in tensors.headers.values())
-        contents = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        contents = {"metadata": {"total_size": tensors.nbytes}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return hashes
 

@@ -1,4 +1,4 @@
-"""Where the params are in what a Flax training run saves: alone, or beside optimizer and step."""
+"""Where the params are in what a Flax training run saves: with or without optimizer and step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Found:
 
     @property
     def in_place(self) -> dict[str, Any]:
-        """The tree with nothing beside the params."""
+        """The tree with nothing but the params."""
         tree: Any = self.params
         for key in reversed(self.keys):
             tree = {key: tree}
@@ -34,7 +34,7 @@ class Found:
 
 
 def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:
-    """The params in a tree, and what is beside them, with the reason why it is left.
+    """The params in a tree, and the other keys, with the reason why they are dropped.
 
     Params are the tree itself, or under "params" in it or in one of its branches; variables, in
     which they are under "params" once more, may take their place.
@@ -48,7 +48,7 @@ def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:
     branches = [str(name) for name, branch in tree.items() if _has_params(branch)]
     if len(branches) > 1 and not _has_params(tree):
         raise CheckpointError(
-            f"{path} holds several params, in {', '.join(branches)}; save one of them alone"
+            f"{path} holds several params, in {', '.join(branches)}; save only one of them"
         )
     left: dict[str, str] = {}
     node: Mapping[str, Any] = tree
@@ -56,7 +56,7 @@ def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:
         key = _PARAMS if _has_params(node) else branches[0]
         for name in node:
             if name != key:
-                left["/".join((*keys, str(name)))] = "beside the params, which are the model"
+                left["/".join((*keys, str(name)))] = "not in the params, which are the model"
         node, keys = node[key], (*keys, key)
     return Found(node, keys), left
 

@@ -1,4 +1,4 @@
-"""Zip archives checked from end to end, because whoever maps one reads it unchecked."""
+"""Zip archives checked from end to end, because a mapped one is read unchecked."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _entries(file: BinaryIO) -> list[zipfile.ZipInfo]:
 
 
 def _data_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """What comes after the entry's own header, which must say what the archive's directory says."""
+    """Where an entry's data starts; its own header must agree with the archive's directory."""
     file.seek(entry.header_offset)
     header = file.read(_LOCAL_BYTES)
     flags, method = _number(header, 6, 2), _number(header, 8, 2)

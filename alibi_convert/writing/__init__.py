@@ -1,1 +1,1 @@
-"""How what is written appears whole or not at all, is known by its hashes, and says its origin."""
+"""Writing: a destination appears whole or not at all, with hashes and a record of its origin."""

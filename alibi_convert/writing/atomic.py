@@ -1,6 +1,6 @@
-"""A destination that appears whole or not at all: built beside it, flushed, renamed.
+"""A destination that appears whole or not at all: built next to it, flushed, renamed.
 
-For `model` all work happens in `.model.partial/`: `new/model` is what is written, `journal.json`
+For `model` all work happens in `.model.partial/`: `new/model` is being written, `journal.json`
 says how far it got, and `replaced/model` is, between two renames, what was there before. A run
 that fails removes the folder; one that is killed leaves it for the next run to resume or remove;
 one that is interrupted leaves what it finished.
@@ -33,7 +33,7 @@ def replacing(
 ) -> Iterator[Path]:
     """A path to write to that becomes `destination` if the block succeeds, and vanishes if not.
 
-    Files written next to it move along. What was there before comes back if anything fails.
+    Files written next to it move along. The old checkpoint comes back if anything fails.
 
     Args:
         destination: a path that does not exist yet, or see `overwrite`.
@@ -64,7 +64,7 @@ def building(
     Args:
         destination, overwrite, nbytes, kept: as for `replacing`.
         task: what is being done, for the journal; a run resumes only the same task.
-        resume: keep what a killed run finished, instead of starting anew.
+        resume: keep the files that a killed run finished, instead of starting anew.
 
     Raises:
         CheckpointError: as for `replacing`; or the killed run was doing something else.
@@ -97,7 +97,7 @@ def building(
                         shutil.rmtree(partial)
         except BaseException:
             for parent in new_parents:
-                with suppress(OSError):  # never made, or in use by somebody else
+                with suppress(OSError):  # never made, or in use by another process
                     parent.rmdir()
             raise
 
@@ -122,7 +122,7 @@ def check_destination(destination: Path, overwrite: bool, kept: Collection[str] 
 
 @contextmanager
 def _explained(destination: Path, nbytes: int) -> Iterator[None]:
-    """Failures of the disk in words."""
+    """Errors of the disk as CheckpointErrors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -180,7 +180,7 @@ def _locked(partial: Path) -> Iterator[None]:
 def _lock(partial: Path, folder: int) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever held the lock a moment ago may have removed the folder that was opened.
+        # A process that held the lock a moment ago may have removed the folder that was opened.
         if not (partial.exists() and os.path.samestat(os.fstat(folder), partial.stat())):
             raise BlockingIOError
     except BlockingIOError:
@@ -191,7 +191,7 @@ def _lock(partial: Path, folder: int) -> None:
 
 
 def _start(partial: Path, name: str, task: Mapping[str, Any], resume: bool) -> Journal:
-    """An empty workplace, or one with nothing but what a killed run finished."""
+    """An empty workplace, or one with only the files that a killed run finished."""
     if resume and (partial / _JOURNAL).exists():
         journal = Journal.resumed(partial / _JOURNAL, task)
     else:
@@ -229,11 +229,9 @@ def _flush(*paths: Path) -> None:
 def _move_into_place(path: Path, destination: Path, overwrite: bool, kept: Collection[str]) -> None:
     companions = [each for each in path.parent.iterdir() if each != path]
     targets = {each: destination.with_name(each.name) for each in (*companions, path)}
-    # The configuration beside what was there before says nothing true about what comes.
-    beside = sidecar(destination)
-    stale = (
-        [beside] if path.is_file() and beside.exists() and beside not in targets.values() else []
-    )
+    # The old file's configuration is not that of the new one.
+    old = sidecar(destination)
+    stale = [old] if path.is_file() and old.exists() and old not in targets.values() else []
     for target in (*targets.values(), *stale):
         check_destination(target, overwrite, kept)
     replaced = path.parent.with_name(_REPLACED)
@@ -256,7 +254,7 @@ def _move_into_place(path: Path, destination: Path, overwrite: bool, kept: Colle
 
 
 def _undo_killed_swap(partial: Path, destination: Path) -> None:
-    """Bring back what a run had moved aside when it was killed between two renames."""
+    """Bring back the files of a run that was killed between two renames."""
     if not (partial / _REPLACED).is_dir():
         return
     with _locked(partial):

@@ -1,4 +1,4 @@
-"""Hashes of files: SHA-256 names a source, XXH3 tells whether what was written is still whole.
+"""Hashes of files: SHA-256 names a source, XXH3 tells whether a written file is still whole.
 
 hashlib lets other threads run, so the hashes of the sources cost a core, not time.
 """
@@ -21,7 +21,7 @@ _READ_BYTES = 2**18
 
 
 def file_xxh3(path: Path) -> str:
-    """The 128-bit XXH3 of a file: as fast as memory; it finds damage, not malice.
+    """The 128-bit XXH3 of a file: as fast as memory; it detects damage, not tampering.
 
     Raises:
         CheckpointError: the file cannot be read.

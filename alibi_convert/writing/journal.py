@@ -1,4 +1,4 @@
-"""The journal of a conversion that may be killed: what was asked, and which files are finished."""
+"""The journal of a conversion that may be killed: its task, and which files are finished."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Journal:
     """A file that says how far a conversion got; replaced as a whole each time it is written.
 
     Attributes:
-        task: what was asked of which source, as plain JSON values.
+        task: source, configuration and target, as plain JSON values.
         files: name -> XXH3 of every file that was finished.
-        notes: what else the conversion must remember of the finished files: dicts by name.
+        notes: other facts about the finished files: dicts by name.
         kept: names of files that need not be written again.
     """
 

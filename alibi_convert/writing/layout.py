@@ -1,10 +1,9 @@
-"""What the files of a checkpoint folder are called, and which of them go along unread."""
+"""Names of the files in a checkpoint folder, and which of them are copied unread."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG_FILE = "config.json"
@@ -16,7 +15,7 @@ PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 ORBAX_FOLDER = "params"
 ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file that orbax puts into every checkpoint
 
-# What belongs to a model without being weights; it goes along from folder to folder.
+# Companions: files of a model that are not weights; they are copied from folder to folder.
 _CHAT_TEMPLATES = "additional_chat_templates"
 COMPANIONS = (
     "tokenizer.json",
@@ -36,11 +35,9 @@ COMPANIONS = (
     f"{_CHAT_TEMPLATES}/*.jinja",
 )
 
-_LFS_POINTER_BYTES = 1024  # no pointer is longer
-
 
 def companions(folder: Path) -> list[str]:
-    """Names, with slashes, of what belongs to the model of a folder without being weights."""
+    """Names, with slashes, of the companions in a folder."""
     found = (path for pattern in COMPANIONS for path in sorted(folder.glob(pattern)))
     return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
 
@@ -51,39 +48,20 @@ def copy_companion(source: Path, folder: Path, name: str) -> None:
     shutil.copyfile(source / name, folder / name)
 
 
-def left_behind(folder: Path, taken: Iterable[str]) -> list[str]:
-    """What a folder holds besides what was read or copied, and its conversion.json."""
-    known = {CONVERSION_FILE, *(name.split("/")[0] for name in taken)}
-    others = sorted(path for path in folder.iterdir() if path.name not in known)
-    return [f"{path.name}/" if path.is_dir() else path.name for path in others]
-
-
-def lfs_pointers(path: Path) -> list[Path]:
-    """Files of a checkpoint that git-LFS has not fetched: a few lines stand where they should."""
-    files = path.iterdir() if path.is_dir() else (path, sidecar(path))
-    return [file for file in sorted(files) if _is_lfs_pointer(file)]
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    if not file.is_file() or file.stat().st_size > _LFS_POINTER_BYTES:
-        return False
-    return file.read_bytes().startswith(b"version https://git-lfs.github.com/")
-
-
 def sidecar(path: Path) -> Path:
-    """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` beside it."""
+    """Where the configuration of a .pt or .msgpack file is kept: `<file>.json` next to it."""
     return path.with_name(path.name + ".json")
 
 
 def is_weight_file(path: Path) -> bool:
-    """Whether this entry of a folder is weights, or says in which files they are."""
+    """Whether this entry of a folder is weights or their index."""
     is_shard = re.fullmatch(r"(model|pytorch_model)-.*\.(safetensors|bin)", path.name)
     names = (WEIGHTS_FILE, INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE)
     return is_shard is not None or path.name in names
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this entry of a folder is weights of ours, or says what they are."""
+    """Whether this entry of a folder is weights of ours, their index or their configuration."""
     if path.name == ORBAX_FOLDER:
         return (path / ORBAX_MARK).exists()
     is_shard = path.name.startswith("model-") and path.name.endswith(".safetensors")

@@ -1,4 +1,4 @@
-"""Where a loaded model comes from: what lay beside its weights goes along when it is saved.
+"""Where a loaded model comes from: its other files are copied when it is saved.
 
 The tokenizer, generation settings, chat templates; and, in conversion.json, the keys of a family's
 configuration that we have no use for, such as the ids of special tokens.
@@ -41,13 +41,13 @@ class Origin:
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
-    """What to remember of a checkpoint that a model is loaded from."""
+    """The origin of a model that is loaded from this checkpoint."""
     path = checkpoint.path.absolute()
     names = companions(path) if path.is_dir() else []
     try:
         record = family_record(checkpoint)
     except CheckpointError as error:
-        warnings.warn(f"{error}; what it says of the model's family is lost", stacklevel=3)
+        warnings.warn(f"{error}; its record of the model's family is lost", stacklevel=3)
         record = {}
     return Origin(path, tuple(names), record)
 
@@ -59,7 +59,7 @@ def save_folder(
     origin: Origin | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder of ours, with what belongs to the model and what the folder held besides.
+    """Write a folder of ours, with the model's other files, and those that the folder held already.
 
     Args:
         folder: a path that does not exist yet, or see `overwrite`.
@@ -98,7 +98,7 @@ def save_folder(
 
 
 def _kept(folder: Path) -> list[str]:
-    """What stays in the folder of a checkpoint when its model is replaced; files alone."""
+    """Names of the files and folders that stay when the model in a folder is replaced."""
     if not (folder / CONFIG_FILE).exists():
         return []
     others = [path for path in sorted(folder.iterdir()) if not is_model_file(path)]
@@ -127,7 +127,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _bring_companions(origin: Origin | None, folder: Path) -> tuple[list[str], list[str]]:
-    """Copy what is not there; the names of those that are gone, and of those that differ."""
+    """Copy the files that are missing; the names of those that are gone, and that differ."""
     lost, other = [], []
     if origin is None:
         return lost, other

@@ -1,11 +1,11 @@
-"""Where a converted checkpoint comes from: `conversion.json`, written beside its weights."""
+"""Where a converted checkpoint comes from: `conversion.json`, written next to its weights."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,12 @@ from typing import Any
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.families import family_named
 from alibi_convert.files import read_json
-from alibi_convert.formats.orbax import recognises as is_orbax
-from alibi_convert.formats.shards import weight_files
 from alibi_convert.report import Report
-from alibi_convert.writing.layout import CONFIG_FILE, CONVERSION_FILE, sidecar
+from alibi_convert.writing.layout import CONFIG_FILE, CONVERSION_FILE, companions, copy_companion
 
 SPEC_VERSION = 1  # of docs/SPEC.md: what a configuration means
 TABLE_VERSION = 1  # of the names and layouts of parameters
 _LIBRARIES = ("alibi-duo", "numpy", "ml_dtypes", "safetensors")
-
-
 # Keys of a foreign configuration that are wrong once a model has been converted.
 _STALE_KEYS = frozenset(("_name_or_path", "auto_map", "dtype", "torch_dtype"))
 
@@ -62,10 +58,33 @@ def recorded_family(folder: Path) -> dict[str, Any]:
     return {name: record[name] for name in kept if name in record}
 
 
-def restore_neutral_keys(folder: Path, source: Path, to: str) -> None:
-    """Give back to a model that returns to its family the keys that we have no use for.
+def bring_along(source: Checkpoint, folder: Path, to: str) -> tuple[list[str], list[str]]:
+    """Copy the companions of a source to the folder of the destination.
 
-    Such as the ids of special tokens. `conversion.json` beside the source remembers them.
+    A model that returns to its family also gets back the keys that we have no use for.
+
+    Returns:
+        names of the files that were copied, and of the others in the source's folder.
+    """
+    _restore_neutral_keys(folder, source.path, to)
+    names = companions(source.path) if source.path.is_dir() and folder.is_dir() else []
+    for name in names:
+        copy_companion(source.path, folder, name)
+    return names, _left_behind(source, names) if source.path.is_dir() else []
+
+
+def _left_behind(source: Checkpoint, copied: Iterable[str]) -> list[str]:
+    """Names in a folder of what was neither read nor copied, but for its conversion.json."""
+    taken = (CONVERSION_FILE, *source.files, *copied)
+    known = {name.split("/")[0] for name in taken}
+    others = sorted(path for path in source.path.iterdir() if path.name not in known)
+    return [f"{path.name}/" if path.is_dir() else path.name for path in others]
+
+
+def _restore_neutral_keys(folder: Path, source: Path, to: str) -> None:
+    """The keys of its old config.json that have no meaning for us, such as ids of special tokens.
+
+    The `conversion.json` of the source remembers them.
     """
     family, written = family_named(to), folder / CONFIG_FILE
     known = _record(source)
@@ -90,12 +109,3 @@ def library_versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a conversion writes."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), **versions}
-
-
-def source_files(path: Path, allow_pt: bool = False) -> dict[str, Path]:
-    """The files that make up a checkpoint, by their names in it: configuration and weights."""
-    if not path.is_dir():
-        return {each.name: each for each in (path, sidecar(path)) if each.exists()}
-    if is_orbax(path):
-        return {str(f.relative_to(path)): f for f in sorted(path.rglob("*")) if f.is_file()}
-    return {name: path / name for name in (CONFIG_FILE, *weight_files(path, allow_pt))}

@@ -99,7 +99,7 @@ FAULTS = (
     ),
     Mutant(
         "a prefix of some names cut off",
-        "alibi_convert/formats/wrappers.py",
+        "alibi_convert/formats/names.py",
         "all(name.startswith(prefix)",
         "any(name.startswith(prefix)",
         "test_training_states.py -k 'prefixes or wrapped'",
@@ -121,8 +121,8 @@ FAULTS = (
     Mutant(
         "an adapter beside a config.json counts as a model without weights",
         "alibi_convert/formats/folder.py",
-        "    require_model(folder)\n",
-        "    if not (folder / CONFIG_FILE).exists():\n        require_model(folder)\n",
+        "    _require_model(folder)\n",
+        "    if not (folder / CONFIG_FILE).exists():\n        _require_model(folder)\n",
         "test_damage.py -k adapters_without",
     ),
     Mutant(
