@@ -42,7 +42,7 @@ def inspection_lines(contents: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}"
     yield from _wrappers(contents["wrappers"])
     for name, reason in contents["derived"].items():
-        yield f"  {name:{width}}  not converted: {reason}"
+        yield f"  {name:{width}}  dropped: {reason}"
     yield from _ignored(contents["ignored"])
 
 
@@ -113,7 +113,7 @@ def _wrappers(wrappers: Sequence[str]) -> Iterator[str]:
 
 def _differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> Iterator[str]:
     for name, reason in dropped.items():
-        yield f"  not converted: {name} ({reason})"
+        yield f"  dropped: {name} ({reason})"
     for name, reason in folded.items():
         yield f"  computed: {name} ({reason})"
 

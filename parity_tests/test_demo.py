@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from alibi_cli.demo.positions import torch_logits, torch_model
+from alibi_cli.demo.text import read_text
 from alibi_cli.main import main
 from alibi_spec import ALiBiConfig
 from alibi_torch import ALiBiLM
@@ -24,9 +25,13 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notes = tmp_path / "demo" / "notes.txt"
     output.mkdir()
     notes.write_text("mine")
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"to be or not to be, that is the question. " * 400)
     arguments = ["demo", *SMALL, "--seeds=2", "--processes=2", f"--output={output}"]
+    arguments.append(f"--text={text}")
     assert main(arguments) == 0
     printed = capsys.readouterr().out
+    assert str(text) in printed
     assert "256 tokens, identical" in printed
     assert re.search(r"rotary +Flax +\d\.\d{4} ± 0\.\d{4}", printed)
     assert "every check passed" in printed
@@ -58,13 +63,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again["bits_per_byte"] == report["bits_per_byte"]
 
 
-def test_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
-    text.write_bytes(b"to be or not to be, that is the question. " * 400)
-    arguments = ["demo", *SMALL, f"--output={tmp_path / 'demo'}"]
-    assert main([*arguments, f"--text={text}"]) == 0
-    assert str(text) in capsys.readouterr().out
     text.write_bytes(b"too short")
+    assert len(read_text(None, 64).training) > 1_000_000  # Python's own library
+    arguments = ["demo", *SMALL, f"--output={tmp_path / 'demo'}"]
     assert main([*arguments, f"--text={text}", "--overwrite"]) == 2
     assert "has 9 bytes; at least" in capsys.readouterr().err
     assert main([*arguments, f"--text={tmp_path / 'absent'}", "--overwrite"]) == 3
