@@ -109,6 +109,8 @@ PADDINGS: dict[str, tuple[tuple[int, slice], ...]] = {  # sequence and positions
     "both-and-empty": (_LEFT, _EMPTY, _RIGHT),
 }
 
+_ROUNDING = ("lm-tied", "odd-heads", "grouped", "gated-rms", "masked-lm", "learned-slopes")
+
 each_config = pytest.mark.parametrize("config_name", CONFIGS)
 # Every kind of padding at once; each kind alone, and none, for two that differ in all else.
 each_padded_config = pytest.mark.parametrize(
@@ -117,6 +119,24 @@ each_padded_config = pytest.mark.parametrize(
         (config_name, padding)
         for config_name in CONFIGS
         for padding in PADDINGS
+        if padding == "both-and-empty" or config_name in ("encoder", "lm-tied")
+    ],
+)
+
+
+# In narrow dtypes what differs is the rounding: all of them in `make test-all`.
+each_narrow_config = pytest.mark.parametrize(
+    ("config_name", "padding", "dtype"),
+    [
+        pytest.param(
+            *(config_name, padding, dtype),
+            marks=()
+            if padding == "both-and-empty" and (dtype == "float32" or config_name in _ROUNDING)
+            else (pytest.mark.slow,),
+        )
+        for config_name in CONFIGS
+        for padding in PADDINGS
+        for dtype in ("float32", "bfloat16")
         if padding == "both-and-empty" or config_name in ("encoder", "lm-tied")
     ],
 )

@@ -20,7 +20,7 @@ from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.compare import assert_bitwise, assert_within
 
 RNG = np.random.default_rng(0)
-SEQUENCES = [RNG.integers(0, 101, length).tolist() for length in (5, 300, 1, 40, 41, 5, 39)]
+SEQUENCES = [RNG.integers(0, 101, length).tolist() for length in (5, 40, 1, 41, 5, 12)]
 
 
 def _models(config: ALiBiConfig) -> tuple[Any, Any, Any]:
@@ -40,7 +40,7 @@ def test_vectors_are_the_references(config_name: str) -> None:
     ]
     limit = BUDGETS["float32", "cpu"].forward
     for pooling in POOLINGS if config_name == "headless" else ("mean",):
-        for normalize in (True, False):
+        for normalize in (True, False) if pooling == "mean" else (True,):
             options: Any = {"pooling": pooling, "normalize": normalize, "batch_size": 3}
             exact = np.concatenate(
                 [pooled(x, np.ones(x.shape[:2], bool), pooling, normalize) for x in traces]

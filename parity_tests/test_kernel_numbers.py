@@ -131,7 +131,10 @@ def test_float64(kernel: Kernel, dropout: float, shape: str, masks: str, causal:
             for kernel in (PALLAS_TPU, PALLAS_GPU)
             for case in (
                 (kernel, "float32", "long", "mask and segments", True, 0.3),
-                (kernel, "float32", "long", "mask and segments", False, 0.0),
+                pytest.param(
+                    *(kernel, "float32", "long", "mask and segments", False, 0.0),
+                    marks=pytest.mark.slow,
+                ),
                 (kernel, "bfloat16", "one key head", "none", True, 0.3),
             )
         ),

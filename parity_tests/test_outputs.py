@@ -15,6 +15,7 @@ from parity_tests.cases import (
     draw_inputs,
     draw_mask,
     draw_parameters,
+    each_narrow_config,
     each_padded_config,
 )
 from parity_tests.compare import assert_bitwise, assert_comparable, assert_trace_within
@@ -28,8 +29,7 @@ def test_float64(implementation: Implementation, config_name: str, padding: str)
     _check(implementation, config_name, padding, "float64")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@each_padded_config
+@each_narrow_config
 def test_narrow_dtypes(config_name: str, padding: str, dtype: str) -> None:
     """Every backend within its budget, and none much worse than its peer, layer by layer.
 
