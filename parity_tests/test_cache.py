@@ -72,6 +72,7 @@ def _flax(config: ALiBiConfig, parameters: Any, dtype: str, capacity: int) -> tu
     return call, empty
 
 
+BARE = CONFIGS["bare"]
 BACKENDS = {"torch": _torch, "flax": _flax}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -195,6 +196,25 @@ def test_what_a_cache_refuses(backend: str) -> None:
     _, cache = call(inputs[:, :5], None, used)
     with pytest.raises(ValueError, match="attention_mask has shape"):
         call(inputs[:, :4], np.ones((2, 9), int), cache)
+
+
+def test_autocast_narrows_no_step() -> None:
+    """A step with float32 queries stays float32, as attention without a cache does."""
+    config = dataclasses.replace(CONFIGS["lm-tied"], num_layers=1)
+    model = alibi_torch.ALiBiLM(config).eval()
+    model.load_state_dict({k: as_torch(v) for k, v in draw_parameters(config).items()})
+    attn, x = model.transformer.layers[0].attn, torch.tensor(draw_inputs(BARE, seq=SEQ))
+    with torch.no_grad():
+        inputs = attn.attention_inputs(x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = alibi_torch.attention(**inputs, implementation="dense")
+        cache = alibi_torch.KVCache.empty(config, len(x), SEQ)
+        for part in (slice(0, SEQ - 1), slice(SEQ - 1, SEQ)):
+            chunk = {**inputs, **{k: inputs[k][:, :, part] for k in ("query", "key", "value")}}
+            cache = cache.grown(cache.config, (len(x), part.stop - part.start), None)
+            found = cache.attend(0, chunk, "auto")
+    limit = BUDGETS["float32", "cpu"].forward
+    assert_within(as_numpy(found[:, :, 0]), as_numpy(whole[:, :, -1]), limit, "a step")
 
 
 def test_torch_caches_are_used_once_and_keep_no_gradients() -> None:

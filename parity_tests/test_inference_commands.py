@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BloomConfig, BloomForCausalLM
 
 import alibi_torch
 from alibi_cli.main import main
+from alibi_convert import convert
 from alibi_convert.tensors import as_torch
 from alibi_spec import ALiBiConfig
 from alibi_spec.bounds import model_windows
 from parity_tests.cases import draw_parameters
+from parity_tests.families import redraw
 
 CONFIG = ALiBiConfig(num_layers=1, d_model=24, num_heads=3, vocab_size=256)
 PROMPTS = ("one prompt", "éé")
@@ -105,6 +108,26 @@ def test_a_tokenizer_and_the_folders_own_ending(
     (stopped,) = json.loads(capsys.readouterr().out)
     assert stopped["finish_reason"] == "stop_string"
     assert len(stopped["tokens"]) <= 2
+
+
+def test_the_familys_ending_survives_the_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.json may be all that names it; conversion.json remembers that."""
+    config = BloomConfig(vocab_size=256, hidden_size=24, n_layer=1, n_head=3)
+    redraw(BloomForCausalLM(config)).save_pretrained(tmp_path / "bloom")
+    (tmp_path / "bloom" / "generation_config.json").unlink()
+    command = ["generate", str(tmp_path / "bloom"), "--prompt=a", "--max-new-tokens=9", "--json"]
+    assert main(command) == 0
+    ends = json.loads(capsys.readouterr().out)[0]["tokens"][2]
+    settings = json.loads((tmp_path / "bloom" / "config.json").read_text())
+    (tmp_path / "bloom" / "config.json").write_text(json.dumps(settings | {"eos_token_id": ends}))
+    convert(tmp_path / "bloom", tmp_path / "ours")
+    for folder in ("bloom", "ours"):
+        assert main(["generate", str(tmp_path / folder), *command[2:]]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert found["finish_reason"] == "eos"
+        assert len(found["tokens"]) <= 3
 
 
 @pytest.mark.parametrize(

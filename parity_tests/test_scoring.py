@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -120,6 +121,12 @@ def test_a_run_that_was_stopped_goes_on(
     capsys.readouterr()
     assert main([*command_line, f"--resume={kept}", "--stride=8"]) == 2
     assert "is of another model, text or options" in capsys.readouterr().err
+    weights = folder / "model.safetensors"
+    before, times = weights.read_bytes(), weights.stat()
+    weights.write_bytes(before)  # trained further, say
+    assert main([*command_line, f"--resume={kept}"]) == 2
+    assert "is of another model, text or options" in capsys.readouterr().err
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert main([*command_line, f"--resume={kept}"]) == 0
     assert json.loads(capsys.readouterr().out) == whole
     assert not kept.exists()

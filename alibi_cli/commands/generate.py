@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "continue texts"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_SETTINGS = ("generation_config.json", "config.json")  # where a folder names its eos_token_id
+_SETTINGS = "generation_config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,13 +124,15 @@ def _prompts(options: argparse.Namespace, tokenizer: Bytes | Subwords) -> list[l
 
 
 def _eos(checkpoint: Checkpoint) -> int | list[int] | None:
+    """That of the folder's settings, or of the family's configuration, now or once."""
     from alibi_convert.files import read_json
+    from alibi_convert.writing.provenance import recorded_family
 
-    for name in _SETTINGS:
-        file = checkpoint.path / name
-        if file.is_file() and (eos := read_json(file).get("eos_token_id")) is not None:
-            return eos
-    return None
+    file = checkpoint.path / _SETTINGS
+    settings = read_json(file) if file.is_file() else {}
+    family = checkpoint.foreign_config or recorded_family(checkpoint.path).get("source_config", {})
+    eos = settings.get("eos_token_id")
+    return family.get("eos_token_id") if eos is None else eos
 
 
 def _torch(

@@ -18,6 +18,7 @@ from alibi_cli.rendering import print_json
 if TYPE_CHECKING:
     import numpy as np
 
+    from alibi_convert.checkpoint import Checkpoint
     from alibi_spec.scoring import Window
 
 HELP = "measure how well a model predicts a text: perplexity, bits per byte"
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     length = options.length or checkpoint.config.max_len
     stride = options.stride or length
     windows = list(score_windows(len(tokens), length, stride))
-    progress = _Progress(options.resume, _identity(options, tokens, length, stride))
+    progress = _Progress(options.resume, _identity(options, checkpoint, tokens, length, stride))
     scored = _torch(options) if options.backend == "torch" else _flax(options)
     for batch in _progress_bar(_batches(windows[progress.windows :], options.batch_size), options):
         rows = np.stack([tokens[window.start : window.end + 1] for window in batch])
@@ -125,11 +126,22 @@ class _Progress:
             self._file.unlink(missing_ok=True)
 
 
-def _identity(options: argparse.Namespace, tokens: np.ndarray, length: int, stride: int) -> str:
-    """Of a run: model, text, and all that changes its score."""
-    source = [str(options.source), options.revision, options.step, options.backend]
-    cut = [length, stride, hashlib.sha256(tokens.tobytes()).hexdigest()]
-    return hashlib.sha256(json.dumps([*source, *cut]).encode()).hexdigest()
+def _identity(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    tokens: np.ndarray,
+    length: int,
+    stride: int,
+) -> str:
+    """A hash of all that the score depends on: the model's files, the text, the options."""
+    found = {name: file.stat() for name, file in checkpoint.files.items()}
+    facts = {
+        "files": {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()},
+        "config": checkpoint.config.to_dict(),
+        "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "options": [options.backend, length, stride],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _batches(windows: list[Window], size: int) -> list[list[Window]]:

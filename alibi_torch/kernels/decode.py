@@ -6,13 +6,15 @@ for what it cannot compute, dense attention, which is linear for one query.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from alibi_torch.kernels import dense
-from alibi_torch.kernels.call import Call, refuses_bias
+from alibi_torch.kernels.call import Call, refuses_bias, without_autocast
 
 _FUSED = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -33,5 +35,7 @@ def attention(call: Call) -> Float[Tensor, "batch heads 1 value_dim"]:
         hidden = ~call.attention_mask.to(torch.bool)[:, None, None]
         # A query that sees no key gives zeros, here too: the kernel promises that for -inf.
         bias = bias.masked_fill(hidden, -torch.inf)
-    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=call.scale)
+    options: Any = {"attn_mask": bias, "scale": call.scale}
+    with without_autocast(query.device):
+        attended = F.scaled_dot_product_attention(grouped, key, value, **options)
     return attended.reshape(batch, heads, 1, value.shape[3])

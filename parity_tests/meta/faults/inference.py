@@ -278,4 +278,25 @@ FAULTS = (
         "",
         "test_encoding.py -k references",
     ),
+    Mutant(
+        "autocast narrows the logits of a step",
+        "alibi_torch/kernels/decode.py",
+        "with without_autocast(query.device):",
+        "with without_autocast(torch.device('meta')):",
+        "test_cache.py -k autocast",
+    ),
+    Mutant(
+        "a score goes on with another model's weights",
+        "alibi_cli/commands/score.py",
+        "[each.st_size, each.st_mtime_ns]",
+        "[each.st_size]",
+        "test_scoring.py -k stopped",
+    ),
+    Mutant(
+        "a converted model forgets its family's ending",
+        "alibi_cli/commands/generate.py",
+        'checkpoint.foreign_config or recorded_family(checkpoint.path).get("source_config", {})',
+        "checkpoint.foreign_config or {}",
+        "test_inference_commands.py -k ending_survives",
+    ),
 )
