@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32, Float64, Int, Integer
 
 UNIFORM_BITS = 23
+_MARKS = 16  # tokens without text, or whose text depends on those before, next to a stop string
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Endings:
     decode: Callable[[list[int]], str] | None
     lengths: list[int]
     reasons: list[str]
-    _taken: list[list[int]]
+    _recent: list[list[int]]
 
     @classmethod
     def of(
@@ -261,11 +262,14 @@ class Endings:
         if self.reasons[row] != "length":
             return self.pad
         self.lengths[row] += 1
-        self._taken[row].append(token)
         if token in self.eos:
             self.reasons[row] = "eos"
         elif self.decode is not None:
-            text = self.decode(self._taken[row])
+            # Only what can hold a stop string that this token completes, so that a step costs the
+            # same after any number of them: a token is a byte or more, but for a few marks.
+            reach = max(len(each.encode()) for each in self.stop_strings) + _MARKS
+            self._recent[row] = [*self._recent[row], token][-reach:]
+            text = self.decode(self._recent[row])
             if any(each in text for each in self.stop_strings):
                 self.reasons[row] = "stop_string"
         return token

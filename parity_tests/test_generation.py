@@ -25,6 +25,7 @@ from alibi_flax import generation as flax_generation
 from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS, DRAWING
 from alibi_spec.sampling import (
+    Endings,
     Sampling,
     boundary_distance,
     drawn_tokens,
@@ -261,6 +262,26 @@ def test_endings(backend: str) -> None:
         assert stopped.lengths[row] == min([*complete, stopped.tokens.shape[1] - PROMPT_LEN])
         assert stopped.finish_reasons[row] == ("stop_string" if complete else "length")
     assert stopped.finish_reasons[2] == "stop_string"
+
+
+def test_a_stop_string_costs_the_same_at_every_step() -> None:
+    """However long the text is, a bounded number of tokens is decoded; the string is still seen."""
+    decoded: list[int] = []
+
+    class Decoder:
+        def decode(self, ids: list[int]) -> str:
+            decoded.append(len(ids))
+            return bytes(ids).decode(errors="replace")
+
+    text = "é…end"  # characters of two and three bytes
+    options: Any = {"eos_token_id": None, "pad_token_id": 0}
+    endings = Endings.of(1, 256, stop_strings=["never", text], tokenizer=Decoder(), **options)
+    for token in (*([65] * 500), *text.encode()):
+        assert endings.reasons == ["length"]
+        endings.take([token])
+    assert endings.reasons == ["stop_string"]
+    assert endings.lengths == [500 + len(text.encode())]
+    assert max(decoded) <= len(text.encode()) + 16
 
 
 @each_backend

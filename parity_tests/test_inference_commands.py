@@ -6,15 +6,18 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM
 
 import alibi_torch
+from alibi_cli.commands.generate import _print_stream
 from alibi_cli.main import main
+from alibi_cli.tokens import Bytes, Subwords
 from alibi_convert import convert
 from alibi_convert.tensors import as_torch
 from alibi_spec import ALiBiConfig
@@ -173,3 +176,27 @@ def test_windows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"{narrower[0, 0]:,}" in printed
     assert f"at most {narrower.sum():,} keys" in printed
+
+
+class _Counting(Subwords):
+    """A tokenizer that counts the tokens that it is asked to decode."""
+
+    decoded: ClassVar[list[int]] = []
+
+    def decode(self, ids: list[int]) -> str:
+        self.decoded.append(len(ids))
+        return self.tokenizer.decode(ids)
+
+
+def test_streams_print_the_whole_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Spaces that depend on the token before, characters of several tokens, one that is cut."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.train_from_iterator(["the cat éé … sat"] * 5, trainers.BpeTrainer(vocab_size=40))
+    text = "the cat éé … sat the sat cat"
+    for tokenizer, rest in ((Bytes(), []), (Bytes(), [0xC3]), (Subwords(words), [])):
+        ids = [*tokenizer.encode(text), *rest]
+        counting = _Counting(tokenizer)
+        _print_stream(iter([[each] for each in ids]), counting)
+        assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+        assert max(counting.decoded) < 10, "a step costs more the longer the text is"

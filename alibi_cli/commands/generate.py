@@ -166,13 +166,16 @@ def _flax(
 
 
 def _print_stream(steps: Iterator[Any], tokenizer: Bytes | Subwords) -> None:
-    """The text as it grows; a character of several tokens is held back until it is whole."""
+    """The text as it grows; a character of several tokens is held back until it is whole.
+
+    Tokens are decoded with those printed last, which spaces may depend on, and no others.
+    """
     ids: list[int] = []
-    shown = ""
+    printed = shown = 0  # how many tokens the last text but one, and the last, ended with
     for step in steps:
         ids.append(int(step[0]))
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(tokenizer.decode(ids)[len(shown) :])
+        before, text = tokenizer.decode(ids[printed:shown]), tokenizer.decode(ids[printed:])
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            print(text[len(before) :], end="", flush=True)
+            printed, shown = shown, len(ids)
+    print(tokenizer.decode(ids[printed:])[len(tokenizer.decode(ids[printed:shown])) :])

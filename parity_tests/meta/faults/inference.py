@@ -190,8 +190,8 @@ FAULTS = (
     Mutant(
         "a stop string must be one token",
         "alibi_spec/sampling.py",
-        "text = self.decode(self._taken[row])",
-        "text = self.decode(self._taken[row][-1:])",
+        "text = self.decode(self._recent[row])",
+        "text = self.decode(self._recent[row][-1:])",
         "test_generation.py -k endings",
     ),
     Mutant(
@@ -298,5 +298,12 @@ FAULTS = (
         'checkpoint.foreign_config or recorded_family(checkpoint.path).get("source_config", {})',
         "checkpoint.foreign_config or {}",
         "test_inference_commands.py -k ending_survives",
+    ),
+    Mutant(
+        "a stop string of several bytes is cut",
+        "alibi_spec/sampling.py",
+        "max(len(each.encode()) for each in self.stop_strings) + _MARKS",
+        "4",
+        "test_generation.py -k costs_the_same",
     ),
 )
