@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from alibi_convert.checkpoint import GivenConfig
@@ -32,6 +34,58 @@ def path(text: str) -> Path:
 def tolerance(text: str) -> str | float:
     """A share of attention mass, or "dtype"."""
     return text if text == "dtype" else float(text)
+
+
+class GivenText(NamedTuple):
+    """A text from the command line, and where it stands: "line 3 of FILE"."""
+
+    place: str
+    text: str
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Several texts: the lines of a file, or of the standard input, or one by one."""
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument(
+        "file",
+        type=path,
+        nargs="?",
+        help="UTF-8, one text in each line (default: the standard input)",
+    )
+    texts.add_argument("--text", action="append", help="a text instead; may be repeated")
+
+
+def given_texts(options: argparse.Namespace) -> list[GivenText]:
+    """The texts of `add_text_options`.
+
+    Raises:
+        ValueError: none, an empty one, or a file that is not UTF-8.
+    """
+    if options.text is not None:
+        texts, kind, origin = options.text, "--text", "the command line"
+    elif options.file is not None:
+        texts, kind, origin = _lines_of_file(options.file), "line", options.file
+    else:
+        texts, kind, origin = _lines(sys.stdin), "line", "the standard input"
+    found = [GivenText(f"{kind} {n} of {origin}", text) for n, text in enumerate(texts, 1)]
+    if not found:
+        raise ValueError(f"{origin} holds no text; expected one in each line")
+    for place, text in found:
+        if not text.strip():
+            raise ValueError(f"{place} is empty; expected a text")
+    return found
+
+
+def _lines_of_file(file: Path) -> list[str]:
+    with file.open(encoding="utf-8") as opened:
+        try:
+            return _lines(opened)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
+
+
+def _lines(opened: Iterable[str]) -> list[str]:
+    return [line.removesuffix("\n") for line in opened]
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
     from alibi_convert import Plan, Report
     from alibi_verify import Check
+
+COMPARED = 10  # vectors, at most, that are compared with one another
 
 
 def print_json(value: Any) -> None:
@@ -104,6 +110,29 @@ def report_lines(report: Report) -> Iterator[str]:
         yield from _outputs(report.verification["logits"])
     else:
         yield "not read back"
+
+
+def vector_lines(vectors: np.ndarray, output: Path | None) -> Iterator[str]:
+    """How many vectors there are, and where, or else how alike a few of them are."""
+    count, width = vectors.shape
+    shape = f"{count:,} {'vector' if count == 1 else 'vectors'} of {width:,} numbers"
+    yield shape if output is None else f"{shape}: {output}"
+    if output is None and 2 <= count <= COMPARED:
+        yield "cosine similarities:"
+        wide = vectors.astype("float64")
+        lengths = (wide**2).sum(axis=1) ** 0.5
+        for row in wide @ wide.T / lengths / lengths[:, None]:
+            yield "".join(f"{value:9.4f}" for value in row)
+
+
+def filled_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Texts, and the tokens that may stand for their masks."""
+    for result in results:
+        yield result["text"]
+        for number, mask in enumerate(result["masks"], 1):
+            yield f"  mask {number}:"
+            for each in mask["candidates"]:
+                yield f"    {each['probability']:.4f}  {each['text']!r}"
 
 
 def _wrappers(wrappers: Sequence[str]) -> Iterator[str]:

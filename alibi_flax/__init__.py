@@ -10,6 +10,7 @@ from alibi_flax.dispatch import (
     biased_logits,
 )
 from alibi_flax.encoding import encode
+from alibi_flax.filling import Filled, fill_masks
 from alibi_flax.generation import Generated, generate, stream
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
@@ -23,6 +24,7 @@ __all__ = [
     "ALiBiLM",
     "ALiBiTransformer",
     "AttentionPlan",
+    "Filled",
     "Generated",
     "KVCache",
     "attention",
@@ -30,6 +32,7 @@ __all__ = [
     "attention_plan",
     "biased_logits",
     "encode",
+    "fill_masks",
     "from_pretrained",
     "generate",
     "model_plans",

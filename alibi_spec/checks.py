@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alibi_spec.biases import DISTANCES
 
@@ -171,10 +171,12 @@ def check_implementation(implementation: str, implementations: Sequence[str]) ->
         )
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ValueError unless an option is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} is not valid; expected an integer of at least {least}")
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise ValueError unless an option is an integer of at least `least`, at most `most`."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not (is_integer and least <= value <= (value if most is None else most)):
+        expected = f"of at least {least}" if most is None else f"in {least} … {most}"
+        raise ValueError(f"{name}={value!r} is not valid; expected an integer {expected}")
 
 
 def beyond_windows(distance: str, causal: bool) -> str | None:
@@ -263,6 +265,21 @@ def check_scoring(causal: bool, head: str, shape: Sequence[int]) -> None:
         raise ValueError(f"a model with head={head!r} predicts no next token")
     if len(shape) == 2 and shape[1] < 2:
         raise ValueError(f"tokens have shape {list(shape)}; expected at least two in a sequence")
+
+
+def check_filling(causal: bool, head: str, vocab_size: int, mask_token_id: int, top_k: int) -> None:
+    """Raise ValueError unless a model of this kind fills this mask with this many tokens."""
+    if head == "none":
+        raise ValueError(
+            "a model with head='none' predicts no tokens; use one with its masked-language head"
+        )
+    if causal and head == "linear":
+        raise ValueError(
+            "a decoder (causal=True) predicts the next token and fills no mask; use a masked "
+            "language model"
+        )
+    check_token_range(mask_token_id, mask_token_id, vocab_size, "mask_token_id")
+    check_count("top_k", top_k, most=vocab_size)
 
 
 def check_prompts(lengths: Sequence[int]) -> None:

@@ -69,6 +69,16 @@ def encode(
 ) -> Any: ...
 
 
+def fill_masks(
+    model: Any,
+    tokens: Any,
+    mask_token_id: int,
+    *,
+    attention_mask: Any = None,
+    top_k: int = 5,
+) -> Any: ...
+
+
 def generate(
     model: Any,
     tokens: Any,
@@ -135,6 +145,7 @@ PUBLIC = (
     "ALiBiConfig",
     "ALiBiLM",
     "ALiBiTransformer",
+    "Filled",
     "Generated",
     "KVCache",
     "attention",
@@ -142,6 +153,7 @@ PUBLIC = (
     "attention_plan",
     "biased_logits",
     "encode",
+    "fill_masks",
     "generate",
     "model_plans",
     "stream",

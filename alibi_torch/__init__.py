@@ -10,6 +10,7 @@ from alibi_torch.dispatch import (
     biased_logits,
 )
 from alibi_torch.encoding import encode
+from alibi_torch.filling import Filled, fill_masks
 from alibi_torch.generation import Generated, generate, stream
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
 from alibi_torch.plans import model_plans
@@ -21,6 +22,7 @@ __all__ = [
     "ALiBiLM",
     "ALiBiTransformer",
     "AttentionPlan",
+    "Filled",
     "Generated",
     "KVCache",
     "attention",
@@ -28,6 +30,7 @@ __all__ = [
     "attention_plan",
     "biased_logits",
     "encode",
+    "fill_masks",
     "generate",
     "model_plans",
     "stream",

@@ -1,18 +1,19 @@
-"""`alibi generate` and `alibi windows`, from texts to texts."""
+"""`alibi generate`, `encode`, `fill` and `windows`, from texts to what they print."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 import alibi_torch
 from alibi_cli.commands.generate import _print_stream
@@ -20,9 +21,13 @@ from alibi_cli.main import main
 from alibi_cli.tokens import Bytes, Subwords
 from alibi_convert import convert
 from alibi_convert.tensors import as_torch
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.bounds import model_windows
+from alibi_spec.budgets import BUDGETS
+from alibi_spec.filling import likeliest
+from alibi_spec.pooling import pooled
 from parity_tests.cases import draw_parameters
+from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.families import redraw
 
 CONFIG = ALiBiConfig(num_layers=1, d_model=24, num_heads=3, vocab_size=256)
@@ -200,3 +205,192 @@ def test_streams_print_the_whole_text(capsys: pytest.CaptureFixture[str]) -> Non
         _print_stream(iter([[each] for each in ids]), counting)
         assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
         assert max(counting.decoded) < 10, "a step costs more the longer the text is"
+
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "##s")
+ENCODER = dataclasses.replace(CONFIG, vocab_size=len(WORDS), causal=False, head="masked_lm")
+TEXTS = ("the cats sat on the mat", "the mat", "cats cats cats on")
+LIMIT = BUDGETS["float32", "cpu"].forward
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A masked language model, with a tokenizer like BERT's as transformers saves it."""
+    words = Tokenizer(models.WordPiece(dict(zip(WORDS, range(11), strict=True)), unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    ends = [(word, WORDS.index(word)) for word in ("[CLS]", "[SEP]")]
+    words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    special |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
+    path = tmp_path_factory.mktemp("models") / "encoder"
+    _model(ENCODER).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(path)
+    return path
+
+
+def _exact(folder: Path, texts: tuple[str, ...], what: str) -> list[np.ndarray]:
+    """The reference's output or logits for each text, by transformers' tokens."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    rows = [np.array([tokenizer(text)["input_ids"]]) for text in texts]
+    return [reference_forward(ENCODER, draw_parameters(ENCODER), row)[what] for row in rows]
+
+
+@pytest.mark.parametrize("options", [[], ["--pooling=cls", "--no-normalize", "--batch-size=2"]])
+def test_encode(
+    encoder: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A vector for each line, of the family's own tokens, [CLS] and [SEP] among them."""
+    pooling = ("cls", False) if options else ("mean", True)
+    exact = np.concatenate(
+        [pooled(x, np.ones(x.shape[:2], bool), *pooling) for x in _exact(encoder, TEXTS, "output")]
+    )
+    file, output = tmp_path / "lines.txt", tmp_path / "vectors"
+    file.write_bytes("\r\n".join(TEXTS).encode())
+    for backend in ("torch", "flax"):
+        command = ["encode", str(encoder), str(file), f"--backend={backend}", *options]
+        assert main([*command, "--json"]) == 0
+        printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert tuple(each["text"] for each in printed) == TEXTS
+        assert main([*command, f"--output={output}", "--overwrite"]) == 0
+        assert capsys.readouterr().out == f"3 vectors of 24 numbers: {output}\n"
+        vectors = np.load(output)
+        assert_within(vectors, exact, LIMIT, backend, dtype="float32")
+        assert_bitwise(np.float32([each["vector"] for each in printed]), vectors, "printed")
+
+
+def test_encode_compares_a_few_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A decoder's bytes, too; a long vector is no less alike than a short one."""
+    command = ["encode", str(folder), "--text=a b", "--text=c", "--text=a b", "--no-normalize"]
+    assert main(command) == 0
+    first, second, *rows = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("3 vectors of 24 numbers", "cosine similarities:")
+    alike = np.array([row.split() for row in rows], float)
+    assert (alike[[0, 1, 2, 0], [0, 1, 2, 2]] == 1).all()
+    assert -1 < alike[0, 1] == alike[1, 0] < 1
+    assert main([*command[:2], *(f"--text={number}" for number in range(11))]) == 0
+    assert capsys.readouterr().out == "11 vectors of 24 numbers\n"
+
+
+def test_encode_never_replaces_what_it_should_not(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, there = ["encode", str(folder), "--text=a"], tmp_path / "there.npy"
+    there.write_bytes(b"mine")
+    assert main([*command, f"--output={there}"]) == 3
+    assert "there.npy exists; choose another name or pass" in capsys.readouterr().err
+    assert main([*command, f"--output={folder}", "--overwrite"]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert main([*command, f"--output={there}", "--overwrite", "--json"]) == 2
+    assert "--output writes the vectors and --json prints them" in capsys.readouterr().err
+    assert there.read_bytes() == b"mine"
+    assert main([*command, f"--output={there}", "--overwrite"]) == 0
+    assert np.load(there).shape == (1, 24)
+    assert list(tmp_path.iterdir()) == [there]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"a\n\nb\n", "line 2 of {} is empty; expected a text"),
+        (b"a\n \t\n", "line 2 of {} is empty"),
+        (b"", "{} holds no text; expected one in each line"),
+        (b"a\nb\xff", "{} is not UTF-8: "),
+    ],
+)
+def test_files_without_a_text_in_each_line(
+    folder: Path, given: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").write_bytes(given)
+    assert main(["encode", str(folder), str(tmp_path / "texts")]) == 2
+    assert message.format(tmp_path / "texts") in capsys.readouterr().err
+
+
+MASKED = ("[MASK] cats sat on the [MASK]!", "the [MASK]", "[MASK] [MASK]s")
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_fill(
+    encoder: Path,
+    backend: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts of any lengths, with several masks, more than are read together."""
+    monkeypatch.setattr("alibi_cli.commands.fill.BATCH", 2)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(MASKED)))
+    assert main(["fill", str(encoder), f"--backend={backend}", "--top-k=11", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    places = ([1, 7], [2], [1, 2])
+    for text, place, logits, found in zip(
+        MASKED, places, _exact(encoder, MASKED, "logits"), results, strict=True
+    ):
+        assert found["text"] == text
+        assert [mask["position"] for mask in found["masks"]] == place
+        tokens, probabilities = likeliest(logits[0][place], 11)
+        listed = [mask["candidates"] for mask in found["masks"]]
+        assert [[each["token"] for each in row] for row in listed] == tokens.tolist()
+        assert [[each["text"] for each in row] for row in listed] == [
+            [WORDS[token] for token in row] for row in tokens
+        ]
+        likely = np.array([[each["probability"] for each in row] for row in listed])
+        assert_within(likely, probabilities, LIMIT, backend)
+
+
+def test_fill_prints_the_likeliest(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (logits,) = _exact(encoder, MASKED[1:2], "logits")
+    ((token, other),), ((probability, _),) = likeliest(logits[0][[2]], 2)
+    assert main(["fill", str(encoder), f"--text={MASKED[1]}", "--top-k=2"]) == 0
+    text, mask, first, second = capsys.readouterr().out.splitlines()
+    assert (text, mask) == (MASKED[1], "  mask 1:")
+    assert first == f"    {probability:.4f}  {WORDS[token]!r}"
+    assert second.endswith(f"  {WORDS[other]!r}")
+
+
+def test_what_stands_for_a_mask(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What settings or the tokenizer name, or what is asked for."""
+    copy = tmp_path / "copy"
+    shutil.copytree(encoder, copy)
+    settings, others = copy / "tokenizer_config.json", copy / "special_tokens_map.json"
+
+    def filled(text: str, *options: str) -> str:
+        code = main(["fill", str(copy), f"--text={text}", "--top-k=1", *options])
+        printed = capsys.readouterr()
+        assert code == (2 if printed.err else 0)
+        return printed.err or printed.out.split("\n", 1)[1]
+
+    expected = filled("the [MASK]")
+    assert expected.startswith("  mask 1:\n")
+    settings.write_text("{}")
+    assert filled("the [MASK]") == expected
+    others.write_text(json.dumps({"mask_token": {"content": "mat"}}))
+    assert "--text 1 of the command line holds no mask; write mat where" in filled("the [MASK]")
+    assert filled("the mat") != expected
+    settings.write_text(json.dumps({"mask_token": "sat"}))
+    assert "write sat where a token" in filled("the mat")
+    assert filled("the [MASK]", "--mask-token=[MASK]") == expected
+    assert "'dog' is not a token of" in filled("the dog", "--mask-token=dog")
+    settings.write_text("{}")
+    others.unlink()
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["[M]"] = tokenizer["model"]["vocab"].pop("[MASK]")
+    tokenizer["added_tokens"] = []
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "names no mask token; pass the text of one: --mask-token" in filled("the [MASK]")
+    assert filled("the [M]", "--mask-token=[M]") == expected
+
+
+def test_masks_of_bytes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = tmp_path / "bytes"
+    _model(dataclasses.replace(ENCODER, vocab_size=256)).save_pretrained(encoder)
+    command = ["fill", str(encoder), "--text=a_b_", "--json"]
+    assert main([*command, "--mask-token=_"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [mask["position"] for mask in found["masks"]] == [1, 3]
+    assert main(command) == 2
+    assert "names no mask token; pass the text of one" in capsys.readouterr().err
+    assert main([*command, "--mask-token=ab"]) == 2
+    assert "'ab' is not a token of" in capsys.readouterr().err
+    assert main(["fill", str(folder), "--text=a_b", "--mask-token=_"]) == 2
+    assert "a decoder (causal=True) predicts the next token" in capsys.readouterr().err

@@ -29,7 +29,10 @@ def test_signatures(backend: object, function: str) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    ["encode", "generate", "model_plans", "stream", "token_log_probabilities", "trace"],
+    [
+        *("encode", "fill_masks", "generate", "model_plans", "stream"),
+        *("token_log_probabilities", "trace"),
+    ],
 )
 def test_flax_adds_params_alone(function: str) -> None:
     """Linen keeps parameters outside the module: they follow it in every signature."""

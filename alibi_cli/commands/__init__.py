@@ -20,6 +20,8 @@ COMMANDS = {
     "verify": "verify",
     "generate": "generate",
     "score": "score",
+    "encode": "encode",
+    "fill": "fill",
     "windows": "windows",
     "plot-windows": "plot_windows",
     "demo": "demo",
