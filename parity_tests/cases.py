@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +22,7 @@ CONFIGS: dict[str, ALiBiConfig] = {
     "lm-tied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101),
     "lm-untied": ALiBiConfig(**_SMALL, num_heads=3, vocab_size=101, tie_embeddings=False),
     "odd-heads": ALiBiConfig(num_layers=2, d_model=7 * 5, num_heads=7),
-    "one-head": ALiBiConfig(num_layers=1, d_model=5, num_heads=1, causal=False, bias_max=3.0),
+    "one-head": ALiBiConfig(**_SMALL | {"num_layers": 1}, num_heads=1, causal=False, bias_max=3.0),
     "bare": ALiBiConfig(
         **_SMALL,
         num_heads=3,
@@ -124,22 +125,26 @@ each_padded_config = pytest.mark.parametrize(
 )
 
 
-# In narrow dtypes what differs is the rounding: all of them in `make test-all`.
-each_narrow_config = pytest.mark.parametrize(
-    ("config_name", "padding", "dtype"),
-    [
+def _each_narrow_config(float32_configs: Collection[str]) -> pytest.MarkDecorator:
+    """In narrow dtypes what differs is the rounding: the other cases are in `make test-all`."""
+    shown = {"float32": float32_configs, "bfloat16": _ROUNDING}
+    cases = [
         pytest.param(
             *(config_name, padding, dtype),
             marks=()
-            if padding == "both-and-empty" and (dtype == "float32" or config_name in _ROUNDING)
+            if padding == "both-and-empty" and config_name in shown[dtype]
             else (pytest.mark.slow,),
         )
         for config_name in CONFIGS
         for padding in PADDINGS
         for dtype in ("float32", "bfloat16")
         if padding == "both-and-empty" or config_name in ("encoder", "lm-tied")
-    ],
-)
+    ]
+    return pytest.mark.parametrize(("config_name", "padding", "dtype"), cases)
+
+
+each_narrow_config = _each_narrow_config(CONFIGS)
+each_narrow_gradient = _each_narrow_config(_ROUNDING)  # the forward pass decides the dtypes
 
 
 def draw_parameters(config: ALiBiConfig, dtype: str = "float32") -> dict[str, np.ndarray]:

@@ -29,6 +29,18 @@ def _forget_compiled_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For modules that run models operator by operator: in `make test`, LLVM does not optimise.
+
+    That is a third of their time. XLA's own passes stay; `make test-all` has all optimisations.
+    """
+    is_short_run = request.config.option.markexpr == "not slow"
+    jax.config.update("jax_disable_most_optimizations", is_short_run)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let the processes of one run share what JAX compiles, in a folder that goes with the run.
 

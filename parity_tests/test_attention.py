@@ -98,35 +98,28 @@ def _expected(
 ) -> np.ndarray:
     """One query at a time, from the definition; `is_rounded` for distance="bfloat16"."""
     result = np.zeros((*query.shape[:3], value.shape[-1]))
+    keys, scale = np.arange(key.shape[2]), 1 / np.sqrt(query.shape[-1])
     offset, group = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
     for b, h, i in np.ndindex(*query.shape[:3]):
         position, shared = i + offset, h // group
-        weights = {}
-        for j in range(key.shape[2]):
-            hidden = (causal and j > position) or (mask is not None and mask[b, j] == 0)
-            if hidden or (segments is not None and segments[b, j] != segments[b, position]):
-                continue
-            scale, slope = 1 / np.sqrt(query.shape[-1]), float(slopes[h])
-            penalty = slope * abs(position - j)
-            if is_rounded:  # relative to the query, so that no exponential overflows
-                here = _rounded(_count(mask, b, position))
-                there = _rounded(_count(mask, b, j))
-                penalty = scale * (_rounded(_rounded(slope) * here))
-                penalty -= scale * (_rounded(_rounded(slope) * there))
-            weights[j] = np.exp(float(query[b, h, i] @ key[b, shared, j]) * scale - penalty)
-        if weights:
-            total = sum(weights.values())
-            result[b, h, i] = sum(w / total * value[b, shared, j] for j, w in weights.items())
+        hidden = (keys > position) & causal
+        if mask is not None:
+            hidden |= mask[b] == 0
+        if segments is not None:
+            hidden |= segments[b] != segments[b, position]
+        penalty = float(slopes[h]) * np.abs(position - keys)
+        if is_rounded:  # relative to the query, so that no exponential overflows
+            count = keys if mask is None else np.cumsum(mask[b]) - mask[b]  # visible ones before
+            products = _rounded(_rounded(slopes[h]) * _rounded(count))
+            penalty = scale * (products[position] - products)
+        weights = np.exp(key[b, shared] @ query[b, h, i] * scale - penalty)[~hidden]
+        if weights.size:
+            result[b, h, i] = weights / weights.sum() @ value[b, shared][~hidden]
     return result
 
 
-def _rounded(number: float) -> float:
-    return float(np.float32(number).astype(ml_dtypes.bfloat16))
-
-
-def _count(mask: np.ndarray | None, sequence: int, position: int) -> int:
-    """How many visible keys stand before this one."""
-    return position if mask is None else int(np.count_nonzero(mask[sequence, :position]))
+def _rounded(numbers: np.ndarray) -> np.ndarray:
+    return np.float32(numbers).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 @each_backend

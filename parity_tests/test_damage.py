@@ -202,7 +202,9 @@ def test_damaged_orbax_manifests(tmp_path: Path, size: int) -> None:
         contents = path.read_bytes()
         path.write_bytes(bytes(len(contents)) if size == 0 else contents)
         os.truncate(path, path.stat().st_size + size)
-        with pytest.raises(CheckpointError, match=r"manifest\.ocdbt (is damaged|has 1,048,\d+ by)"):
+        with pytest.raises(
+            CheckpointError, match=r"manifest\.ocdbt (is damaged|has 1,04[89],\d{3} by)"
+        ):
             open_checkpoint(folder)
         path.write_bytes(contents)
         contents = bytearray(contents)

@@ -6,6 +6,7 @@ from functools import cache
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from alibi_spec import reference_forward
 from alibi_spec.budgets import BUDGETS
@@ -14,7 +15,7 @@ from parity_tests.cases import (
     draw_inputs,
     draw_mask,
     draw_parameters,
-    each_narrow_config,
+    each_narrow_gradient,
     each_padded_config,
 )
 from parity_tests.compare import assert_comparable, assert_gradients_within
@@ -25,6 +26,7 @@ from parity_tests.implementations import (
     present,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 TORCH_CPU = IMPLEMENTATIONS[0]
 
 
@@ -38,7 +40,7 @@ def test_float64(implementation: Implementation, config_name: str, padding: str)
     assert_gradients_within(found, exact, budget.gradient, implementation.name)
 
 
-@each_narrow_config
+@each_narrow_gradient
 def test_narrow_dtypes(config_name: str, padding: str, dtype: str) -> None:
     """Every backend within its budget, and none much worse than its peer, one by one."""
     exact = _exact(config_name, padding, dtype)

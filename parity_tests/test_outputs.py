@@ -21,6 +21,8 @@ from parity_tests.cases import (
 from parity_tests.compare import assert_bitwise, assert_comparable, assert_trace_within
 from parity_tests.implementations import Implementation, each_implementation, present
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @each_implementation(("cpu", "gpu"))
 @each_padded_config
