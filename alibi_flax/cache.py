@@ -1,7 +1,7 @@
-"""Keys and values of the positions that a model has read (SPEC.md §10).
+"""Keys and values of the positions that a model has read (SPEC.md §10, §16).
 
 A model called with a cache returns another cache, which also holds the new positions. Both have the
-shape of `capacity` positions, so that one program serves every step; donate the old one to it.
+same shapes, so that one program serves every step; donate the old one to it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
-from jaxtyping import Bool, Float, Int32, Integer
+from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from alibi_flax.dispatch import attention
 from alibi_flax.kernels import decode
+from alibi_flax.kernels.call import wide_dtype
+from alibi_flax.kernels.certificate import bounding_norm, keys_needed
 from alibi_spec import ALiBiConfig
+from alibi_spec.cache import Ring, rings
 from alibi_spec.checks import (
     OTHER_CACHE,
     USED_CACHE,
@@ -27,11 +30,15 @@ from alibi_spec.checks import (
     check_capacity,
 )
 
+_Heads = Float[Array, "batch ring_heads size head_dim"]
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("keys", "values", "visible", "length", "interpolated_len"),
-    meta_fields=("config",),
+    data_fields=(
+        *("keys", "values", "largest", "is_proved", "visible", "length", "interpolated_len"),
+    ),
+    meta_fields=("config", "capacity", "rings"),
 )
 @dataclass(frozen=True)
 class KVCache:
@@ -39,46 +46,70 @@ class KVCache:
 
     Attributes:
         config: of the model.
-        keys, values: of every layer, as attention takes them, but heads first: a step reads them
-            head by head. Positions from `length` on are unused.
-        visible: False for padding, and from `length` on.
+        capacity: the most positions that may be read; None is any number.
+        rings: of each layer: which heads keep how many positions.
+        keys, values: by layer and ring, as attention takes them, but heads first: a step reads them
+            head by head. Position p is in slot p mod size.
+        largest: by layer, the largest norm of a key that was ever read; None without rings.
+        is_proved: whether every key that was needed was still there.
+        visible: False for padding, and before the first position: of the last positions, the
+            newest at the end.
         length: positions that were read, padding included: the next query stands there.
         interpolated_len: number of keys for interpolated slopes; None is `length`.
     """
 
     config: ALiBiConfig
-    keys: tuple[Float[Array, "batch kv_heads capacity head_dim"], ...]
-    values: tuple[Float[Array, "batch kv_heads capacity head_dim"], ...]
-    visible: Bool[Array, "batch capacity"]
+    capacity: int | None
+    rings: tuple[tuple[Ring, ...], ...]
+    keys: tuple[tuple[_Heads, ...], ...]
+    values: tuple[tuple[_Heads, ...], ...]
+    largest: tuple[Float[Array, "batch kv_heads"], ...] | None
+    is_proved: Bool[Array, ""]
+    visible: Bool[Array, "batch recent"]
     length: Int32[Array, ""]
     interpolated_len: Int32[Array, ""] | None = None
 
     @classmethod
     def empty(
-        cls, config: ALiBiConfig, batch_size: int, capacity: int, *, dtype: Any = jnp.float32
+        cls,
+        config: ALiBiConfig,
+        batch_size: int,
+        capacity: int | None,
+        *,
+        windows: Int[Any, "layers heads"] | None = None,
+        dtype: Any = jnp.float32,
     ) -> Self:
         """The cache of a model that has read nothing.
 
         Args:
             config: of the model: an `ALiBiLM`, or the `ALiBiTransformer` in it.
-            capacity: the most positions that it can hold, padding included.
+            capacity: the most positions that may be read, padding included; None, with windows
+                that bound every head, is any number.
+            windows: keep only about this many positions of each head: the result of
+                `alibi_spec.bounds.model_windows`, -1 for all. Every call proves anew that the keys
+                that are gone carry no more than half an ulp of attention mass.
             dtype: of the model's computation.
 
         Raises:
-            ValueError: the configuration is an encoder's.
+            ValueError: the configuration is an encoder's, or windows do not fit it.
         """
         check_cache(config, batch_size, batch_size)
-        shape = (batch_size, config.kv_heads, capacity, config.head_dim)
-        keys, values = (
-            tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in range(2)
-        )
-        visible = jnp.zeros((batch_size, capacity), jnp.bool_)
-        return cls(replace(config, vocab_size=None), keys, values, visible, jnp.int32(0))
+        every = rings(config, windows, capacity)
 
-    @property
-    def capacity(self) -> int:
-        """The most positions that it can hold."""
-        return self.visible.shape[1]
+        def memory(ring: Ring) -> _Heads:
+            return jnp.zeros((batch_size, len(ring.heads), ring.size, config.head_dim), dtype)
+
+        keys, values = (tuple(tuple(map(memory, of_layer)) for of_layer in every) for _ in range(2))
+        sizes = [ring.size for of_layer in every for ring in of_layer]
+        largest = None
+        if min(sizes) != capacity:
+            wide = wide_dtype(keys[0][0])
+            largest = tuple(jnp.zeros((batch_size, config.kv_heads), wide) for _ in every)
+        visible = jnp.zeros((batch_size, max(sizes)), jnp.bool_)
+        config, length = replace(config, vocab_size=None), jnp.int32(0)
+        return cls(
+            *(config, capacity, every, keys, values, largest, jnp.bool_(True), visible, length)
+        )
 
     @property
     def slope_factor(self) -> float | Float[Array, ""]:
@@ -97,6 +128,8 @@ class KVCache:
     ) -> Self:
         """A cache that includes new positions, [batch, seq], whose keys and values `attend` writes.
 
+        `finished` completes it.
+
         Raises:
             ValueError: it was donated, belongs to another model or batch, or is full (outside
                 `jit`, where its length is known).
@@ -106,12 +139,12 @@ class KVCache:
         if config != self.config:
             raise ValueError(OTHER_CACHE)
         check_cache(config, self.visible.shape[0], shape[0])
-        check_capacity(0, shape[1], self.capacity)
-        if not isinstance(self.length, Tracer):
-            check_capacity(int(self.length), shape[1], self.capacity)
+        if self.capacity is not None:
+            check_capacity(0, shape[1], self.capacity)
+            if not isinstance(self.length, Tracer):
+                check_capacity(int(self.length), shape[1], self.capacity)
         new = jnp.ones(shape, jnp.bool_) if attention_mask is None else attention_mask
-        start = (jnp.int32(0), self.length)
-        visible = jax.lax.dynamic_update_slice(self.visible, new.astype(jnp.bool_), start)
+        visible = jnp.concatenate([self.visible, new.astype(jnp.bool_)], axis=1)
         return replace(self, visible=visible, length=self.length + shape[1])
 
     def attend(
@@ -125,41 +158,113 @@ class KVCache:
         Raises:
             ValueError: a dtype other than the cache's.
         """
-        check_cache_dtype(str(self.keys[layer].dtype), str(inputs["key"].dtype))
-        new_len, zero = inputs["key"].shape[1], jnp.int32(0)
-        start = (zero, zero, self.length - new_len, zero)
-        key, value = (
-            jax.lax.dynamic_update_slice(kept[layer], inputs[name].swapaxes(1, 2), start)
-            for name, kept in (("key", self.keys), ("value", self.values))
-        )
+        cache, of_layer = self._proved(layer, inputs), self.rings[layer]
+        check_cache_dtype(str(self.keys[layer][0].dtype), str(inputs["key"].dtype))
+        group = self.config.num_heads // self.config.kv_heads
+        parts, order = [], []
+        keys, values = [], []
+        for number, ring in enumerate(of_layer):
+            readers = [head * group + each for head in ring.heads for each in range(group)]
+            some = inputs if len(of_layer) == 1 else _of_heads(inputs, ring.heads, readers)
+            attended, (key, value) = self._attend(layer, number, some, implementation)
+            parts.append(attended)
+            keys.append(key)
+            values.append(value)
+            order += readers
         cache = replace(
-            self, keys=_with(self.keys, layer, key), values=_with(self.values, layer, value)
+            cache,
+            keys=_with(self.keys, layer, tuple(keys)),
+            values=_with(self.values, layer, tuple(values)),
         )
-        if new_len == 1:
-            options: Any = {name: inputs[name] for name in ("query", "slopes", "scale", "distance")}
-            options |= {"key": key, "value": value}
-            attended = decode.attention(**options, position=self.length - 1, visible=self.visible)
-            return attended, cache
-        # The newest key moves to the last place, where attention expects the last query. Unused
-        # positions move before the oldest key, and are hidden.
-        key, value = (self._newest_last(x, 2).swapaxes(1, 2) for x in (key, value))
-        mask = self._newest_last(self.visible, 1)
+        if len(parts) == 1:
+            return parts[0], cache
+        place = sorted(range(len(order)), key=order.__getitem__)
+        return jnp.concatenate(parts, axis=2)[:, :, jnp.array(place)], cache
+
+    def _attend(
+        self, layer: int, number: int, inputs: Any, implementation: str
+    ) -> tuple[Float[Array, "batch seq heads head_dim"], tuple[_Heads, _Heads]]:
+        """Attention of the heads that read one ring, and its new keys and values."""
+        size, new_len = self.rings[layer][number].size, inputs["key"].shape[1]
+        old = (self.keys[layer][number], self.values[layer][number])
+        new = (inputs["key"].swapaxes(1, 2), inputs["value"].swapaxes(1, 2))
+        first = (self.length - new_len) % size
+        if new_len == 1 or size == self.capacity:
+            where = (jnp.int32(0), jnp.int32(0), first, jnp.int32(0))
+            kept = _both(lambda x, y: jax.lax.dynamic_update_slice(x, y, where), old, new)
+            if new_len == 1:
+                return self._step(inputs, *kept), kept
+            # Unused positions move before the oldest key, and are hidden.
+            seen = _both(lambda x, _: jnp.roll(x, size - self.length, axis=2), kept, new)
+        else:
+            # The first of these queries see keys that the last ones overwrite.
+            seen = _both(
+                lambda x, y: jnp.concatenate([jnp.roll(x, -first, axis=2), y], axis=2), old, new
+            )
+            kept = _both(
+                lambda x, _: jnp.roll(x[:, :, -size:], self.length % size, axis=2), seen, new
+            )
+        key, value = (each.swapaxes(1, 2) for each in seen)
+        mask = self.visible[:, -key.shape[1] :]
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
-        return attention(**inputs, implementation=implementation), cache
+        return attention(**inputs, implementation=implementation), kept
 
-    def poisoned(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
-        """NaN if more was read than fits: a compiled program cannot raise an error."""
-        return jnp.where(self.length > self.capacity, jnp.nan, x)
+    def _step(
+        self, inputs: Any, key: _Heads, value: _Heads
+    ) -> Float[Array, "batch 1 heads head_dim"]:
+        size = key.shape[2]
+        age = (self.length - 1 - jnp.arange(size)) % size
+        visible = self.visible[:, self.visible.shape[1] - 1 - age]
+        options: Any = {name: inputs[name] for name in ("query", "slopes", "scale", "distance")}
+        return decode.attention(**options, key=key, value=value, age=age, visible=visible)
 
-    def _newest_last(self, x: Array, axis: int) -> Array:
-        return jnp.roll(x, self.capacity - self.length, axis)
+    def _proved(self, layer: int, inputs: Any) -> Self:
+        """With the norms of the newest keys, and whether all that their queries need is there."""
+        if self.largest is None:
+            return self
+        query, key = (inputs[name].swapaxes(1, 2) for name in ("query", "key"))
+        is_seen = self.visible[:, None, -key.shape[2] :]
+        newest = jnp.where(is_seen, bounding_norm(key.astype(wide_dtype(key))), 0).max(axis=-1)
+        largest = jnp.maximum(self.largest[layer], newest)
+        needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
+        needed = jnp.where(is_seen, needed, 1).max(axis=(0, 2))
+        group = self.config.num_heads // self.config.kv_heads
+        is_proved = self.is_proved
+        for ring in self.rings[layer]:
+            most = needed.reshape(-1, group)[jnp.array(ring.heads)].max()
+            is_proved &= (self.length <= ring.size) | (most <= ring.size)
+        return replace(self, largest=_with(self.largest, layer, largest), is_proved=is_proved)
+
+    def finished(
+        self, x: Float[Array, "batch seq embed"]
+    ) -> tuple[Float[Array, "batch seq embed"], Self]:
+        """The results of the last layer, and the cache for the next call.
+
+        NaN if more was read than fits, or a key was needed that is gone: a compiled program cannot
+        raise an error.
+        """
+        is_right = self.is_proved
+        if self.capacity is not None:
+            is_right &= self.length <= self.capacity
+        recent = max(ring.size for of_layer in self.rings for ring in of_layer)
+        return jnp.where(is_right, x, jnp.nan), replace(self, visible=self.visible[:, -recent:])
 
 
-def _with(values: tuple[Array, ...], index: int, value: Array) -> tuple[Array, ...]:
+def _both(f: Any, xs: tuple[Array, Array], ys: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The same of keys and values."""
+    return f(xs[0], ys[0]), f(xs[1], ys[1])
+
+
+def _with(values: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
     return (*values[:index], value, *values[index + 1 :])
 
 
-def bucket(length: int) -> int:
-    """The length that programs are compiled for: the least 2^n or 3·2^n, from 16 on, that fits."""
-    power = 1 << max(4, (length - 1).bit_length())
-    return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
+def _of_heads(inputs: Any, heads: tuple[int, ...], readers: list[int]) -> Any:
+    """The inputs of attention of some heads of keys and the heads of queries that read them."""
+    heads_, readers_ = jnp.array(heads), jnp.array(readers)
+    return inputs | {
+        "query": inputs["query"][:, :, readers_],
+        "key": inputs["key"][:, :, heads_],
+        "value": inputs["value"][:, :, heads_],
+        "slopes": inputs["slopes"][readers_],
+    }

@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.cache import bucket
 from alibi_flax.model import ALiBiLM, checked_tokens
+from alibi_spec.cache import bucket
 from alibi_spec.checks import require_vocabulary
 from alibi_spec.pooling import batches_by_length, check_pooling
 

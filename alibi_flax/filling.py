@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Integer
 
-from alibi_flax.cache import bucket
 from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
+from alibi_spec.cache import bucket
 from alibi_spec.checks import check_filling, require_vocabulary
 from alibi_spec.filling import masked_positions
 

@@ -13,9 +13,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
-from alibi_flax.cache import KVCache, bucket
+from alibi_flax.cache import KVCache
 from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
 from alibi_flax.sampling import chosen_tokens
+from alibi_spec.cache import bucket
 from alibi_spec.checks import (
     check_array,
     check_count,

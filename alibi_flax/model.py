@@ -364,7 +364,7 @@ class ALiBiTransformer(nn.Module):
             x = layer(x, slope_factor, attention_mask, deterministic, cache)
             x, cache = (x, None) if cache is None else x
         x = self.final_norm(x) if self.config.final_norm else x
-        return x if cache is None else (cache.poisoned(x), cache)
+        return x if cache is None else cache.finished(x)
 
 
 class ALiBiLM(nn.Module):

@@ -1,15 +1,18 @@
-"""The reference model's cache of keys and values (SPEC.md §10)."""
+"""What a cache of keys and values holds (SPEC.md §10), and for how long (§16)."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alibi_spec.checks import check_windows
+
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float64, Integer
+    from jaxtyping import Bool, Float, Float64, Int64, Integer
 
     from alibi_spec.config import ALiBiConfig
 
@@ -60,3 +63,50 @@ class Cache:
             for name in ("key", "value")
         )
         return Cache(keys, values, self.mask(attention_mask, keys[0].shape[2] - self.length))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Heads of keys of which a cache holds the same positions: the last `size`.
+
+    Position p is in slot p mod size.
+    """
+
+    heads: tuple[int, ...]
+    size: int
+
+
+def rings(
+    config: ALiBiConfig,
+    windows: Int64[np.ndarray, "layers heads"] | None,
+    capacity: int | None,
+) -> tuple[tuple[Ring, ...], ...]:
+    """The rings of each layer, smallest first: heads that need about as many keys share one.
+
+    Args:
+        windows: keys that each head of queries needs, -1 for all of them (`model_windows`); None is
+            all for every head.
+        capacity: the most positions that are read; None is any number.
+
+    Raises:
+        ValueError: windows of another shape, or some head needs all keys and there is no capacity.
+    """
+    if windows is None:
+        windows = np.full((config.num_layers, config.num_heads), -1)
+    check_windows(np.shape(windows), bool((windows < 0).any()), config, capacity)
+    return tuple(_rings_of_layer(row.tolist(), config.kv_heads, capacity) for row in windows)
+
+
+def _rings_of_layer(windows: list[int], kv_heads: int, capacity: int | None) -> tuple[Ring, ...]:
+    group, by_size = len(windows) // kv_heads, defaultdict(list)
+    for head in range(kv_heads):
+        readers = windows[head * group : (head + 1) * group]
+        size = None if min(readers) < 0 else bucket(max(readers))
+        by_size[min(each for each in (size, capacity) if each is not None)].append(head)
+    return tuple(Ring(tuple(heads), size) for size, heads in sorted(by_size.items()))
+
+
+def bucket(length: int) -> int:
+    """The least 2^n or 3·2^n, from 16 on, that is at least `length`."""
+    power = 1 << max(4, (length - 1).bit_length())
+    return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power

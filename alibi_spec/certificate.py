@@ -180,6 +180,41 @@ class _Queries:
         return is_small | np.isneginf(largest) | self.sees_nothing[:, None]
 
 
+def keys_needed(
+    query: Float[np.ndarray, "batch heads query_len head_dim"],
+    own_key: Float[np.ndarray, "batch kv_heads query_len head_dim"],
+    largest: Float[np.ndarray, "batch kv_heads"],
+    slopes: Float[np.ndarray, " heads"],
+    *,
+    scale: float | None = None,
+    tolerance: str | float = "dtype",
+) -> Float64[np.ndarray, "batch heads query_len"]:
+    """How many keys, its own included, each query of a cache needs; inf if that is not provable.
+
+    All keys farther away carry at most `tolerance` of the mass (SPEC.md §16).
+
+    Args:
+        own_key: the key at the position of each query, which it sees.
+        largest: the largest norm of a key that was ever read.
+    """
+    heads, head_dim = query.shape[1], query.shape[3]
+    scale = default_scale(scale, head_dim)
+    dtype = str(query.dtype)
+    rounding = (head_dim + 8) * float(np.finfo(np.promote_types(dtype, np.float32)).eps)
+    query = query.astype(np.float64)
+    own_key = shared_heads(own_key, heads).astype(np.float64)
+    largest = shared_heads(largest, heads)[:, :, None]
+    slope = slopes.astype(np.float64)[:, None]
+    reach = scale * np.linalg.norm(query, axis=-1)
+    slack = rounding * reach * (largest + np.linalg.norm(own_key, axis=-1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        series = -np.log(-np.expm1(-slope))
+        above = reach * largest + slack - scale * (query * own_key).sum(axis=-1)
+        log_tolerance = np.log(tolerance_of(tolerance, dtype))
+        needed = np.ceil((above + series - log_tolerance) / slope)
+    return np.where((slope > 0) & np.isfinite(needed), needed.clip(1), np.inf)
+
+
 def dropped_mass(
     plan: AttentionPlan,
     query: Float[np.ndarray, "batch heads query_len head_dim"],

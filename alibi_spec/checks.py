@@ -232,6 +232,20 @@ def check_capacity(length: int, new_len: int, capacity: int) -> None:
         )
 
 
+def check_windows(
+    shape: tuple[int, ...], has_unbounded: bool, config: ALiBiConfig, capacity: int | None
+) -> None:
+    """Raise ValueError unless these windows bound a cache of this capacity."""
+    expected = (config.num_layers, config.num_heads)
+    if shape != expected:
+        raise ValueError(f"windows have shape {shape}; expected {expected}, layers and heads")
+    if capacity is None and has_unbounded:
+        raise ValueError(
+            "capacity=None needs windows that bound every head; pass a number of positions, or "
+            "the result of model_windows, if it holds no -1"
+        )
+
+
 def check_cache_dtype(cached: str, computed: str) -> None:
     """Raise ValueError unless keys and values have the dtype of their cache."""
     if cached != computed:
@@ -244,6 +258,10 @@ def check_cache_dtype(cached: str, computed: str) -> None:
 USED_CACHE = (
     "this cache was already used: its memory belongs to the cache that the call returned; pass "
     "that one"
+)
+UNPROVED = (
+    "the cache no longer holds every key that this input needs: its logits are larger than the "
+    "windows allow; read it with wider windows, or with windows=None"
 )
 OTHER_CACHE = "this cache belongs to a model with another configuration; make one with this model's"
 

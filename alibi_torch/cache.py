@@ -1,23 +1,25 @@
-"""Keys and values of the positions that a model has read (SPEC.md §10).
+"""Keys and values of the positions that a model has read (SPEC.md §10, §16).
 
 A model called with a cache returns another cache, which also holds the new positions. Memory is
-allocated once, for `capacity` positions, when the first keys show dtype and device; the later
-caches share it.
+allocated once, when the first keys show dtype and device; the later caches share it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from alibi_spec import ALiBiConfig
 from alibi_spec.biases import interpolation
+from alibi_spec.cache import Ring, bucket, rings
 from alibi_spec.checks import (
     OTHER_CACHE,
+    UNPROVED,
     USED_CACHE,
     check_cache,
     check_cache_dtype,
@@ -26,6 +28,10 @@ from alibi_spec.checks import (
 from alibi_torch.dispatch import attention
 from alibi_torch.kernels import decode
 from alibi_torch.kernels.call import Call
+from alibi_torch.kernels.certificate import keys_needed
+
+PAYS_FROM = 8192  # positions from which a step asks for a proof that it may read fewer
+FEW = 1024  # keys that are read sooner than another call is made
 
 
 @dataclass
@@ -34,37 +40,54 @@ class KVCache:
 
     Attributes:
         config: of the model.
-        capacity: the most positions that it can hold.
-        keys, values: by layer, [batch, kv_heads, capacity, head_dim], as attention takes them;
-            positions from `length` on are unused.
-        visible: False for padding; None where there is none.
+        capacity: the most positions that may be read; None is any number.
+        rings: of each layer: which heads keep how many positions.
+        keys, values: by layer and ring, as attention takes them. Position p is in slot p mod size.
+        largest: by layer, the largest norm of a key that was ever read; where a proof needs it.
+        visible: False for padding, of the last positions; None where there is no padding.
         length: positions that were read, padding included: the next query stands there.
         interpolated_len: number of keys for interpolated slopes; None is `length`.
     """
 
     config: ALiBiConfig
     batch_size: int
-    capacity: int
-    keys: dict[int, Float[Tensor, "batch kv_heads capacity head_dim"]] = field(repr=False)
-    values: dict[int, Float[Tensor, "batch kv_heads capacity head_dim"]] = field(repr=False)
-    visible: Bool[Tensor, "batch capacity"] | None = None
+    capacity: int | None
+    rings: tuple[tuple[Ring, ...], ...] = field(repr=False)
+    keys: dict[tuple[int, int], Float[Tensor, "batch ring_heads size head_dim"]] = field(repr=False)
+    values: dict[tuple[int, int], Float[Tensor, "batch ring_heads size head_dim"]] = field(
+        repr=False
+    )
+    largest: dict[int, Float[Tensor, "batch kv_heads"]] = field(repr=False)
+    visible: Bool[Tensor, "batch recent"] | None = None
     length: int = 0
     interpolated_len: int | None = None
     _is_used: bool = field(default=False, repr=False)
 
     @classmethod
-    def empty(cls, config: ALiBiConfig, batch_size: int, capacity: int) -> Self:
+    def empty(
+        cls,
+        config: ALiBiConfig,
+        batch_size: int,
+        capacity: int | None,
+        *,
+        windows: Int[Any, "layers heads"] | None = None,
+    ) -> Self:
         """The cache of a model that has read nothing.
 
         Args:
             config: of the model: an `ALiBiLM`, or the `ALiBiTransformer` in it.
-            capacity: the most positions that it can hold, padding included.
+            capacity: the most positions that may be read, padding included; None, with windows
+                that bound every head, is any number.
+            windows: keep only about this many positions of each head: the result of
+                `alibi_spec.bounds.model_windows`, -1 for all. Every call proves anew that the keys
+                that are gone carry no more than half an ulp of attention mass.
 
         Raises:
-            ValueError: the configuration is an encoder's.
+            ValueError: the configuration is an encoder's, or windows do not fit it.
         """
         check_cache(config, batch_size, batch_size)
-        return cls(replace(config, vocab_size=None), batch_size, capacity, {}, {})
+        every = rings(config, windows, capacity)
+        return cls(replace(config, vocab_size=None), batch_size, capacity, every, {}, {}, {})
 
     @property
     def slope_factor(self) -> float:
@@ -88,14 +111,11 @@ class KVCache:
         if config != self.config:
             raise ValueError(OTHER_CACHE)
         check_cache(config, self.batch_size, batch)
-        check_capacity(self.length, new_len, self.capacity)
-        end, visible = self.length + new_len, self.visible
-        if attention_mask is not None:
-            if visible is None:
-                visible = attention_mask.new_ones((batch, self.capacity), dtype=torch.bool)
-            visible[:, self.length : end] = attention_mask
+        if self.capacity is not None:
+            check_capacity(self.length, new_len, self.capacity)
+        visible = self._visible_with(attention_mask, shape)
         self._is_used = True
-        return replace(self, length=end, visible=visible, _is_used=False)
+        return replace(self, length=self.length + new_len, visible=visible, _is_used=False)
 
     def attend(
         self, layer: int, inputs: Any, implementation: str
@@ -106,30 +126,165 @@ class KVCache:
             inputs: of `alibi_torch.attention`, for the newest positions.
 
         Raises:
-            ValueError: a dtype other than the cache's, or keys that require gradients.
+            ValueError: a dtype other than the cache's, keys that require gradients, or logits so
+                large that keys which are gone could matter.
         """
         if inputs["key"].requires_grad:
             raise ValueError("a cache keeps no gradients; call the model under torch.no_grad()")
+        needed, of_layer = self._needed(layer, inputs), self.rings[layer]
+        if len(of_layer) == 1:
+            return self._attend((layer, 0), of_layer[0], inputs, needed, implementation)
+        group = self.config.num_heads // self.config.kv_heads
+        parts, order = [], []
+        for number, ring in enumerate(of_layer):
+            readers = [head * group + each for head in ring.heads for each in range(group)]
+            some = _of_heads(inputs, list(ring.heads), readers)
+            mine = None if needed is None else [needed[head] for head in readers]
+            parts.append(self._attend((layer, number), ring, some, mine, implementation))
+            order += readers
+        place = torch.tensor(order, device=inputs["query"].device).argsort()
+        return torch.cat(parts, dim=1).index_select(1, place)
+
+    def _attend(
+        self,
+        index: tuple[int, int],
+        ring: Ring,
+        inputs: Any,
+        needed: list[float] | None,
+        implementation: str,
+    ) -> Float[Tensor, "batch heads seq head_dim"]:
+        """Attention of the heads that read one ring."""
         key, value = (
-            self._with_newest(kept, layer, inputs[name])
+            self._with_newest(kept, index, ring, inputs[name])
             for name, kept in (("key", self.keys), ("value", self.values))
         )
-        mask = None if self.visible is None else self.visible[:, : self.length]
+        mask = None if self.visible is None else self.visible[:, -key.shape[2] :]
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
         if inputs["query"].shape[2] > 1:
             return attention(**inputs, implementation=implementation)
-        rest = {"segment_ids": None, "tolerance": 0.0, "dropout": None}
-        return decode.attention(Call(**inputs, query_start=self.length - 1, **rest))
+        slot = (self.length - 1) % ring.size
+        if self.length > ring.size:
+            if mask is not None:
+                inputs["attention_mask"] = mask.roll(slot + 1, dims=1)
+        elif needed is not None:
+            return _attend_near(inputs, needed)
+        return decode.attention(_call(inputs), slot)
 
     def _with_newest(
         self,
-        kept: dict[int, Float[Tensor, "batch kv_heads capacity head_dim"]],
-        layer: int,
-        newest: Float[Tensor, "batch kv_heads seq head_dim"],
-    ) -> Float[Tensor, "batch kv_heads length head_dim"]:
+        kept: dict[tuple[int, int], Float[Tensor, "batch ring_heads size head_dim"]],
+        index: tuple[int, int],
+        ring: Ring,
+        newest: Float[Tensor, "batch ring_heads seq head_dim"],
+    ) -> Float[Tensor, "batch ring_heads seen head_dim"]:
+        """Store the newest, and return all that the queries see: oldest first, or for one query of
+        a ring that has come round, as they lie."""
         batch, heads, new_len, width = newest.shape
-        if layer not in kept:
-            kept[layer] = newest.new_empty((batch, heads, self.capacity, width))
-        check_cache_dtype(str(kept[layer].dtype), str(newest.dtype))
-        kept[layer][:, :, self.length - new_len : self.length] = newest
-        return kept[layer][:, :, : self.length]
+        if index not in kept:
+            kept[index] = newest.new_empty((batch, heads, ring.size, width))
+        memory, start = kept[index], self.length - new_len
+        check_cache_dtype(str(memory.dtype), str(newest.dtype))
+        if new_len == 1 or self.length <= ring.size:
+            slot = start % ring.size
+            memory[:, :, slot : slot + new_len] = newest
+            return memory[:, :, : min(self.length, ring.size)]
+        # The first of these queries see keys that the last ones overwrite.
+        old = torch.arange(max(0, start - ring.size), start, device=newest.device) % ring.size
+        seen = torch.cat([memory.index_select(2, old), newest], dim=2)
+        last = torch.arange(max(start, self.length - ring.size), self.length, device=newest.device)
+        memory[:, :, last % ring.size] = newest[:, :, -len(last) :]
+        return seen
+
+    def _visible_with(
+        self,
+        attention_mask: Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
+        shape: tuple[int, int],
+    ) -> Bool[Tensor, "batch recent"] | None:
+        """`visible` with new positions: of all that a query can see."""
+        visible = self.visible
+        if visible is None:
+            if attention_mask is None:
+                return None
+            visible = attention_mask.new_ones((shape[0], self.length), dtype=torch.bool)
+        if attention_mask is None:
+            attention_mask = visible.new_ones(shape)
+        most = max(ring.size for of_layer in self.rings for ring in of_layer)
+        return torch.cat([visible[:, -most:], attention_mask.to(torch.bool)], dim=1)
+
+    def _needed(self, layer: int, inputs: Any) -> list[float] | None:
+        """How many keys each head needs now; None if that does not matter.
+
+        Raises:
+            ValueError: more than there still are.
+        """
+        smallest = min(ring.size for ring in self.rings[layer])
+        if smallest == self.capacity and smallest < PAYS_FROM:
+            return None
+        query, key, length = inputs["query"], inputs["key"], self.length
+        new_len = query.shape[2]
+        is_padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)
+        if is_padding is not None:
+            norms = norms.masked_fill(is_padding, 0.0)
+        largest = norms.amax(dim=-1).to(torch.float64)
+        if layer in self.largest:
+            largest = torch.maximum(largest, self.largest[layer])
+        self.largest[layer] = largest
+        is_short = new_len == 1 and length >= PAYS_FROM and query.device.type == "cpu"
+        if length <= smallest and not is_short:
+            return None
+        needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
+        if is_padding is not None:
+            needed = needed.masked_fill(is_padding, 1.0)
+        every = needed.amax(dim=(0, 2)).tolist()
+        group = self.config.num_heads // self.config.kv_heads
+        for ring in self.rings[layer]:
+            most = max(every[head * group + each] for head in ring.heads for each in range(group))
+            if length > ring.size and most > ring.size:
+                raise ValueError(UNPROVED)
+        return every
+
+
+def _of_heads(inputs: Any, heads: list[int], readers: list[int]) -> Any:
+    """The inputs of attention of some heads of keys and the heads of queries that read them."""
+    device = inputs["query"].device
+    heads_, readers_ = (torch.tensor(each, device=device) for each in (heads, readers))
+    return inputs | {
+        "query": inputs["query"].index_select(1, readers_),
+        "key": inputs["key"].index_select(1, heads_),
+        "value": inputs["value"].index_select(1, heads_),
+        "slopes": inputs["slopes"].index_select(0, readers_),
+    }
+
+
+def _attend_near(inputs: Any, needed: list[float]) -> Float[Tensor, "batch heads 1 head_dim"]:
+    """Attention of one query that reads only the newest keys of each head, as many as it needs."""
+    query, key_len = inputs["query"], inputs["key"].shape[2]
+    heads, mask = inputs["key"].shape[1], inputs["attention_mask"]
+    group, parts = query.shape[1] // heads, []
+    counts = [_rounded(max(needed[h * group : (h + 1) * group]), key_len) for h in range(heads)]
+    for count, run in groupby(range(heads), key=counts.__getitem__):
+        several = list(run)
+        keys = slice(several[0], several[-1] + 1)
+        readers = slice(keys.start * group, keys.stop * group)
+        some = {
+            "query": query[:, readers],
+            "key": inputs["key"][:, keys, -count:],
+            "value": inputs["value"][:, keys, -count:],
+            "slopes": inputs["slopes"][readers],
+            "attention_mask": None if mask is None else mask[:, -count:],
+        }
+        parts.append(decode.attention(_call(inputs | some), count - 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _rounded(needed: float, key_len: int) -> int:
+    """A number of keys that heads with about the same need can share."""
+    return bucket(max(int(needed), FEW)) if needed <= key_len // 2 else key_len
+
+
+def _call(inputs: Any) -> Call:
+    start = inputs["key"].shape[2] - 1
+    rest = {"segment_ids": None, "tolerance": 0.0, "dropout": None}
+    return Call(**inputs, query_start=start, **rest)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
@@ -40,6 +39,7 @@ from alibi_torch.dispatch import (
     biased_logits,
 )
 from alibi_torch.kernels.finite import has_values_on_host
+from alibi_torch.linear import in_common_dtype, linear
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
 
@@ -56,14 +56,14 @@ class Linear(nn.Linear):
     """A linear map in the common dtype of its input and its parameters (SPEC.md §5.1)."""
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
-        return _linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
     """A norm in the common dtype of its input and its parameters, rounded to that of its input."""
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide, weight, bias = _in_common_dtype(input, self.weight, self.bias)
+        wide, weight, bias = in_common_dtype(input, self.weight, self.bias)
         return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
@@ -71,7 +71,7 @@ class RMSNorm(nn.RMSNorm):
     """As `LayerNorm`, without mean and bias."""
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide, weight = _in_common_dtype(x, self.weight)
+        wide, weight = in_common_dtype(x, self.weight)
         return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
@@ -126,7 +126,7 @@ class Attention(nn.Module):
             attended = attention(**inputs, implementation=self.implementation, dropout=dropout)
         else:
             attended = cache.attend(self.layer, inputs, self.implementation)
-        attended = rearrange(attended, "batch heads seq head_dim -> batch seq (heads head_dim)")
+        attended = attended.transpose(1, 2).flatten(2)
         return self.output(attended) if self.config.output_projection else attended
 
     def attention_inputs(
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         query, key, value = (self._clip(map_(x)) for map_ in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = map(self._split_heads, _in_common_dtype(query, key, value))
+        query, key, value = map(self._split_heads, in_common_dtype(query, key, value))
         return query, key, value
 
     def _slopes(self, device: torch.device) -> Float[Tensor, " heads"]:
@@ -213,11 +213,7 @@ class Attention(nn.Module):
     def _split_heads(
         self, x: Float[Tensor, "batch seq width"]
     ) -> Float[Tensor, "batch any_heads seq head_dim"]:
-        return rearrange(
-            x,
-            "batch seq (heads head_dim) -> batch heads seq head_dim",
-            head_dim=self.config.head_dim,
-        )
+        return x.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -446,7 +442,7 @@ class ALiBiLM(PretrainedModule):
             x = self.head_norm(activation(self.head_transform(x)))
         x = x * config.logit_scale  # cheaper than on the logits
         if config.tie_embeddings:
-            logits = _linear(x, self.token_embedding.weight)
+            logits = linear(x, self.token_embedding.weight)
         else:
             logits = self.lm_head(x)
         if config.head == "masked_lm":
@@ -475,22 +471,6 @@ def _norm(config: ALiBiConfig, width: int) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(width, eps=config.norm_eps)
     return LayerNorm(width, eps=config.norm_eps, bias=config.norm_bias)
-
-
-def _linear(
-    x: Float[Tensor, "*batch width"],
-    weight: Float[Tensor, "features width"],
-    bias: Float[Tensor, " features"] | None = None,
-) -> Float[Tensor, "*batch features"]:
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return F.linear(x, weight, bias)  # autocast has its own rule
-    return F.linear(*_in_common_dtype(x, weight, bias))
-
-
-def _in_common_dtype(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the dtype that torch promotes all of theirs to; None stays None."""
-    dtype = reduce(torch.promote_types, (each.dtype for each in tensors if each is not None))
-    return tuple(each if each is None else each.to(dtype) for each in tensors)
 
 
 def checked_tokens(

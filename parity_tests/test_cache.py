@@ -18,10 +18,9 @@ import alibi_flax
 import alibi_torch
 from alibi_convert import torch_to_flax
 from alibi_convert.tensors import as_numpy, as_torch
-from alibi_flax.cache import bucket
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import AGREEMENTS, BUDGETS
-from alibi_spec.cache import Cache
+from alibi_spec.cache import Cache, bucket
 from parity_tests.cases import CONFIGS, SEQ, draw_inputs, draw_mask, draw_parameters
 from parity_tests.compare import assert_within
 

@@ -89,6 +89,36 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     return AttentionPlan(first, last, (last - first).sum(axis=-1) / allowed, block_size)
 
 
+def keys_needed(
+    query: Float[Array, "batch heads query_len head_dim"],
+    own_key: Float[Array, "batch kv_heads query_len head_dim"],
+    largest: Float[Array, "batch kv_heads"],
+    slopes: Float[Array, " heads"],
+    scale: float,
+) -> Float[Array, "batch heads query_len"]:
+    """How many keys, its own included, each query of a cache needs; inf if that is not provable.
+
+    `largest` is that of all keys that were ever read (SPEC.md §16).
+    """
+    dtype = wide_dtype(query)
+    limit = math.log(tolerance_of("dtype", str(query.dtype)))
+    (batch, heads, query_len, head_dim), kv_heads = query.shape, own_key.shape[1]
+    query = query.astype(dtype).reshape(batch, kv_heads, -1, query_len, head_dim)
+    own_key = own_key.astype(dtype)[:, :, None]
+    largest = largest[:, :, None, None]
+    reach = scale * bounding_norm(query)
+    slack = (
+        (head_dim + 8) * float(jnp.finfo(dtype).eps) * reach * (largest + bounding_norm(own_key))
+    )
+    above = reach * largest + slack - scale * (query * own_key).sum(axis=-1)
+    slope = slopes.astype(dtype)[:, None]
+    series = -jnp.log(-jnp.expm1(-slope))
+    # Rounded up once more: this sum and quotient are rounded too.
+    needed = (above.reshape(batch, heads, query_len) + series - limit) / slope
+    needed = jnp.ceil(needed * (1 + 8 * float(jnp.finfo(dtype).eps)))
+    return jnp.where((slope > 0) & jnp.isfinite(needed), jnp.maximum(needed, 1), math.inf)
+
+
 def query_block_ranges(
     first: Integer[Array, "batch heads query_blocks"],
     last: Integer[Array, "batch heads query_blocks"],
@@ -165,7 +195,7 @@ class _Queries:
         query = query.astype(dtype).reshape(*groups, head_dim)
         anchor_key = anchor_key.astype(dtype)
         product = jnp.einsum("bngrd,bngd->bngr", query, anchor_key, precision=HIGHEST)
-        anchor_norm = jnp.broadcast_to(_norm(anchor_key)[..., None], groups)
+        anchor_norm = jnp.broadcast_to(bounding_norm(anchor_key)[..., None], groups)
 
         def in_blocks(x: Array, padding: float | bool = 0) -> Array:
             rest = [(0, 0)] * (x.ndim - 1)
@@ -176,7 +206,7 @@ class _Queries:
             return in_blocks(x.reshape(batch, query_len, heads).swapaxes(1, 2))
 
         return cls(
-            reach=heads_first(scale * _norm(query)),
+            reach=heads_first(scale * bounding_norm(query)),
             anchor_logit=heads_first(scale * product),
             anchor_norm=heads_first(anchor_norm),
             anchor_distance=in_blocks(jnp.abs(position[None] - anchor)),
@@ -207,7 +237,7 @@ class _Queries:
         return may_skip.all(axis=-1)
 
 
-def _norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:
+def bounding_norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:
     """At least the Euclidean norm: squares that underflow count as the least normal number."""
     least = x.shape[-1] * float(jnp.finfo(x.dtype).tiny)
     return jnp.sqrt((x * x).sum(axis=-1) + least)
@@ -221,7 +251,7 @@ def _block_norms(
 ) -> Float[Array, "batch heads key_blocks"]:
     """The largest norm of a visible key in each block, -inf where there is none."""
     batch, key_len, kv_heads, _ = key.shape
-    norms = _norm(key.astype(wide_dtype(key)))
+    norms = bounding_norm(key.astype(wide_dtype(key)))
     if visible is not None:
         norms = jnp.where(visible[..., None], norms, -math.inf)
     pad = ((0, 0), (0, -key_len % block_size), (0, 0))

@@ -24,12 +24,15 @@ def attention(
     value: Float[Array, "batch kv_heads capacity value_dim"],
     slopes: Float[Array, " heads"],
     *,
-    position: Integer[Array, ""],
+    age: Integer[Array, " capacity"],
     visible: Bool[Array, "batch capacity"],
     scale: float,
     distance: str,
 ) -> Float[Array, "batch 1 heads value_dim"]:
-    """Attention of the query at `position`, which is the last that is visible."""
+    """Attention of the newest query, over keys that are `age` positions older, in any order.
+
+    With rounded distances the keys that are visible lie in order.
+    """
     batch, _, heads, head_dim = query.shape
     kv_heads, capacity = key.shape[1:3]
     dtype: Any = wide_dtype(query)
@@ -40,7 +43,7 @@ def attention(
         bias = rounded_bias(slopes, capacity, visible).astype(dtype)
         logits = scale * (products + bias.reshape(batch, kv_heads, -1, capacity))
     else:
-        relative = (jnp.arange(capacity) - position).astype(dtype)
+        relative = -age.astype(dtype)
         bias = slopes.astype(dtype).reshape(1, *groups[1:], 1) * relative[None, None, None]
         logits = scale * products + bias
     seen = visible[:, None, None]

@@ -62,4 +62,6 @@ def refuses_dropout(call: Call) -> str | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would narrow the products of float32 inputs. Meta tensors know no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

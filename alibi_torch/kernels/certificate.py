@@ -90,6 +90,34 @@ def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     return AttentionPlan(first, last, share, block_size)
 
 
+def keys_needed(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    own_key: Float[Tensor, "batch kv_heads query_len head_dim"],
+    largest: Float[Tensor, "batch kv_heads"],
+    slopes: Float[Tensor, " heads"],
+    scale: float,
+) -> Float[Tensor, "batch heads query_len"]:
+    """How many keys, its own included, each query of a cache needs; inf if that is not provable.
+
+    `largest` is that of all keys that were ever read, float64 (SPEC.md §16).
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.unflatten(1, (own_key.shape[1], -1)).to(dtype)
+    own_key = own_key[:, :, None].to(dtype)
+    reach = scale * torch.linalg.vector_norm(grouped, dim=-1).to(_BOUND)
+    logit = scale * (grouped * own_key).sum(dim=-1).to(_BOUND)
+    norm = torch.linalg.vector_norm(own_key, dim=-1).to(_BOUND)
+    largest = largest[:, :, None, None]
+    slack = (query.shape[3] + 8) * torch.finfo(dtype).eps * reach * (largest + norm)
+    above = (reach * largest + slack - logit).flatten(1, 2)
+    slope = slopes.to(_BOUND)[:, None]
+    series = -torch.log(-torch.expm1(-slope))
+    limit = math.log(tolerance_of("dtype", str(query.dtype).removeprefix("torch.")))
+    needed = ((above + series - limit) / slope).ceil()
+    is_proved = (slope > 0) & needed.isfinite()
+    return needed.clamp(min=1).where(is_proved, math.inf)
+
+
 @dataclass(frozen=True)
 class _Queries:
     """The facts about every query that the certificate uses.

@@ -44,12 +44,11 @@ def has_values_on_host(*arrays: Tensor) -> bool:
     """Whether the values of all can be read without waiting for a device."""
     if torch.compiler.is_compiling():
         return False
-    return all(
-        type(x) in (Tensor, torch.nn.Parameter)  # no fake tensor
-        and x.device.type == "cpu"
-        and not is_functorch_wrapped_tensor(x)
-        for x in arrays
-    )
+    for x in arrays:
+        is_plain = type(x) in (Tensor, torch.nn.Parameter)  # no fake tensor
+        if not is_plain or not x.is_cpu or is_functorch_wrapped_tensor(x):
+            return False
+    return True
 
 
 def cleaned(call: Call) -> Call:

@@ -1,0 +1,254 @@
+"""Reading prompts and continuing them, beside peers, on the CPU: `python -m benchmarks.inference`.
+
+A random BLOOM is written to a folder, which every peer opens in a process of its own: their pools of
+threads slow each other down in one process. The peers run in turns; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compare import goals, write
+
+RESULTS = Path(__file__).parent / "results" / "inference.json"
+LAYERS, WIDTH, HEADS, VOCABULARY = 4, 1024, 16, 8000
+PROMPT, NEW, BATCHES = 128, 128, (1, 8)
+PREFILLS = (2048, 4096)
+THREADS, ROUNDS = 2, 7
+
+Generate = Callable[[np.ndarray, int], Any]  # prompts [batch, seq] and how many new tokens
+
+
+def write_model(folder: Path) -> None:
+    """A random BLOOM, and the tokenizer that CTranslate2 asks for."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        torch_dtype="float32",
+    )
+    BloomForCausalLM(config).save_pretrained(folder)
+    words = {f"t{token}": token for token in range(VOCABULARY)}
+    Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "t1", "eos_token": "t2", "unk_token": "t0", "pad_token": "t3"}
+    settings = special | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def alibi_torch(folder: Path) -> Generate:
+    """Ours in PyTorch."""
+    import torch
+
+    from alibi_torch import ALiBiLM, generate
+
+    torch.set_num_threads(THREADS)
+    model = ALiBiLM.from_pretrained(folder).eval()
+    return lambda prompts, new: generate(model, torch.from_numpy(prompts), new).tokens.numpy()
+
+
+def alibi_flax(folder: Path) -> Generate:
+    """Ours in JAX."""
+    from alibi_flax import from_pretrained, generate
+
+    model, params = from_pretrained(folder)
+    call: Any = generate
+    return lambda prompts, new: np.asarray(call(model, params, prompts, new).tokens)
+
+
+def transformers(folder: Path) -> Generate:
+    """`generate` of transformers' BLOOM."""
+    import torch
+    from transformers import BloomForCausalLM
+
+    torch.set_num_threads(THREADS)
+    model: Any = BloomForCausalLM.from_pretrained(folder).eval()
+
+    def run(prompts: np.ndarray, new: int) -> np.ndarray:
+        tokens = torch.from_numpy(prompts)
+        limits = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), **limits).numpy()
+
+    return run
+
+
+def ctranslate2(folder: Path) -> Generate:
+    """`generate_batch` of CTranslate2."""
+    import ctranslate2 as library
+
+    converted = str(folder) + "-ctranslate2"
+    if not Path(converted).exists():
+        library.converters.TransformersConverter(str(folder)).convert(converted)
+    generator = library.Generator(converted, device="cpu", inter_threads=1, intra_threads=THREADS)
+
+    def run(prompts: np.ndarray, new: int) -> np.ndarray:
+        words = [[f"t{token}" for token in row] for row in prompts]
+        limits = {"max_length": new, "min_length": new, "sampling_topk": 1}
+        found = generator.generate_batch(words, include_prompt_in_result=False, **limits)
+        new_tokens = np.array([each.sequences_ids[0] for each in found])
+        return np.concatenate([prompts, new_tokens], axis=1)
+
+    return run
+
+
+PEERS: dict[str, Callable[[Path], Generate]] = {
+    "alibi_torch": alibi_torch,
+    "alibi_flax": alibi_flax,
+    "transformers": transformers,
+    "CTranslate2": ctranslate2,
+}
+
+
+def torch_products(seq: int) -> Callable[[], Any]:
+    """The matrix products of the blocks, for one prompt, in PyTorch."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)] * LAYERS
+    weights = [torch.randn(shape) for shape in shapes]
+    inputs = {width: torch.randn(seq, width) for width in (WIDTH, 4 * WIDTH)}
+    return lambda: [inputs[weight.shape[1]] @ weight.T for weight in weights]
+
+
+def flax_products(seq: int) -> Callable[[], Any]:
+    """The matrix products of the blocks, for one prompt, in JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    shapes = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)] * LAYERS
+    weights = [jnp.full(shape, 0.5) for shape in shapes]
+    inputs = {width: jnp.full((seq, width), 0.5) for width in (WIDTH, 4 * WIDTH)}
+    call = jax.jit(lambda inputs, weights: [inputs[len(weight)] @ weight for weight in weights])
+    return lambda: jax.block_until_ready(call(inputs, weights))
+
+
+PRODUCTS = {"alibi_torch": torch_products, "alibi_flax": flax_products}
+
+
+def serve(peer: str, folder: Path) -> None:
+    """Answer each line of the standard input, (kind, batch, seq, new), with seconds and tokens."""
+    generate = PEERS[peer](folder)
+    products: dict[int, Callable[[], Any]] = {}
+    for line in sys.stdin:
+        kind, batch, seq, new = json.loads(line)
+        prompts = np.random.default_rng(seq).integers(4, VOCABULARY, (batch, seq))
+        if kind == "products" and seq not in products:
+            products[seq] = PRODUCTS[peer](seq)
+        started = time.perf_counter()
+        result = products[seq]() if kind == "products" else generate(prompts, new)
+        seconds = time.perf_counter() - started
+        tokens = [] if kind == "products" else result[:, seq:].tolist()
+        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+
+
+class Worker:
+    """A peer in a process of its own."""
+
+    def __init__(self, peer: str, folder: Path) -> None:
+        command = [sys.executable, "-m", "benchmarks.inference", "--serve", peer, str(folder)]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, **pipes)
+
+    def ask(self, kind: str, batch: int, seq: int, new: int = 0) -> dict[str, Any]:
+        """The answer of `serve`."""
+        stdin: Any = self._process.stdin
+        stdout: Any = self._process.stdout
+        stdin.write(json.dumps([kind, batch, seq, new]) + "\n")
+        stdin.flush()
+        return json.loads(stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def in_turns(workers: dict[str, Worker], *case: Any) -> list[dict[str, Any]]:
+    """One row per peer; the first round compiles and loads."""
+    first = {peer: worker.ask(*case) for peer, worker in workers.items()}
+    raw: dict[str, list[float]] = {peer: [] for peer in workers}
+    for _ in range(ROUNDS):
+        for peer, worker in workers.items():
+            raw[peer].append(worker.ask(*case)["seconds"])
+    kind, batch, seq, new = (*case, 0)[:4]
+    ours, rows = next(iter(first.values()))["tokens"], []
+    for peer, seconds in raw.items():
+        row = {"peer": peer, "kind": kind, "batch": batch, "seq": seq, "new": new}
+        row |= {"seconds": statistics.median(seconds), "raw": seconds}
+        row["same_tokens"] = first[peer]["tokens"] == ours
+        print(f"{peer:14} {kind:9} {batch} x {seq:5} {row['seconds'] * 1e3:9.1f} ms", flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    """Measure, print and write the results."""
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], Path(sys.argv[3]))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "bloom"
+        write_model(model)
+        workers = {peer: Worker(peer, model) for peer in PEERS}
+        rows = [row for batch in BATCHES for row in in_turns(workers, "decode", batch, PROMPT, NEW)]
+        for seq in PREFILLS:
+            rows += in_turns(workers, "prefill", 1, seq, 1)
+            with_products = {peer: workers[peer] for peer in PRODUCTS}
+            rows += in_turns(with_products, "products", 1, seq)
+        for worker in workers.values():
+            worker.close()
+    seconds = {(row["peer"], row["kind"], row["batch"], row["seq"]): row["seconds"] for row in rows}
+
+    def faster(peer: str, other: str, batch: int) -> float:
+        case = ("decode", batch, PROMPT)
+        return seconds[(other, *case)] / seconds[(peer, *case)]
+
+    wanted: list[tuple[str, float | None, str, float]] = []
+    for batch, least in zip(BATCHES, (1.5, 2.0), strict=True):
+        for ours, peer, limit in (
+            ("alibi_torch", "transformers", least),
+            ("alibi_torch", "CTranslate2", 0.9),
+            ("alibi_flax", "alibi_torch", 0.8),
+        ):
+            found = faster(ours, peer, batch)
+            wanted.append((f"{ours} against {peer}, batch {batch}", found, ">=", limit))
+    for seq in PREFILLS:
+        for peer in PRODUCTS:
+            found = seconds[peer, "prefill", 1, seq] / seconds[peer, "products", 1, seq]
+            wanted.append((f"{peer}, prompt of {seq:,}, over products", found, "<=", 1.35))
+    names = ("alibi-duo", "torch", "jax", "flax", "transformers", "ctranslate2")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    model_shape = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "vocabulary": VOCABULARY}
+    results = {
+        "versions": {"python": platform.python_version()} | versions,
+        "threads": THREADS,
+        "model": model_shape | {"dtype": "float32"},
+        "goals": goals(wanted),
+        "rows": rows,
+    }
+    write(options.output, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
