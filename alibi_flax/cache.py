@@ -160,11 +160,9 @@ class KVCache:
         """
         cache, of_layer = self._proved(layer, inputs), self.rings[layer]
         check_cache_dtype(str(self.keys[layer][0].dtype), str(inputs["key"].dtype))
-        group = self.config.num_heads // self.config.kv_heads
-        parts, order = [], []
-        keys, values = [], []
+        parts, order, keys, values = [], [], [], []
         for number, ring in enumerate(of_layer):
-            readers = [head * group + each for head in ring.heads for each in range(group)]
+            readers = self._readers(ring)
             some = inputs if len(of_layer) == 1 else _of_heads(inputs, ring.heads, readers)
             attended, (key, value) = self._attend(layer, number, some, implementation)
             parts.append(attended)
@@ -227,13 +225,18 @@ class KVCache:
         newest = jnp.where(is_seen, bounding_norm(key.astype(wide_dtype(key))), 0).max(axis=-1)
         largest = jnp.maximum(self.largest[layer], newest)
         needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
-        needed = jnp.where(is_seen, needed, 1).max(axis=(0, 2))
-        group = self.config.num_heads // self.config.kv_heads
+        # Nothing is promised for queries that are padding.
+        of_heads = jnp.where(is_seen, needed, 1).max(axis=(0, 2))
         is_proved = self.is_proved
         for ring in self.rings[layer]:
-            most = needed.reshape(-1, group)[jnp.array(ring.heads)].max()
+            most = of_heads[jnp.array(self._readers(ring))].max()
             is_proved &= (self.length <= ring.size) | (most <= ring.size)
         return replace(self, largest=_with(self.largest, layer, largest), is_proved=is_proved)
+
+    def _readers(self, ring: Ring) -> list[int]:
+        """The heads of queries that read a ring."""
+        group = self.config.num_heads // self.config.kv_heads
+        return [head * group + each for head in ring.heads for each in range(group)]
 
     def finished(
         self, x: Float[Array, "batch seq embed"]

@@ -18,10 +18,12 @@ from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
 from alibi_flax.sampling import chosen_tokens
 from alibi_spec.cache import bucket
 from alibi_spec.checks import (
+    UNPROVED,
     check_array,
     check_count,
     check_generation,
     check_mask,
+    check_windows,
     require_vocabulary,
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
@@ -65,6 +67,7 @@ def generate(
     tokenizer: Any = None,
     seed: int = 0,
     prefill_chunk: int = 2048,
+    windows: Int[np.ndarray, "layers heads"] | None = None,
     return_log_probabilities: bool = False,
 ) -> Generated:
     """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
@@ -86,15 +89,18 @@ def generate(
         tokenizer: decodes tokens for `stop_strings`.
         seed: of the numbers that draw tokens.
         prefill_chunk: positions of the prompt that are read at a time.
+        windows: keep only the keys that each head provably needs, so that memory stops growing:
+            `alibi_spec.bounds.model_windows` (SPEC.md §16). None keeps all.
         return_log_probabilities: return those of the new tokens.
 
     Raises:
-        ValueError: an encoder, a prompt that is only padding, or an option out of its range.
+        ValueError: an encoder, a prompt that is only padding, or an option out of its range;
+            with windows, logits so large that a key is needed which is gone.
     """
     endings, steps = _begun(
         *(model, params, tokens, max_new_tokens, attention_mask),
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk, windows),
     )
     prompts = jnp.asarray(tokens)
     taken, scores = [prompts.astype(jnp.promote_types(prompts.dtype, jnp.int32))], []
@@ -131,12 +137,13 @@ def stream(
     tokenizer: Any = None,
     seed: int = 0,
     prefill_chunk: int = 2048,
+    windows: Int[np.ndarray, "layers heads"] | None = None,
 ) -> Iterator[Integer[Array, " batch"]]:
     """The new tokens of `generate`, [batch], as they come. Arguments and errors are the same."""
     _, steps = _begun(
         *(model, params, tokens, max_new_tokens, attention_mask),
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk, windows),
     )
     return (new for new, _ in steps)
 
@@ -157,11 +164,14 @@ def _begun(
     tokenizer: Any,
     seed: int,
     prefill_chunk: int,
+    windows: Int[np.ndarray, "layers heads"] | None,
 ) -> tuple[Endings, _Steps]:
     """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
     check_generation(config.causal, config.head, max_new_tokens)
     check_count("prefill_chunk", prefill_chunk)
+    if windows is not None:
+        check_windows(np.shape(windows), config)
     vocab_size = require_vocabulary(config.vocab_size)
     prompts = np.asarray(checked_tokens(tokens, vocab_size))
     visible = np.ones(prompts.shape, bool)
@@ -178,10 +188,10 @@ def _begun(
         stop_strings=stop_strings,
         tokenizer=tokenizer,
     )
-    drawn = uniforms(seed, max_new_tokens, len(prompts)) if sampling.do_sample else None
+    drawn = uniforms(seed, len(prompts)) if sampling.do_sample else None
     return endings, _steps(
         *(model, params, prompts, visible, max_new_tokens, sampling, endings, drawn),
-        prefill_chunk,
+        *(prefill_chunk, windows),
     )
 
 
@@ -193,8 +203,9 @@ def _steps(
     max_new_tokens: int,
     sampling: Sampling,
     endings: Endings,
-    drawn: Float[np.ndarray, "steps batch"] | None,
+    drawn: Iterator[Float[np.ndarray, " batch"]] | None,
     prefill_chunk: int,
+    windows: Int[np.ndarray, "layers heads"] | None,
 ) -> _Steps:
     """The new tokens of each step, and the logits that they were chosen by."""
     if max_new_tokens == 0:
@@ -209,13 +220,18 @@ def _steps(
     prefill_chunk = min(prefill_chunk, bucket(prompt_len))
     filler = -prompt_len % prefill_chunk
     prompts, visible = (np.pad(each, ((0, 0), (filler, 0))) for each in (prompts, visible))
-    cache = _empty_cache(model, params, batch, bucket(prompts.shape[1] + max_new_tokens - 1))
+    capacity = bucket(prompts.shape[1] + max_new_tokens - 1)
+    cache = KVCache.empty(
+        model.config, batch, capacity, windows=windows, dtype=_cache_dtype(model, params)
+    )
     read_len, logits = jnp.int32(prompt_len), jnp.zeros(0)
     for start in range(0, prompts.shape[1], prefill_chunk):
         chunk = slice(start, start + prefill_chunk)
         logits, cache = _read(model, params, prompts[:, chunk], visible[:, chunk], read_len, cache)
-    new = _chosen(logits, is_there, None if drawn is None else drawn[0], sampling)
+    new = _chosen(logits, is_there, None if drawn is None else next(drawn), sampling)
     for step in range(max_new_tokens):
+        if windows is not None and not cache.is_proved:
+            raise ValueError(UNPROVED)
         shown = new
         if endings.can_come:
             shown = jnp.asarray(endings.take(np.asarray(new).tolist()), new.dtype)
@@ -224,21 +240,19 @@ def _steps(
         yield shown, logits
         if endings.are_all or step + 1 == max_new_tokens:
             return
-        uniform = None if drawn is None else drawn[step + 1]
+        uniform = None if drawn is None else next(drawn)
         read_len = np.int32(prompt_len + step + 1)
         new, logits, is_there, cache = _step(
             model, params, new, is_there, uniform, read_len, cache, sampling
         )
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
-def _empty_cache(model: ALiBiLM, params: dict[str, Any], batch: int, capacity: int) -> KVCache:
+def _cache_dtype(model: ALiBiLM, params: dict[str, Any]) -> Any:
     def first_key(model: ALiBiLM) -> Array:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return model.transformer.layers[0].attn.attention_inputs(model.embed(tokens))["key"]
 
-    key = jax.eval_shape(lambda: model.apply({"params": params}, method=first_key))
-    return KVCache.empty(model.config, batch, capacity, dtype=key.dtype)
+    return jax.eval_shape(lambda: model.apply({"params": params}, method=first_key)).dtype
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)

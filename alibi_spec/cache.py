@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alibi_spec.checks import check_windows
+from alibi_spec.checks import check_bounded, check_windows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int64, Integer
@@ -93,7 +93,8 @@ def rings(
     """
     if windows is None:
         windows = np.full((config.num_layers, config.num_heads), -1)
-    check_windows(np.shape(windows), bool((windows < 0).any()), config, capacity)
+    check_windows(np.shape(windows), config)
+    check_bounded(capacity, bool((windows < 0).any()))
     return tuple(_rings_of_layer(row.tolist(), config.kv_heads, capacity) for row in windows)
 
 

@@ -232,13 +232,15 @@ def check_capacity(length: int, new_len: int, capacity: int) -> None:
         )
 
 
-def check_windows(
-    shape: tuple[int, ...], has_unbounded: bool, config: ALiBiConfig, capacity: int | None
-) -> None:
-    """Raise ValueError unless these windows bound a cache of this capacity."""
+def check_windows(shape: tuple[int, ...], config: ALiBiConfig) -> None:
+    """Raise ValueError unless windows have this shape in a model."""
     expected = (config.num_layers, config.num_heads)
     if shape != expected:
         raise ValueError(f"windows have shape {shape}; expected {expected}, layers and heads")
+
+
+def check_bounded(capacity: int | None, has_unbounded: bool) -> None:
+    """Raise ValueError where nothing bounds a cache."""
     if capacity is None and has_unbounded:
         raise ValueError(
             "capacity=None needs windows that bound every head; pass a number of positions, or "

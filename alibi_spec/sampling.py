@@ -7,7 +7,7 @@ of transformers' generation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,22 +130,26 @@ def _softmax(logits: Float64[np.ndarray, "batch vocab"]) -> Float64[np.ndarray, 
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def uniforms(seed: int, steps: int, rows: int) -> Float32[np.ndarray, "steps rows"]:
-    """The numbers in [0, 1) that draw tokens; each depends only on seed, step and row of the batch.
+def uniforms(seed: int, rows: int) -> Iterator[Float32[np.ndarray, " rows"]]:
+    """The numbers in [0, 1) that draw the tokens of each step, without end.
 
-    Each row has its own stream: NumPy's Philox4x64-10 (Salmon et al. 2011) with the key
-    (seed, row). Step t takes its t-th number, cut to 23 bits, so that its product with a float32
-    total is less than the total.
+    Each depends only on seed, step and row of the batch. Each row has its own stream: NumPy's
+    Philox4x64-10 (Salmon et al. 2011) with the key (seed, row). Step t takes its t-th number, cut
+    to 23 bits, so that its product with a float32 total is less than the total.
 
     Raises:
         ValueError: a seed outside of 0 … 2^64 - 1.
     """
     if not (_is_number(seed) and isinstance(seed, int) and 0 <= seed < 2**64):
         raise ValueError(f"seed={seed!r} is not valid; expected an integer in 0 … 2^64 - 1")
-    streams = (np.random.Philox(key=np.array([seed, row], np.uint64)) for row in range(rows))
-    drawn = [np.random.Generator(stream).random(steps) for stream in streams]
-    cut = np.floor(np.array(drawn).reshape(rows, steps).T * 2**UNIFORM_BITS) / 2**UNIFORM_BITS
-    return cut.astype(np.float32)
+    keys = [np.array([seed, row], np.uint64) for row in range(rows)]
+    return _uniforms([np.random.Generator(np.random.Philox(key=key)) for key in keys])
+
+
+def _uniforms(streams: list[np.random.Generator]) -> Iterator[Float32[np.ndarray, " rows"]]:
+    while True:
+        drawn = np.array([stream.random() for stream in streams])
+        yield (np.floor(drawn * 2**UNIFORM_BITS) / 2**UNIFORM_BITS).astype(np.float32)
 
 
 def drawn_tokens(

@@ -97,6 +97,7 @@ def generate(
     tokenizer: Any = None,
     seed: int = 0,
     prefill_chunk: int = 2048,
+    windows: Any = None,
     return_log_probabilities: bool = False,
 ) -> Any: ...
 
@@ -119,6 +120,7 @@ def stream(
     tokenizer: Any = None,
     seed: int = 0,
     prefill_chunk: int = 2048,
+    windows: Any = None,
 ) -> Any: ...
 
 

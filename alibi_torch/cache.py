@@ -134,10 +134,9 @@ class KVCache:
         needed, of_layer = self._needed(layer, inputs), self.rings[layer]
         if len(of_layer) == 1:
             return self._attend((layer, 0), of_layer[0], inputs, needed, implementation)
-        group = self.config.num_heads // self.config.kv_heads
         parts, order = [], []
         for number, ring in enumerate(of_layer):
-            readers = [head * group + each for head in ring.heads for each in range(group)]
+            readers = self._readers(ring)
             some = _of_heads(inputs, list(ring.heads), readers)
             mine = None if needed is None else [needed[head] for head in readers]
             parts.append(self._attend((layer, number), ring, some, mine, implementation))
@@ -212,7 +211,7 @@ class KVCache:
         return torch.cat([visible[:, -most:], attention_mask.to(torch.bool)], dim=1)
 
     def _needed(self, layer: int, inputs: Any) -> list[float] | None:
-        """How many keys each head needs now; None if that does not matter.
+        """How many keys each head needs now; None to read all.
 
         Raises:
             ValueError: more than there still are.
@@ -220,30 +219,43 @@ class KVCache:
         smallest = min(ring.size for ring in self.rings[layer])
         if smallest == self.capacity and smallest < PAYS_FROM:
             return None
-        query, key, length = inputs["query"], inputs["key"], self.length
-        new_len = query.shape[2]
-        is_padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
+        query, key, new_len = inputs["query"], inputs["key"], inputs["query"].shape[2]
+        padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
+        largest = self._with_largest(layer, key, padding)
+        may_read_less = new_len == 1 and self.length >= PAYS_FROM and query.is_cpu
+        if self.length <= smallest and not may_read_less:
+            return None
+        needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
+        if padding is not None:
+            needed = needed.masked_fill(padding, 1.0)  # nothing is promised for these queries
+        of_heads = needed.amax(dim=(0, 2)).tolist()
+        for ring in self.rings[layer]:
+            most = max(of_heads[reader] for reader in self._readers(ring))
+            if self.length > ring.size and most > ring.size:
+                raise ValueError(UNPROVED)
+        return None if padding is not None and bool(padding.any()) else of_heads
+
+    def _with_largest(
+        self,
+        layer: int,
+        key: Float[Tensor, "batch kv_heads seq head_dim"],
+        padding: Bool[Tensor, "batch 1 seq"] | None,
+    ) -> Float[Tensor, "batch kv_heads"]:
+        """`largest` of a layer, the newest keys included."""
         dtype = torch.promote_types(key.dtype, torch.float32)
         norms = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)
-        if is_padding is not None:
-            norms = norms.masked_fill(is_padding, 0.0)
+        if padding is not None:
+            norms = norms.masked_fill(padding, 0.0)
         largest = norms.amax(dim=-1).to(torch.float64)
         if layer in self.largest:
             largest = torch.maximum(largest, self.largest[layer])
         self.largest[layer] = largest
-        is_short = new_len == 1 and length >= PAYS_FROM and query.device.type == "cpu"
-        if length <= smallest and not is_short:
-            return None
-        needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
-        if is_padding is not None:
-            needed = needed.masked_fill(is_padding, 1.0)
-        every = needed.amax(dim=(0, 2)).tolist()
+        return largest
+
+    def _readers(self, ring: Ring) -> list[int]:
+        """The heads of queries that read a ring."""
         group = self.config.num_heads // self.config.kv_heads
-        for ring in self.rings[layer]:
-            most = max(every[head * group + each] for head in ring.heads for each in range(group))
-            if length > ring.size and most > ring.size:
-                raise ValueError(UNPROVED)
-        return every
+        return [head * group + each for head in ring.heads for each in range(group)]
 
 
 def _of_heads(inputs: Any, heads: list[int], readers: list[int]) -> Any:

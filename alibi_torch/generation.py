@@ -16,6 +16,7 @@ from alibi_spec.checks import (
     check_count,
     check_generation,
     check_mask,
+    check_windows,
     require_vocabulary,
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
@@ -61,6 +62,7 @@ def generate(
     tokenizer: Any = None,
     seed: int = 0,
     prefill_chunk: int = 2048,
+    windows: Int[np.ndarray, "layers heads"] | None = None,
     return_log_probabilities: bool = False,
 ) -> Generated:
     """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
@@ -80,16 +82,19 @@ def generate(
         tokenizer: decodes tokens for `stop_strings`.
         seed: of the numbers that draw tokens.
         prefill_chunk: positions of the prompt that are read at a time.
+        windows: keep only the keys that each head provably needs, so that memory stops growing:
+            `alibi_spec.bounds.model_windows` (SPEC.md §16). None keeps all.
         return_log_probabilities: return those of the new tokens.
 
     Raises:
         ValueError: an encoder, a model in training mode, a prompt that is only padding, or an
-            option out of its range.
+            option out of its range; with windows, logits so large that a key is needed which is
+            gone.
     """
     endings, steps = _begun(
         *(model, tokens, max_new_tokens, attention_mask),
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk, windows),
     )
     taken, scores = [tokens.long()], []
     for new, logits in steps:
@@ -124,12 +129,13 @@ def stream(
     tokenizer: Any = None,
     seed: int = 0,
     prefill_chunk: int = 2048,
+    windows: Int[np.ndarray, "layers heads"] | None = None,
 ) -> Iterator[Integer[Tensor, " batch"]]:
     """The new tokens of `generate`, [batch], as they come. Arguments and errors are the same."""
     _, steps = _begun(
         *(model, tokens, max_new_tokens, attention_mask),
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
-        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk),
+        *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk, windows),
     )
     return (new for new, _ in steps)
 
@@ -149,11 +155,14 @@ def _begun(
     tokenizer: Any,
     seed: int,
     prefill_chunk: int,
+    windows: Int[np.ndarray, "layers heads"] | None,
 ) -> tuple[Endings, _Steps]:
     """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
     check_generation(config.causal, config.head, max_new_tokens)
     check_count("prefill_chunk", prefill_chunk)
+    if windows is not None:
+        check_windows(np.shape(windows), config)
     if model.training:
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")
     vocab_size = require_vocabulary(config.vocab_size)
@@ -172,9 +181,9 @@ def _begun(
         stop_strings=stop_strings,
         tokenizer=tokenizer,
     )
-    drawn = uniforms(seed, max_new_tokens, len(prompts)) if sampling.do_sample else None
+    drawn = uniforms(seed, len(prompts)) if sampling.do_sample else None
     return endings, _steps(
-        model, prompts, visible, max_new_tokens, sampling, endings, drawn, prefill_chunk
+        model, prompts, visible, max_new_tokens, sampling, endings, drawn, prefill_chunk, windows
     )
 
 
@@ -186,14 +195,16 @@ def _steps(
     max_new_tokens: int,
     sampling: Sampling,
     endings: Endings,
-    drawn: Float[np.ndarray, "steps batch"] | None,
+    drawn: Iterator[Float[np.ndarray, " batch"]] | None,
     prefill_chunk: int,
+    windows: Int[np.ndarray, "layers heads"] | None,
 ) -> _Steps:
     """The new tokens of each step, and the logits that they were chosen by."""
     if max_new_tokens == 0:
         return
     batch, prompt_len = prompts.shape
-    cache = KVCache.empty(model.config, batch, prompt_len + max_new_tokens - 1)
+    capacity = prompt_len + max_new_tokens - 1
+    cache = KVCache.empty(model.config, batch, capacity, windows=windows)
     cache, logits = replace(cache, interpolated_len=prompt_len), torch.empty(0)
     for start in range(0, prompt_len, prefill_chunk):
         chunk = slice(start, start + prefill_chunk)
@@ -204,7 +215,7 @@ def _steps(
         shown = torch.ones_like(prompts) if visible is None else visible.to(prompts.dtype)
         is_there = prompts.new_zeros(logits[:, 0].shape).scatter_add(1, prompts, shown) > 0
     for step in range(max_new_tokens):
-        uniform = None if drawn is None else torch.from_numpy(drawn[step]).to(prompts.device)
+        uniform = None if drawn is None else torch.from_numpy(next(drawn)).to(prompts.device)
         new = chosen_tokens(logits[:, 0], is_there, uniform, sampling)
         if endings.can_come:
             new = new.new_tensor(endings.take(new.tolist()))

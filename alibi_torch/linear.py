@@ -52,6 +52,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     return (
         not torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None  # else sizes are tensors
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and weight.numel() >= _LEAST
@@ -59,7 +60,6 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and has_values_on_host(x, weight)
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_tracing_state() is None
         and _get_current_dispatch_mode() is None  # one that counts or records operators
         and torch._C._get_mkldnn_enabled()
         and _is_x86()

@@ -111,7 +111,7 @@ def keys_needed(
         (head_dim + 8) * float(jnp.finfo(dtype).eps) * reach * (largest + bounding_norm(own_key))
     )
     above = reach * largest + slack - scale * (query * own_key).sum(axis=-1)
-    slope = slopes.astype(dtype)[:, None]
+    slope = slopes.astype(dtype)[None, :, None]
     series = -jnp.log(-jnp.expm1(-slope))
     # Rounded up once more: this sum and quotient are rounded too.
     needed = (above.reshape(batch, heads, query_len) + series - limit) / slope
