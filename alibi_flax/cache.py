@@ -230,7 +230,7 @@ class KVCache:
         is_proved = self.is_proved
         for ring in self.rings[layer]:
             most = of_heads[jnp.array(self._readers(ring))].max()
-            is_proved &= (self.length <= ring.size) | (most <= ring.size)
+            is_proved &= ~ring.has_lost(self.length, key.shape[2]) | (most <= ring.size)
         return replace(self, largest=_with(self.largest, layer, largest), is_proved=is_proved)
 
     def _readers(self, ring: Ring) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -74,6 +74,13 @@ class Ring:
 
     heads: tuple[int, ...]
     size: int
+
+    def has_lost(self, length: Any, new_len: int) -> Any:
+        """Whether the queries of the newest of `length` positions find that earlier keys are gone.
+
+        One query overwrites the oldest key first; those of a chunk see what it overwrites.
+        """
+        return length - (new_len if new_len > 1 else 0) > self.size
 
 
 def rings(

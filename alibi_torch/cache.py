@@ -223,16 +223,15 @@ class KVCache:
         padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
         largest = self._with_largest(layer, key, padding)
         may_read_less = new_len == 1 and self.length >= PAYS_FROM and query.is_cpu
-        if self.length <= smallest and not may_read_less:
+        lossy = [ring for ring in self.rings[layer] if ring.has_lost(self.length, new_len)]
+        if not lossy and not may_read_less:
             return None
         needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
         if padding is not None:
             needed = needed.masked_fill(padding, 1.0)  # nothing is promised for these queries
         of_heads = needed.amax(dim=(0, 2)).tolist()
-        for ring in self.rings[layer]:
-            most = max(of_heads[reader] for reader in self._readers(ring))
-            if self.length > ring.size and most > ring.size:
-                raise ValueError(UNPROVED)
+        if any(of_heads[head] > ring.size for ring in lossy for head in self._readers(ring)):
+            raise ValueError(UNPROVED)
         return None if padding is not None and bool(padding.any()) else of_heads
 
     def _with_largest(

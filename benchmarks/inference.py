@@ -1,7 +1,7 @@
 """Reading prompts and continuing them, beside peers, on the CPU: `python -m benchmarks.inference`.
 
-A random BLOOM is written to a folder, which every peer opens in a process of its own: in one process
-their pools of threads would slow each other down. Peers run in turns; figures are medians.
+A random BLOOM is written to a folder, which every peer opens in a process of its own: in one their
+pools of threads would slow each other down. Peers run in turns; figures are medians.
 """
 
 from __future__ import annotations

@@ -428,8 +428,8 @@ FAULTS = (
     Mutant(
         "what is gone is believed not to matter",
         "alibi_torch/cache.py",
-        "most > ring.size",
-        "most > 100 * ring.size",
+        "of_heads[head] > ring.size",
+        "of_heads[head] > 100 * ring.size",
         "test_rings.py -k 'is_refused and torch'",
     ),
     Mutant(
