@@ -141,8 +141,8 @@ class KVCache:
             mine = None if needed is None else [needed[head] for head in readers]
             parts.append(self._attend((layer, number), ring, some, mine, implementation))
             order += readers
-        place = torch.tensor(order, device=inputs["query"].device).argsort()
-        return torch.cat(parts, dim=1).index_select(1, place)
+        place = sorted(range(len(order)), key=order.__getitem__)
+        return _selected(torch.cat(parts, dim=1), 1, place)
 
     def _attend(
         self,
@@ -259,14 +259,20 @@ class KVCache:
 
 def _of_heads(inputs: Any, heads: list[int], readers: list[int]) -> Any:
     """The inputs of attention of some heads of keys and the heads of queries that read them."""
-    device = inputs["query"].device
-    heads_, readers_ = (torch.tensor(each, device=device) for each in (heads, readers))
     return inputs | {
-        "query": inputs["query"].index_select(1, readers_),
-        "key": inputs["key"].index_select(1, heads_),
-        "value": inputs["value"].index_select(1, heads_),
-        "slopes": inputs["slopes"].index_select(0, readers_),
+        "query": _selected(inputs["query"], 1, readers),
+        "key": _selected(inputs["key"], 1, heads),
+        "value": _selected(inputs["value"], 1, heads),
+        "slopes": _selected(inputs["slopes"], 0, readers),
     }
+
+
+def _selected(x: Tensor, axis: int, indices: list[int]) -> Tensor:
+    """These places of an axis; a view, where they are neighbours."""
+    first, count = indices[0], len(indices)
+    if indices == list(range(first, first + count)):
+        return x.narrow(axis, first, count)
+    return x.index_select(axis, torch.tensor(indices, device=x.device))
 
 
 def _attend_near(inputs: Any, needed: list[float]) -> Float[Tensor, "batch heads 1 head_dim"]:

@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="a text that ends one; may be repeated"
     )
+    parser.add_argument(
+        "--windows",
+        action="store_true",
+        help="keep only the keys that each head provably needs, so that memory stops growing",
+    )
     add_source_options(parser)
 
 
@@ -90,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         "stop_strings": options.stop,
         "tokenizer": tokenizer,
         "seed": options.seed,
+        "windows": _windows(checkpoint) if options.windows else None,
     }
     begin = _torch if options.backend == "torch" else _flax
     if options.stream:
@@ -133,6 +139,14 @@ def _eos(checkpoint: Checkpoint) -> int | list[int] | None:
     family = checkpoint.foreign_config or recorded_family(checkpoint.path).get("source_config", {})
     eos = settings.get("eos_token_id")
     return family.get("eos_token_id") if eos is None else eos
+
+
+def _windows(checkpoint: Checkpoint) -> np.ndarray:
+    """Those of the dtype of the checkpoint, in which its model computes."""
+    from alibi_spec.bounds import model_windows
+
+    dtype = str(checkpoint.tensors["token_embedding.weight"].dtype)
+    return model_windows(checkpoint.config, checkpoint.tensors, dtype=dtype)
 
 
 def _torch(

@@ -12,6 +12,8 @@ from alibi_cli.rendering import print_json
 if TYPE_CHECKING:
     import numpy as np
 
+    from alibi_spec import ALiBiConfig
+
 HELP = "show how far each head can look, proved from the weights"
 LENGTHS = (4_096, 32_768, 131_072)
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the windows, and their share of all keys at several lengths.
+    """Print the windows, their share of all keys, and what a cache holds, at several lengths.
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
@@ -42,9 +44,12 @@ def run(options: argparse.Namespace) -> int:
     windows = model_windows(checkpoint.config, tensors, tolerance=options.tolerance)
     shares = {length: _share(windows, length) for length in LENGTHS}
     bounded = bool((windows >= 0).all())
+    caches = {length: _cache_bytes(checkpoint.config, windows, length) for length in LENGTHS}
+    without_end = _cache_bytes(checkpoint.config, windows, None) if bounded else None
     if options.json:
         keys = int(windows.sum()) if bounded else None
-        print_json({"windows": windows.tolist(), "share": shares, "keys_at_any_length": keys})
+        found = {"windows": windows.tolist(), "share": shares, "keys_at_any_length": keys}
+        print_json(found | {"cache_bytes": caches, "cache_bytes_at_any_length": without_end})
         return OK
     print("keys that a head can need, including its own position (-: not bounded)")
     print("  layer " + "".join(f"{f'head {head}':>10}" for head in range(windows.shape[1])))
@@ -57,6 +62,12 @@ def run(options: argparse.Namespace) -> int:
         if bounded
         else "  some head can need every key"
     )
+    print("a cache of one sequence, float32, in MB (and if it keeps every key)")
+    for length, held in caches.items():
+        whole = _cache_bytes(checkpoint.config, None, length)
+        print(f"  {length:>9,} positions: {held / 1e6:,.1f} ({whole / 1e6:,.1f})")
+    if without_end is not None:
+        print(f"  any number of positions: {without_end / 1e6:,.1f}")
     return OK
 
 
@@ -66,3 +77,12 @@ def _share(windows: np.ndarray, length: int) -> float:
 
     kept = np.where(windows < 0, length, np.minimum(windows, length))
     return float(kept.sum() / (windows.size * length))
+
+
+def _cache_bytes(config: ALiBiConfig, windows: np.ndarray | None, capacity: int | None) -> int:
+    """The bytes of keys and values of one sequence."""
+    from alibi_spec.cache import rings
+
+    every = (ring for of_layer in rings(config, windows, capacity) for ring in of_layer)
+    positions = sum(len(ring.heads) * ring.size for ring in every)
+    return 2 * 4 * config.head_dim * positions
