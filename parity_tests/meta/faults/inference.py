@@ -272,6 +272,27 @@ FAULTS = (
         "test_encoding.py -k references",
     ),
     Mutant(
+        "sequences beyond the interpolation are padded to the longest of a batch",
+        "alibi_spec/batching.py",
+        "lengths[places] == longest",
+        "lengths[places] <= longest",
+        "test_encoding.py -k interpolated",
+    ),
+    Mutant(
+        "sequences beyond the interpolation are padded to a bucket",
+        "alibi_flax/encoding.py",
+        "max(length, min(bucket(length), limit))",
+        "bucket(length)",
+        "test_encoding.py -k interpolated",
+    ),
+    Mutant(
+        "texts beyond the interpolation are padded to the longest of a batch",
+        "alibi_cli/commands/fill.py",
+        "rows, BATCH, checkpoint.config.slope_interpolation",
+        "rows, BATCH, None",
+        "test_inference_commands.py -k test_fill",
+    ),
+    Mutant(
         "vectors come back sorted by length",
         "alibi_flax/encoding.py",
         "[np.argsort(np.concatenate(order))]",
