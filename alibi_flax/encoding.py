@@ -46,9 +46,8 @@ def encode(
     if len(sequences) == 0:
         return jnp.zeros((0, model.config.d_model), jnp.float32)
     found, order, limit = [], [], model.config.slope_interpolation
-    for places, batch, lengths in batches_by_length(sequences, batch_size, limit):
-        given: Any = batch
-        tokens = checked_tokens(given, require_vocabulary(model.config.vocab_size))
+    for places, tokens, lengths in batches_by_length(sequences, batch_size, limit):
+        tokens = checked_tokens(tokens, require_vocabulary(model.config.vocab_size))
         rows, width = batch_size - len(places), _width(tokens.shape[1], limit)
         tokens = np.pad(np.asarray(tokens), ((0, rows), (0, width - tokens.shape[1])))
         visible = np.arange(width) < np.pad(lengths, (0, rows), constant_values=1)[:, None]

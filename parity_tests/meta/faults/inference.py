@@ -293,6 +293,20 @@ FAULTS = (
         "test_inference_commands.py -k test_fill",
     ),
     Mutant(
+        "the annotated shape of vectors is another one",
+        "alibi_torch/encoding.py",
+        ') -> Float[Tensor, "batch embed"]:',
+        ') -> Float[Tensor, "batch seq"]:',
+        "test_surface.py -k annotated",
+    ),
+    Mutant(
+        "the annotated shape of the specification's vectors is another one",
+        "alibi_spec/pooling.py",
+        ') -> Float64[np.ndarray, "batch embed"]:',
+        ') -> Float64[np.ndarray, "batch seq"]:',
+        "test_surface.py -k annotated",
+    ),
+    Mutant(
         "vectors come back sorted by length",
         "alibi_flax/encoding.py",
         "[np.argsort(np.concatenate(order))]",
