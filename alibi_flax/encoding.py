@@ -13,9 +13,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.model import ALiBiLM, checked_tokens
+from alibi_spec.batching import batches_by_length
 from alibi_spec.cache import bucket
 from alibi_spec.checks import require_vocabulary
-from alibi_spec.pooling import batches_by_length, check_pooling
+from alibi_spec.pooling import check_pooling
 
 
 def encode(
@@ -29,7 +30,8 @@ def encode(
 ) -> Float[Array, "sequences embed"]:
     """The pooled hidden states of each sequence, in the order given: float32 (float64).
 
-    One compiled program serves all lengths in a bucket.
+    One compiled program serves all lengths in a bucket. Past `slope_interpolation` each length has
+    its own.
 
     Args:
         sequences: tokens, of any lengths; those of like length are read together.
@@ -43,17 +45,22 @@ def encode(
     check_pooling(pooling, batch_size)
     if len(sequences) == 0:
         return jnp.zeros((0, model.config.d_model), jnp.float32)
-    found, order = [], []
-    for places, batch, lengths in batches_by_length(sequences, batch_size):
-        given: Any = batch
-        tokens = checked_tokens(given, require_vocabulary(model.config.vocab_size))
-        rows, width = batch_size - len(places), bucket(tokens.shape[1])
+    found, order, limit = [], [], model.config.slope_interpolation
+    for places, tokens, lengths in batches_by_length(sequences, batch_size, limit):
+        tokens = checked_tokens(tokens, require_vocabulary(model.config.vocab_size))
+        rows, width = batch_size - len(places), _width(tokens.shape[1], limit)
         tokens = np.pad(np.asarray(tokens), ((0, rows), (0, width - tokens.shape[1])))
         visible = np.arange(width) < np.pad(lengths, (0, rows), constant_values=1)[:, None]
         vectors = _encoded(model, params, tokens, visible, pooling, normalize)
         found.append(vectors[: len(places)])
         order.append(places)
     return jnp.concatenate(found)[np.argsort(np.concatenate(order))]
+
+
+def _width(length: int, slope_interpolation: int | None) -> int:
+    """That of the bucket, as far as padding leaves the slopes as they are."""
+    limit = bucket(length) if slope_interpolation is None else slope_interpolation
+    return max(length, min(bucket(length), limit))
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))

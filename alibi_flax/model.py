@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ from alibi_spec.checks import (
 )
 
 AttentionMask = Integer[Array, "batch seq"] | Bool[Array, "batch seq"]
+_Tokens = TypeVar("_Tokens", Array, np.ndarray)
 SlopeFactor = float | Float[Array, ""]  # `alibi_spec.biases.interpolation`
 
 
@@ -554,8 +555,8 @@ def _slope_factor(config: ALiBiConfig, key_len: Any) -> SlopeFactor:
 
 
 def checked_tokens(
-    tokens: Integer[Array, "batch seq"], vocab_size: int, what: str = "token"
-) -> Integer[Array, "batch seq"]:
+    tokens: Integer[_Tokens, "batch seq"], vocab_size: int, what: str = "token"
+) -> Integer[_Tokens, "batch seq"]:
     """The tokens, at least int32, or ValueError; their range is checked where they can be read."""
     check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
     check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))

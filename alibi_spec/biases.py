@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float32, Int, Integer
+    from jaxtyping import Float, Float32, Int
 
     from alibi_spec.config import ALiBiConfig
+    from alibi_spec.masks import AttentionMask
 
 SLOPE_RULES = ("paper", "geometric", "learned")
 DISTANCES = ("absolute", "signed", "bfloat16")
@@ -100,7 +101,7 @@ def bias(
 def rounded_bias(
     slopes: Float[np.ndarray, " heads"],
     key_len: int,
-    attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
+    attention_mask: AttentionMask | None = None,
 ) -> Float[np.ndarray, "#batch heads 1 key_len"]:
     """Falcon-RW's bias as published ("bfloat16"): m p_j, slopes and products rounded to bfloat16.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from alibi_spec.config import ALiBiConfig
 
-    _Heads = Float64[np.ndarray, "batch kv_heads length head_dim"]
+    _KeysOrValues = Float64[np.ndarray, "batch kv_heads length head_dim"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Cache:
         visible: False for padding.
     """
 
-    keys: tuple[_Heads, ...]
-    values: tuple[_Heads, ...]
+    keys: tuple[_KeysOrValues, ...]
+    values: tuple[_KeysOrValues, ...]
     visible: Bool[np.ndarray, "batch length"]
 
     @classmethod
@@ -45,7 +45,9 @@ class Cache:
         return self.visible.shape[1]
 
     def mask(
-        self, attention_mask: Integer[np.ndarray, "batch seq"] | None, new_len: int
+        self,
+        attention_mask: Integer[np.ndarray, "batch seq"] | Bool[np.ndarray, "batch seq"] | None,
+        new_len: int,
     ) -> Bool[np.ndarray, "batch key_len"]:
         """Which keys are not padding: those of the cache, then `new_len` new ones."""
         shape = (len(self.visible), new_len)
@@ -55,7 +57,9 @@ class Cache:
     def extended(
         self,
         trace: Mapping[str, Float[np.ndarray, "..."]],
-        attention_mask: Integer[np.ndarray, "batch seq"] | None = None,
+        attention_mask: Integer[np.ndarray, "batch seq"]
+        | Bool[np.ndarray, "batch seq"]
+        | None = None,
     ) -> Cache:
         """The cache after a call of `reference_forward` that returned `trace`."""
         keys, values = (

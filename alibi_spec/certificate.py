@@ -19,6 +19,8 @@ from alibi_spec.reference import biased_logits, shared_heads
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float64, Int, Integer
 
+    from alibi_spec.masks import AttentionMask
+
     _Flags = Bool[np.ndarray, "batch heads query_len"]
 
 TOLERANCES = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-12, "bfloat16": 2.0**-9}
@@ -54,7 +56,7 @@ def attention_plan(
     *,
     causal: bool = True,
     scale: float | None = None,
-    attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
+    attention_mask: AttentionMask | None = None,
     segment_ids: Integer[np.ndarray, "batch key_len"] | None = None,
     tolerance: str | float = "dtype",
     block_size: int = BLOCK_SIZE,
@@ -223,7 +225,7 @@ def dropped_mass(
     *,
     causal: bool = True,
     scale: float | None = None,
-    attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
+    attention_mask: AttentionMask | None = None,
     segment_ids: Integer[np.ndarray, "batch key_len"] | None = None,
 ) -> Float64[np.ndarray, "batch heads query_len"]:
     """The share of each query's attention mass outside its range, by brute force: for tests."""

@@ -11,12 +11,14 @@ from alibi_spec.biases import query_positions, relative_position
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Integer
 
+    AttentionMask = Integer[np.ndarray, "batch key_len"] | Bool[np.ndarray, "batch key_len"]
+
 
 def visible_keys(
     query_len: int,
     key_len: int,
     causal: bool,
-    attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
+    attention_mask: AttentionMask | None = None,
     segment_ids: Integer[np.ndarray, "batch key_len"] | None = None,
 ) -> Bool[np.ndarray, "#batch 1 query_len key_len"]:
     """True where query i may attend to key j: not in the future, not padding, the same segment."""

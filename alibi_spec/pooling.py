@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +9,7 @@ import numpy as np
 from alibi_spec.checks import check_count
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Float64, Int
-
-    _Batch = Int[np.ndarray, " batch"]
+    from jaxtyping import Bool, Float, Float64
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -40,26 +37,3 @@ def pooled(
     vectors = np.einsum("bn,bnd->bd", weights, hidden.astype(np.float64))
     vectors = vectors / weights.sum(axis=1, keepdims=True)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
-
-
-def batches_by_length(
-    sequences: Sequence[Sequence[int]], batch_size: int
-) -> Iterator[tuple[_Batch, Int[np.ndarray, "batch seq"], _Batch]]:
-    """Sequences of like length together: their places, tokens padded on the right, and lengths.
-
-    Raises:
-        ValueError: a sequence without tokens.
-    """
-    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
-    if not lengths.all():
-        raise ValueError(
-            f"sequence {int((lengths == 0).argmax())} has no tokens; expected at least one"
-        )
-    # The longest first: too little memory shows at once.
-    order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        tokens = np.zeros((len(places), int(lengths[places].max())), np.int64)
-        for row, place in enumerate(places):
-            tokens[row, : lengths[place]] = sequences[place]
-        yield places, tokens, lengths[places]

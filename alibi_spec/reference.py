@@ -24,10 +24,11 @@ from alibi_spec.masks import masked_softmax, visible_keys
 from alibi_spec.parameters import parameter_table
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float64, Integer, Num
+    from jaxtyping import Bool, Float, Float64, Integer, Num
 
     from alibi_spec.cache import Cache
     from alibi_spec.config import ALiBiConfig
+    from alibi_spec.masks import AttentionMask
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -107,7 +108,7 @@ def biased_logits(
     *,
     causal: bool = True,
     scale: float | None = None,
-    attention_mask: Integer[np.ndarray, "batch key_len"] | None = None,
+    attention_mask: AttentionMask | None = None,
     segment_ids: Integer[np.ndarray, "batch key_len"] | None = None,
     distance: str = "absolute",
 ) -> Float64[np.ndarray, "batch heads query_len key_len"]:
@@ -135,7 +136,7 @@ def reference_forward(
     config: ALiBiConfig,
     parameters: Mapping[str, Num[np.ndarray, "..."]],
     inputs: Num[np.ndarray, "batch seq *d_model"],
-    attention_mask: Integer[np.ndarray, "batch seq"] | None = None,
+    attention_mask: Integer[np.ndarray, "batch seq"] | Bool[np.ndarray, "batch seq"] | None = None,
     token_type_ids: Integer[np.ndarray, "batch seq"] | None = None,
     *,
     cache: Cache | None = None,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from alibi_spec.pooling import batches_by_length, check_pooling
+from alibi_spec.batching import batches_by_length
+from alibi_spec.pooling import check_pooling
 from alibi_torch.model import ALiBiLM
 
 
@@ -38,7 +39,8 @@ def encode(
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")
     device = model.token_embedding.weight.device
     vectors = torch.zeros(len(sequences), model.config.d_model, device=device)
-    for places, tokens, lengths in batches_by_length(sequences, batch_size):
+    limit = model.config.slope_interpolation
+    for places, tokens, lengths in batches_by_length(sequences, batch_size, limit):
         visible = torch.arange(tokens.shape[1]) < torch.from_numpy(lengths)[:, None]
         visible = visible.to(device)
         x = model.embed(torch.from_numpy(tokens).to(device))

@@ -14,6 +14,7 @@ from alibi_convert import torch_to_flax
 from alibi_convert.tensors import as_numpy, as_torch
 from alibi_flax.encoding import _encoded
 from alibi_spec import ALiBiConfig, reference_forward
+from alibi_spec.batching import batches_by_length
 from alibi_spec.budgets import BUDGETS
 from alibi_spec.pooling import POOLINGS, pooled
 from parity_tests.cases import CONFIGS, draw_parameters
@@ -49,6 +50,36 @@ def test_vectors_are_the_references(config_name: str) -> None:
             theirs = np.asarray(alibi_flax.encode(module, params, SEQUENCES, **options))
             assert_within(ours, exact, limit, f"torch, {options}", dtype="float32")
             assert_within(theirs, exact, limit, f"flax, {options}", dtype="float32")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_interpolated_slopes_are_those_of_each_sequence(causal: bool) -> None:
+    """Padding would count as keys, that of a batch and that of a bucket, past the limit of 12."""
+    config = dataclasses.replace(
+        CONFIGS["lm-tied"], num_layers=1, causal=causal, slope_interpolation=12
+    )
+    model, module, params = _models(config)
+    hidden = [
+        reference_forward(config, draw_parameters(config), np.array([sequence]))["output"]
+        for sequence in SEQUENCES
+    ]
+    exact = np.concatenate([pooled(x, np.ones(x.shape[:2], bool)) for x in hidden])
+    ours = as_numpy(alibi_torch.encode(model, SEQUENCES, batch_size=4))
+    theirs = np.asarray(alibi_flax.encode(module, params, SEQUENCES, batch_size=4))
+    limit = BUDGETS["float32", "cpu"].forward
+    assert_within(ours, exact, limit, "torch", dtype="float32")
+    assert_within(theirs, exact, limit, "flax", dtype="float32")
+
+
+def test_batches_are_as_large_as_slopes_allow() -> None:
+    sequences = [[1] * length for length in (5, 9, 3, 9, 8, 9, 2, 7)]
+    for limit, expected in (
+        (None, [[9, 9, 9], [8, 7, 5], [3, 2]]),
+        (8, [[9, 9, 9], [8, 7, 5], [3, 2]]),
+        (4, [[9, 9, 9], [8], [7], [5], [3, 2]]),
+    ):
+        found = [lengths.tolist() for _, _, lengths in batches_by_length(sequences, 3, limit)]
+        assert found == expected
 
 
 def test_the_reference_hides_padding() -> None:

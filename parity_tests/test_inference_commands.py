@@ -155,6 +155,19 @@ def test_bad_options(
     assert message in capsys.readouterr().err
 
 
+def test_prompts_that_would_change_each_others_slopes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With interpolated slopes, prompts of unequal lengths go together only up to the limit."""
+    _model(dataclasses.replace(CONFIG, slope_interpolation=8)).save_pretrained(tmp_path / "model")
+    command = ["generate", str(tmp_path / "model"), "--prompt=abc", "--max-new-tokens"]
+    assert main([*command, "7", "--prompt=a"]) == 2
+    message = "prompts of 1 and 3 tokens change each other's slopes past slope_interpolation=8"
+    assert message in capsys.readouterr().err
+    for allowed in (["6", "--prompt=a"], ["7", "--prompt=xyz"], ["7"]):
+        assert main([*command, *allowed]) == 0
+
+
 def test_models_without_a_next_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alibi_torch.ALiBiTransformer(dataclasses.replace(CONFIG, vocab_size=None)).save_pretrained(
         tmp_path / "bare"
@@ -228,11 +241,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _exact(folder: Path, texts: tuple[str, ...], what: str) -> list[np.ndarray]:
+def _exact(
+    folder: Path, texts: tuple[str, ...], what: str, config: ALiBiConfig = ENCODER
+) -> list[np.ndarray]:
     """The reference's output or logits for each text, by transformers' tokens."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     rows = [np.array([tokenizer(text)["input_ids"]]) for text in texts]
-    return [reference_forward(ENCODER, draw_parameters(ENCODER), row)[what] for row in rows]
+    return [reference_forward(config, draw_parameters(config), row)[what] for row in rows]
 
 
 @pytest.mark.parametrize("options", [[], ["--pooling=cls", "--no-normalize", "--batch-size=2"]])
@@ -334,6 +349,25 @@ def test_fill(
         ]
         likely = np.array([[each["probability"] for each in row] for row in listed])
         assert_within(likely, probabilities, LIMIT, backend)
+
+
+def test_fill_pads_no_text_whose_slopes_would_change(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(encoder, tmp_path / "model")
+    config = dataclasses.replace(ENCODER, slope_interpolation=3)
+    _model(config).save_pretrained(tmp_path / "model", overwrite=True)
+    texts = [f"--text={text}" for text in MASKED]
+    exact = _exact(encoder, MASKED, "logits", config)
+    for backend in ("torch", "flax"):
+        command = ["fill", str(tmp_path / "model"), *texts, "--top-k=11", "--json"]
+        assert main([*command, f"--backend={backend}"]) == 0
+        for logits, found in zip(exact, json.loads(capsys.readouterr().out), strict=True):
+            places = [mask["position"] for mask in found["masks"]]
+            expected = likeliest(logits[0][places], 11)[1]
+            listed = [mask["candidates"] for mask in found["masks"]]
+            likely = np.array([[each["probability"] for each in row] for row in listed])
+            assert_within(likely, expected, LIMIT, backend)
 
 
 def test_fill_prints_the_likeliest(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,56 +176,8 @@ def test_importing_flaxs_wing_does_no_work() -> None:
 
 
 def test_annotated_shapes_hold() -> None:
-    """Every jaxtyping annotation of both backends, checked at run time over whole models."""
-    _run("""
-        from functools import partial
-        from jaxtyping import TypeCheckError, install_import_hook
-        modules = ("attention", "kernels", "model", "generate", "plans", "trace")
-        checked = [f"{wing}.{name}" for wing in ("alibi_torch", "alibi_flax") for name in modules]
-        with install_import_hook(checked, "beartype.beartype"):
-            import alibi_torch, alibi_flax
-        import jax, numpy as np, torch
-        from alibi_spec import ALiBiConfig
-        small = dict(num_layers=1, d_model=12, num_heads=3)
-        mask = np.array([[1] * 9, [0] * 4 + [1] * 5])
-        for config in (
-            ALiBiConfig(vocab_size=11, **small),
-            ALiBiConfig(vocab_size=11, tie_embeddings=False, output_projection=False, **small),
-            ALiBiConfig(
-                vocab_size=11, tie_embeddings=False, adaptive_cutoffs=(4, 7), num_kv_heads=1,
-                qk_norm=True, qkv_clip=1.0, distance="bfloat16", norm="rms", norm_bias=False,
-                **small,
-            ),
-        ):
-            tokens = np.arange(18).reshape(2, 9) % 11
-            ours = alibi_torch.ALiBiLM(config).eval()
-            alibi_torch.trace(ours, torch.from_numpy(tokens), torch.from_numpy(mask) > 0)
-            if config.distance != "bfloat16":
-                alibi_torch.model_plans(ours, torch.from_numpy(tokens), torch.from_numpy(mask))
-            alibi_torch.generate(ours, torch.from_numpy(tokens), 2)
-            theirs = alibi_flax.ALiBiLM(config)
-            tokens, mask_ = jax.numpy.asarray(tokens), jax.numpy.asarray(mask)
-            params = jax.eval_shape(theirs.init, jax.random.key(0), tokens)["params"]
-            jax.eval_shape(partial(alibi_flax.trace, theirs), params, tokens, mask_)
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
-            alibi_flax.generate(theirs, zeros, tokens, 2)
-            train = partial(theirs.apply, deterministic=False, rngs={"dropout": jax.random.key(1)})
-            jax.eval_shape(train, {"params": params}, tokens, mask_)
-        array, ids = torch.randn(2, 4, 300, 8).requires_grad_(), torch.arange(300).expand(2, -1)
-        for implementation in ("aten_flash", "blockwise"):
-            for masks in ({}, {"attention_mask": ids > 70, "segment_ids": ids // 90}):
-                alibi_torch.attention(
-                    array, array[:, :2], array[:, :2], torch.ones(4) / 8,
-                    implementation=implementation, **masks
-                ).sum().backward()
-        query, key = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4)
-        try:
-            alibi_torch.attention(query, key, key, torch.zeros(2, dtype=torch.int64))
-        except TypeCheckError as error:
-            assert "slopes" in str(error), error
-        else:
-            raise SystemExit("the annotations are not checked")
-    """)
+    """Every jaxtyping annotation of both backends and the spec, checked at run time."""
+    _run("from parity_tests.annotations import check_all; check_all()")
 
 
 def _parameters(function: object) -> list[tuple[str, object, object]]:

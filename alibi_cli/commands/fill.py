@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from alibi_cli.arguments import (
@@ -51,8 +51,11 @@ def run(options: argparse.Namespace) -> int:
         ValueError: no text, one without a mask, no tokenizer, no mask token, or a model that
             `fill_masks` refuses.
     """
+    import numpy as np
+
     from alibi_cli.tokens import mask_token_of, tokenizer_of
     from alibi_convert import open_checkpoint
+    from alibi_spec.batching import batches_by_length
     from alibi_spec.checks import require_vocabulary
 
     texts = given_texts(options)
@@ -67,11 +70,13 @@ def run(options: argparse.Namespace) -> int:
                 f"{place} holds no mask; write {mask.text} where a token is to be found"
             )
     filled = (_torch if options.backend == "torch" else _flax)(options, mask.id)
-    results = []
-    for start in range(0, len(rows), BATCH):
-        several = slice(start, start + BATCH)
-        given = [text for _, text in texts[several]]
-        results += _results(given, filled(*_padded(rows[several])), tokenizer)
+    results: list[dict[str, Any]] = [{"text": text, "masks": []} for _, text in texts]
+    for places, tokens, lengths in batches_by_length(
+        rows, BATCH, checkpoint.config.slope_interpolation
+    ):
+        visible = np.arange(tokens.shape[1]) < lengths[:, None]
+        for row, found in _masks(filled(tokens, visible), tokenizer):
+            results[places[row]]["masks"].append(found)
     if options.json:
         print_json(results)
     else:
@@ -79,26 +84,15 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _results(texts: list[str], filled: Any, tokenizer: Bytes | Subwords) -> list[dict[str, Any]]:
-    """For each text its masks, in order, and for each mask what may stand there."""
-    results: list[dict[str, Any]] = [{"text": text, "masks": []} for text in texts]
+def _masks(filled: Any, tokenizer: Bytes | Subwords) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The row of each mask, in reading order, and what may stand there."""
     found = (each.tolist() for each in (filled.positions, filled.tokens, filled.probabilities))
     for (row, place), tokens, probabilities in zip(*found, strict=True):
         candidates = [
             {"token": token, "text": tokenizer.token_text(token), "probability": probability}
             for token, probability in zip(tokens, probabilities, strict=True)
         ]
-        results[row]["masks"].append({"position": place, "candidates": candidates})
-    return results
-
-
-def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of one length, and the attention mask that hides what was added."""
-    import numpy as np
-
-    width = max(map(len, rows))
-    tokens = np.array([row + [0] * (width - len(row)) for row in rows])
-    return tokens, np.arange(width) < np.array([[len(row)] for row in rows])
+        yield row, {"position": place, "candidates": candidates}
 
 
 def _torch(options: argparse.Namespace, mask_token_id: int) -> Callable[..., Any]:

@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
     rows = _prompts(options, tokenizer)
     if not all(rows):
         raise ValueError(f"prompt {rows.index([])} has no tokens; expected at least one")
+    _check_padding(rows, options.max_new_tokens, checkpoint.config.slope_interpolation)
     width = max(map(len, rows))
     prompts = np.array([[0] * (width - len(row)) + row for row in rows])
     mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -127,6 +128,17 @@ def _prompts(options: argparse.Namespace, tokenizer: Bytes | Subwords) -> list[l
     if options.prompt_file is not None:
         return [tokenizer.encode_file(options.prompt_file)]
     return [tokenizer.encode(sys.stdin.read())]
+
+
+def _check_padding(rows: list[list[int]], max_new_tokens: int, limit: int | None) -> None:
+    """Raise ValueError if padding changes slopes: it counts where they are interpolated."""
+    lengths = sorted(map(len, rows))
+    longest = lengths[-1] + max_new_tokens - 1
+    if limit is not None and longest > limit and lengths[0] != lengths[-1]:
+        raise ValueError(
+            f"prompts of {lengths[0]} and {lengths[-1]} tokens change each other's slopes past "
+            f"slope_interpolation={limit}; pass one prompt, or fewer --max-new-tokens"
+        )
 
 
 def _eos(checkpoint: Checkpoint) -> int | list[int] | None:

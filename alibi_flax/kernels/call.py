@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Integer
@@ -79,7 +80,7 @@ def wide_dtype(array: Float[Array, "..."]) -> Any:
     return jnp.float64 if array.dtype == jnp.float64 else jnp.float32
 
 
-def has_values_on_host(x: Array) -> bool:
+def has_values_on_host(x: Array | np.ndarray) -> bool:
     """Whether the values can be read without waiting for a device."""
     if not isinstance(x, Array):  # of NumPy
         return True

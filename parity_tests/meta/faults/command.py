@@ -64,15 +64,15 @@ FAULTS = (
     Mutant(
         "a shorter text with masks sees the padding",
         "alibi_cli/commands/fill.py",
-        "np.arange(width) < np.array([[len(row)] for row in rows])",
-        "np.arange(width) < np.array([[width] for row in rows])",
+        "np.arange(tokens.shape[1]) < lengths[:, None]",
+        "np.arange(tokens.shape[1]) < tokens.shape[1] + 0 * lengths[:, None]",
         "test_inference_commands.py -k test_fill",
     ),
     Mutant(
         "masks of every batch belong to the first texts",
         "alibi_cli/commands/fill.py",
-        "given = [text for _, text in texts[several]]",
-        "given = [text for _, text in texts[:BATCH]]",
+        "results[places[row]]",
+        "results[row]",
         "test_inference_commands.py -k test_fill",
     ),
     Mutant(
