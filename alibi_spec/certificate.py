@@ -205,7 +205,7 @@ def keys_needed(
     rounding = (head_dim + 8) * float(np.finfo(np.promote_types(dtype, np.float32)).eps)
     query = query.astype(np.float64)
     own_key = shared_heads(own_key, heads).astype(np.float64)
-    largest = shared_heads(largest, heads)[:, :, None]
+    largest = np.repeat(largest, heads // largest.shape[1], axis=1)[:, :, None]
     slope = slopes.astype(np.float64)[:, None]
     reach = scale * np.linalg.norm(query, axis=-1)
     slack = rounding * reach * (largest + np.linalg.norm(own_key, axis=-1))

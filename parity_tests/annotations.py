@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -144,6 +145,34 @@ def _run_models() -> None:
         if config.adaptive_cutoffs is None:  # once each: it must be compiled
             _call_functions(alibi_flax, (theirs, params), jnp.asarray, {})
     _trace_drawing()
+    _run_rings()
+
+
+def _run_rings() -> None:
+    """Caches from which keys have gone, and a long one of which a step reads a part."""
+    import alibi_flax
+    import alibi_torch
+    from alibi_convert import torch_to_flax
+    from alibi_spec import ALiBiConfig
+
+    config = ALiBiConfig(**SMALL, slopes=(4.0, 6.0, 5.0))
+    ours, theirs = alibi_torch.ALiBiLM(config).eval(), alibi_flax.ALiBiLM(config)
+    params = torch_to_flax(ours.state_dict(), config)
+    windows, tokens = np.array([[16, 20, 16]]), np.zeros((2, 40), int)
+    with torch.no_grad():
+        for options in ({"windows": windows}, {}):
+            cache = alibi_torch.KVCache.empty(config, 2, 9000, **options)
+            cache = dataclasses.replace(cache, length=0 if options else 8192)
+            for part in (slice(0, 30), slice(30, 31), slice(31, 40)):
+                _, cache = ours(torch.tensor(tokens[:, part]), cache=cache)
+
+    def read(params: Any, tokens: Any) -> Any:
+        cache = alibi_flax.KVCache.empty(config, 2, None, windows=windows)
+        for part in (slice(0, 30), slice(30, 31)):
+            logits, cache = theirs.apply({"params": params}, tokens[:, part], cache=cache)
+        return logits
+
+    jax.eval_shape(read, params, jnp.asarray(tokens))
 
 
 def _trace_drawing() -> None:
@@ -201,7 +230,7 @@ def _draw_by_the_spec(logits: np.ndarray) -> None:
     from alibi_spec import dropout
     from alibi_spec.sampling import Sampling, boundary_distance, drawn_tokens, processed, uniforms
 
-    uniform = uniforms(0, 1, len(logits))[0]
+    uniform = next(uniforms(0, len(logits)))
     kept = processed(logits, logits > 0, Sampling(**SAMPLING))
     drawn_tokens(kept, uniform)
     boundary_distance(kept, uniform)
@@ -210,12 +239,13 @@ def _draw_by_the_spec(logits: np.ndarray) -> None:
 
 
 def _plan_by_the_spec() -> None:
-    from alibi_spec.certificate import attention_plan, dropped_mass
+    from alibi_spec.certificate import attention_plan, dropped_mass, keys_needed
 
     rng = np.random.default_rng(0)
     query, key = rng.standard_normal((2, 4, 3, 8)), rng.standard_normal((2, 2, 5, 8))
     plan = attention_plan(query, key, np.ones(4), block_size=2)
     dropped_mass(plan, query, key, np.ones(4))
+    keys_needed(query, key[:, :, :3], np.ones((2, 2)), np.ones(4))
 
 
 LENGTH = 300

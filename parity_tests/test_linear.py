@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,13 +87,17 @@ def test_derivatives_and_transforms() -> None:
         for name, tangents in (("x", (X, 0 * WEIGHT)), ("weight", (0 * X, WEIGHT))):
             results: Any = jvp(lambda x, w: linear(x, w, BIAS), (X, WEIGHT), tangents)
             assert_within(results[1].numpy(), (exact - BIAS).numpy(), LIMIT, f"tangent of {name}")
+        with forward_ad.dual_level():
+            found = linear(forward_ad.make_dual(X, X), WEIGHT, BIAS)
+            tangent: Any = forward_ad.unpack_dual(found).tangent
+        assert_within(tangent.numpy(), (exact - BIAS).numpy(), LIMIT, "forward mode")
     assert_within(mapped.numpy(), exact.numpy(), LIMIT, "vmap over rows")
     assert_within(per_weight.numpy(), exact.numpy(), LIMIT, "vmap over weights")
     weight = WEIGHT.clone().requires_grad_()
     linear(X, weight, BIAS).sum().backward()
     gradient = X.sum(dim=(0, 1)).expand(OUT, IN)
-    found: Any = weight.grad
-    assert_within(found.numpy(), gradient.numpy(), LIMIT, "gradient")
+    summed: Any = weight.grad
+    assert_within(summed.numpy(), gradient.numpy(), LIMIT, "gradient")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
