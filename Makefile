@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all bench bench-attention test-gpu bench-gpu lint types mutants clean
+.PHONY: help setup demo test test-all bench bench-attention bench-inference test-gpu bench-gpu lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ bench-attention: setup  ## attention of both backends beside its peers, on the C
 	$(BIN)/python -m benchmarks.attention_torch
 	$(BIN)/python -m benchmarks.attention_flax
 	$(BIN)/python -m benchmarks.plot benchmarks/results/attention_torch.json benchmarks/results/attention_flax.json
+
+bench-inference: setup  ## reading and continuing prompts beside transformers and CTranslate2, on the CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.inference
 
 # No set-up: a machine with a GPU has its own builds of torch and jax; PYTHON is where they are.
 test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of PYTHON

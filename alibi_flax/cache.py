@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from alibi_flax.dispatch import attention
@@ -30,7 +31,8 @@ from alibi_spec.checks import (
     check_capacity,
 )
 
-_Heads = Float[Array, "batch ring_heads size head_dim"]
+# Of one ring: [batch, ring_heads, size, head_dim]; rings differ in both.
+_Heads = Float[Array, "batch _ _ head_dim"]
 
 
 @partial(
@@ -202,7 +204,10 @@ class KVCache:
             kept = _both(
                 lambda x, _: jnp.roll(x[:, :, -size:], self.length % size, axis=2), seen, new
             )
-        key, value = (each.swapaxes(1, 2) for each in seen)
+        # The certificate gathers keys by position; without this, XLA would move the keys of the
+        # whole cache into the layout that suits it, and back.
+        key = with_layout_constraint(seen[0], Layout((0, 1, 2, 3)))
+        key, value = key.swapaxes(1, 2), seen[1].swapaxes(1, 2)
         mask = self.visible[:, -key.shape[1] :]
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
         return attention(**inputs, implementation=implementation), kept

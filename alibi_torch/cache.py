@@ -42,7 +42,8 @@ class KVCache:
         config: of the model.
         capacity: the most positions that may be read; None is any number.
         rings: of each layer: which heads keep how many positions.
-        keys, values: by layer and ring, as attention takes them. Position p is in slot p mod size.
+        keys, values: by layer and ring, [batch, ring_heads, size, head_dim]. Position p is in slot
+            p mod size.
         largest: by layer, the largest norm of a key that was ever read; where a proof needs it.
         visible: False for padding, of the last positions; None where there is no padding.
         length: positions that were read, padding included: the next query stands there.
@@ -53,10 +54,8 @@ class KVCache:
     batch_size: int
     capacity: int | None
     rings: tuple[tuple[Ring, ...], ...] = field(repr=False)
-    keys: dict[tuple[int, int], Float[Tensor, "batch ring_heads size head_dim"]] = field(repr=False)
-    values: dict[tuple[int, int], Float[Tensor, "batch ring_heads size head_dim"]] = field(
-        repr=False
-    )
+    keys: dict[tuple[int, int], Float[Tensor, "batch _ _ head_dim"]] = field(repr=False)
+    values: dict[tuple[int, int], Float[Tensor, "batch _ _ head_dim"]] = field(repr=False)
     largest: dict[int, Float[Tensor, "batch kv_heads"]] = field(repr=False)
     visible: Bool[Tensor, "batch recent"] | None = None
     length: int = 0
@@ -171,7 +170,7 @@ class KVCache:
 
     def _with_newest(
         self,
-        kept: dict[tuple[int, int], Float[Tensor, "batch ring_heads size head_dim"]],
+        kept: dict[tuple[int, int], Float[Tensor, "batch _ _ head_dim"]],
         index: tuple[int, int],
         ring: Ring,
         newest: Float[Tensor, "batch ring_heads seq head_dim"],

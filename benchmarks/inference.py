@@ -16,17 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import goals, write
+from benchmarks.compare import draw, goals, write
 
 RESULTS = Path(__file__).parent / "results" / "inference.json"
 LAYERS, WIDTH, HEADS, VOCABULARY = 4, 1024, 16, 8000
 PROMPT, NEW, BATCHES = 128, 128, (1, 8)
 PREFILLS = (2048, 4096)
+CONTEXTS = (32_768, 131_072)
 THREADS, ROUNDS = 2, 7
 
 Generate = Callable[[np.ndarray, int], Any]  # prompts [batch, seq] and how many new tokens
@@ -143,6 +145,78 @@ def flax_products(seq: int) -> Callable[[], Any]:
 PRODUCTS = {"alibi_torch": torch_products, "alibi_flax": flax_products}
 
 
+def long_steps(context: int) -> dict[str, Callable[[], Any]]:
+    """One query against a long context, of 8 heads of 64 with trained-like numbers, in PyTorch."""
+    import torch
+    import torch.nn.functional as F
+
+    from alibi_spec import ALiBiConfig, slopes
+    from alibi_torch import KVCache
+
+    torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
+    query, key, value = (torch.from_numpy(array)[None] for array in draw(context, "trained-like"))
+    config = ALiBiConfig(num_layers=1, d_model=512, num_heads=8)
+    rest = {"slopes": torch.from_numpy(slopes(8)), "causal": True, "scale": 64**-0.5}
+    rest |= {"attention_mask": None, "distance": "absolute"}
+
+    def read(cache: KVCache, start: int, end: int) -> tuple[KVCache, Any]:
+        cache = cache.grown(cache.config, (1, end - start), None)
+        arrays = {"query": query, "key": key, "value": value}
+        part = {name: array[:, :, start:end] for name, array in arrays.items()}
+        return cache, cache.attend(0, part | rest, "auto")
+
+    cache, last = KVCache.empty(config, 1, context), context - 1
+    for start in range(0, last, 8192):
+        cache, _ = read(cache, start, min(start + 8192, last))
+    distance = torch.arange(1 - context, 1, dtype=torch.float32)
+    bias, newest = (
+        (rest["slopes"][:, None] * distance)[None, :, None],
+        query[:, :, -1:].contiguous(),
+    )
+
+    def ours() -> torch.Tensor:
+        return read(replace(cache), last, context)[1]
+
+    def sdpa() -> torch.Tensor:
+        return F.scaled_dot_product_attention(newest, key, value, attn_mask=bias)
+
+    torch.testing.assert_close(ours(), sdpa())
+    return {"alibi_torch": ours, "scaled_dot_product_attention": sdpa}
+
+
+def in_turns_here(context: int) -> list[dict[str, Any]]:
+    """Rows of `long_steps`: both are PyTorch, in this process."""
+    steps = long_steps(context)
+    raw: dict[str, list[float]] = {peer: [] for peer in steps}
+    for number in range(8 * ROUNDS + 5):
+        for peer, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number >= 5:
+                raw[peer].append(time.perf_counter() - started)
+    rows = []
+    for peer, seconds in raw.items():
+        row = {"peer": peer, "kind": "step", "batch": 1, "seq": context, "new": 1}
+        rows.append(row | {"seconds": statistics.median(seconds), "raw": seconds})
+        print(f"{peer:28} step at {context:7,} {rows[-1]['seconds'] * 1e3:9.2f} ms", flush=True)
+    return rows
+
+
+def cache_bytes(checkpoint: Path) -> dict[str, int]:
+    """What a cache of one sequence of a checkpoint holds at the longest context."""
+    from alibi_cli.commands.windows import cache_bytes as held
+    from alibi_convert import open_checkpoint
+    from alibi_spec.bounds import model_windows
+
+    source = open_checkpoint(checkpoint)
+    windows, longest = model_windows(source.config, source.tensors), CONTEXTS[-1]
+    return {
+        "with windows": held(source.config, windows, longest),
+        "whole": held(source.config, None, longest),
+    }
+
+
 def serve(peer: str, folder: Path) -> None:
     """Answer each line of the standard input, (kind, batch, seq, new), with seconds and tokens."""
     generate = PEERS[peer](folder)
@@ -205,6 +279,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--trained", type=Path, help="a checkpoint whose cache is measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "bloom"
@@ -217,6 +292,8 @@ def main() -> int:
             rows += in_turns(with_products, "products", 1, seq)
         for worker in workers.values():
             worker.close()
+    for context in CONTEXTS:
+        rows += in_turns_here(context)
     seconds = {(row["peer"], row["kind"], row["batch"], row["seq"]): row["seconds"] for row in rows}
 
     def faster(peer: str, other: str, batch: int) -> float:
@@ -236,6 +313,14 @@ def main() -> int:
         for peer in PRODUCTS:
             found = seconds[peer, "prefill", 1, seq] / seconds[peer, "products", 1, seq]
             wanted.append((f"{peer}, prompt of {seq:,}, over products", found, "<=", 1.35))
+    for context, least in zip(CONTEXTS, (4, 8), strict=True):
+        peer, case = "scaled_dot_product_attention", ("step", 1, context)
+        found = seconds[(peer, *case)] / seconds[("alibi_torch", *case)]
+        wanted.append((f"a step at {context:,} against SDPA over all keys", found, ">=", least))
+    held = None if options.trained is None else cache_bytes(options.trained)
+    if held is not None:
+        found = held["with windows"] / held["whole"]
+        wanted.append((f"the demo's cache at {CONTEXTS[-1]:,}, with windows", found, "<=", 0.125))
     names = ("alibi-duo", "torch", "jax", "flax", "transformers", "ctranslate2")
     versions = {name: importlib.metadata.version(name) for name in names}
     model_shape = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "vocabulary": VOCABULARY}
@@ -244,6 +329,7 @@ def main() -> int:
         "threads": THREADS,
         "model": model_shape | {"dtype": "float32"},
         "goals": goals(wanted),
+        "cache_bytes": held,
         "rows": rows,
     }
     write(options.output, results)

@@ -120,6 +120,20 @@ def training(backend: str) -> str:
     return table(("training step", "positions", "s", "MB"), rows)
 
 
+def inference() -> str:
+    """Time of continuing and of reading prompts, of every peer."""
+    results = _read("inference")
+    found = {(row["peer"], row["kind"], row["batch"], row["seq"]): row for row in results["rows"]}
+    cases = [key[1:] for key in found if key[0] == "alibi_torch" and key[1] != "step"]
+    labels = {"decode": "128 new tokens after 128, batch {}, s", "prefill": "prompt of {1:,}, s"}
+    header = ["", *(labels.get(kind, "its products, s").format(*rest) for kind, *rest in cases)]
+    rows = []
+    for peer in dict.fromkeys(key[0] for key in found if key[1] == "decode"):
+        cells = (found.get((peer, *case)) for case in cases)
+        rows.append([peer, *("–" if row is None else f"{row['seconds']:.2f}" for row in cells)])
+    return f"{table(header, rows)}\n{origin('inference')}"
+
+
 def origin(name: str) -> str:
     """When, on what and with which versions a file of results was measured."""
     results = _read(name)
@@ -187,6 +201,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "demo": demo,
     "demo_rates": demo_rates,
     "goals": goals,
+    "inference": inference,
     "origin": origin,
     "other_inputs": other_inputs,
     "products": products,

@@ -24,6 +24,7 @@ from alibi_convert.tensors import as_torch
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.bounds import model_windows
 from alibi_spec.budgets import BUDGETS
+from alibi_spec.cache import bucket
 from alibi_spec.filling import likeliest
 from alibi_spec.pooling import pooled
 from parity_tests.cases import draw_parameters
@@ -57,6 +58,8 @@ def test_generate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for options in ([], sampling):
             assert main([*command, *options, f"--backend={backend}"]) == 0
             results[backend, len(options)] = json.loads(capsys.readouterr().out)
+        assert main([*command, f"--backend={backend}", "--windows"]) == 0
+        assert json.loads(capsys.readouterr().out) == results[backend, 0]
     assert results["torch", 0] == results["flax", 0]
     assert results["torch", 3] == results["flax", 3] != results["torch", 0]
     for row, prompt in enumerate(PROMPTS):
@@ -189,6 +192,10 @@ def test_windows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for length in (4_096, 131_072):
         share = np.minimum(expected, length).sum() / (3 * length)
         assert found["share"][str(length)] == pytest.approx(share)
+    # 8 numbers of 4 bytes, twice: the heads have rings of 2^n or 3 * 2^n positions.
+    sizes = [bucket(int(window)) for window in expected[0]]
+    assert found["cache_bytes_at_any_length"] == 2 * 4 * 8 * sum(sizes)
+    assert found["cache_bytes"]["4096"] == 2 * 4 * 8 * sum(min(size, 4096) for size in sizes)
     assert main(["windows", str(folder), "--tolerance=0.5"]) == 0
     narrower = model_windows(CONFIG, draw_parameters(CONFIG), tolerance=0.5)
     printed = capsys.readouterr().out

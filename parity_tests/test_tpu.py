@@ -149,7 +149,7 @@ GENERATION = """
     specs = nn.logical_to_mesh_sharding(alibi_flax.partition_specs(config), mesh, rules)
     params = jax.tree.map(placed, params["params"], specs)
     cache = jax.eval_shape(lambda: KVCache.empty(config, batch, capacity, dtype=jnp.bfloat16))
-    kept = (*cache.keys, *cache.values)
+    kept = jax.tree.leaves((cache.keys, cache.values))
     cache = jax.tree.map(lambda x: placed(x, by_head if x.ndim == 4 else whole), cache)
     with jax.default_device(device):
         if part == "chunk":
@@ -222,14 +222,18 @@ def test_a_chunk_of_a_prompt_of_bloom_7b1(batch: int) -> None:
     assert found["temporary"] < found["matrix of all heads"]
 
 
-@pytest.mark.xfail(
-    reason="the certificate gathers keys position by position: XLA copies the keys of all layers "
-    "into that layout before it writes to them, and back at the end"
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param(
+            1, marks=pytest.mark.xfail(reason="XLA still copies the keys of one sequence")
+        ),
+        8,
+    ],
 )
-@pytest.mark.parametrize("batch", [1, 8])
 def test_a_further_layer_needs_no_copy_of_its_keys(batch: int) -> None:
     few, more = _chunk(2, batch), _chunk(4, batch)
-    assert more["temporary"] - few["temporary"] < more["keys of a layer"]
+    assert (more["temporary"] - few["temporary"]) / 2 < more["keys of a layer"]
 
 
 @cache

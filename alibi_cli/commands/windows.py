@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
     windows = model_windows(checkpoint.config, tensors, tolerance=options.tolerance)
     shares = {length: _share(windows, length) for length in LENGTHS}
     bounded = bool((windows >= 0).all())
-    caches = {length: _cache_bytes(checkpoint.config, windows, length) for length in LENGTHS}
-    without_end = _cache_bytes(checkpoint.config, windows, None) if bounded else None
+    caches = {length: cache_bytes(checkpoint.config, windows, length) for length in LENGTHS}
+    without_end = cache_bytes(checkpoint.config, windows, None) if bounded else None
     if options.json:
         keys = int(windows.sum()) if bounded else None
         found = {"windows": windows.tolist(), "share": shares, "keys_at_any_length": keys}
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     )
     print("a cache of one sequence, float32, in MB (and if it keeps every key)")
     for length, held in caches.items():
-        whole = _cache_bytes(checkpoint.config, None, length)
+        whole = cache_bytes(checkpoint.config, None, length)
         print(f"  {length:>9,} positions: {held / 1e6:,.1f} ({whole / 1e6:,.1f})")
     if without_end is not None:
         print(f"  any number of positions: {without_end / 1e6:,.1f}")
@@ -79,7 +79,7 @@ def _share(windows: np.ndarray, length: int) -> float:
     return float(kept.sum() / (windows.size * length))
 
 
-def _cache_bytes(config: ALiBiConfig, windows: np.ndarray | None, capacity: int | None) -> int:
+def cache_bytes(config: ALiBiConfig, windows: np.ndarray | None, capacity: int | None) -> int:
     """The bytes of keys and values of one sequence."""
     from alibi_spec.cache import rings
 
