@@ -557,11 +557,10 @@ def _slope_factor(config: ALiBiConfig, key_len: Any) -> SlopeFactor:
 def checked_tokens(
     tokens: Integer[_Tokens, "batch seq"], vocab_size: int, what: str = "token"
 ) -> Integer[_Tokens, "batch seq"]:
-    """The tokens, at least int32, or ValueError; their range is checked where they can be read."""
+    """The tokens, or ValueError; their range is checked where they can be read."""
     check_array("tokens", tokens, (Array, np.ndarray), "a JAX or NumPy array of token ids")
     check_tokens(tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer))
     if has_values_on_host(tokens) and tokens.size:
         values = np.asarray(tokens)  # jnp.min would be traced, constant tokens or not
         check_token_range(int(values.min()), int(values.max()), vocab_size, what)
-    # A token of uint8 cannot count a vocabulary of 384, nor the next token of one.
-    return tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
+    return tokens

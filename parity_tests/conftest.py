@@ -31,7 +31,7 @@ def _forget_compiled_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quickly_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """For modules that run models operator by operator: in `make test`, LLVM does not optimise.
+    """For modules that compile much and compute little: in `make test`, LLVM does not optimise.
 
     That is a third of their time. XLA's own passes stay; `make test-all` has all optimisations.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -39,6 +40,8 @@ def attention_slopes(model: alibi_torch.ALiBiLM) -> torch.Tensor:
     return torch.stack(seen)
 
 
+@cache
 def flax_model(**options: Any) -> tuple[alibi_flax.ALiBiLM, Any]:
+    """The model, and parameters that are not to be changed."""
     model = alibi_flax.ALiBiLM(CONFIG, **options)
-    return model, model.init(jax.random.key(0), jnp.asarray(TOKENS))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.asarray(TOKENS))["params"]

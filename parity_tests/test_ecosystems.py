@@ -42,10 +42,11 @@ from parity_tests.small_models import (
     torch_model,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 FLOAT32 = BUDGETS["float32", "cpu"]
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_torch_compiles_into_one_graph(training: bool) -> None:
     """No graph breaks with masks or dropout; outputs and gradients as in eager mode."""
     model = torch_model().train(training)
@@ -331,9 +332,8 @@ def test_flax_remat_changes_nothing_but_memory() -> None:
 def test_flax_remat_draws_the_same_dropout_twice() -> None:
     """The recomputed forward pass must drop what the first one dropped: a central difference of the
     stochastic loss, at a fixed key, is the gradient."""
-    model = alibi_flax.ALiBiLM(CONFIG, param_dtype="float64", remat=True)
+    model, params = flax_model(param_dtype="float64", remat=True)
     tokens = jnp.asarray(TOKENS)
-    params = model.init(jax.random.key(0), tokens)["params"]
     options = {"deterministic": False, "rngs": {"dropout": jax.random.key(2)}}
 
     def loss(params: Any) -> jax.Array:
@@ -390,7 +390,9 @@ def test_flax_dropout_is_drawn_from_its_rng() -> None:
     assert (logits(0) != logits(1)).any()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32"]
+)
 def test_flax_dtype_and_param_dtype(dtype: str) -> None:
     """`dtype` rules the computation, `param_dtype` the parameters, and neither the logits."""
     model, params = flax_model(dtype=dtype, param_dtype="float32")

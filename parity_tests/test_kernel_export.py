@@ -46,11 +46,6 @@ from parity_tests.torch_calls import (
     slopes_of,
 )
 
-each_function = pytest.mark.parametrize(
-    "function", [jax_attend, lambda *arrays: _gradient(*arrays)], ids=["attended", "gradient"]
-)
-
-
 # In torch.
 
 
@@ -79,7 +74,7 @@ def test_compiles_without_gradients(implementation: str) -> None:
     assert_bitwise(as_numpy(compiled(*arrays)), as_numpy(attend(*arrays)), "attended")
 
 
-@pytest.mark.parametrize("masks", ["none", "mask"])
+@pytest.mark.parametrize("masks", ["mask", pytest.param("none", marks=pytest.mark.slow)])
 def test_compiles_for_any_length(masks: str) -> None:
     """Each side of the threshold keeps the kernel that pays there."""
 
@@ -166,14 +161,18 @@ def _exported(function: Any, *arrays: Array, symbols: str = "") -> Any:
 
 
 @pytest.mark.parametrize("function", [jax_attend, _gradient], ids=["attended", "gradient"])
-@pytest.mark.parametrize("symbols", ["", "batch,"])
+@pytest.mark.parametrize("symbols", [pytest.param("", marks=pytest.mark.slow), "batch,"])
 def test_windows_are_exported(function: Any, symbols: str) -> None:
     arrays = (*jax_arrays(LONG), jax_mask(LONG))
     found = _exported(function, *arrays, symbols=symbols)(*arrays)
     assert_bitwise(np.asarray(found), np.asarray(jax.jit(function)(*arrays)), "exported")
 
 
-@pytest.mark.parametrize("function", [jax_attend, _gradient], ids=["attended", "gradient"])
+@pytest.mark.parametrize(
+    "function",
+    [pytest.param(jax_attend, marks=pytest.mark.slow), _gradient],
+    ids=["attended", "gradient"],
+)
 def test_symbolic_lengths_are_dense(function: Any) -> None:
     arrays = (*jax_arrays(LONG), jax_mask(LONG))
     with pytest.warns(UserWarning, match="costs the square of the length.*one program for each"):
@@ -181,7 +180,7 @@ def test_symbolic_lengths_are_dense(function: Any) -> None:
     for length in (SHORT, LONG):
         arrays = (*jax_arrays(length), jax_mask(length))
         limit = BUDGETS["float64", "cpu"].gradient
-        expected = np.asarray(function(*arrays))
+        expected = np.asarray(jax.jit(function)(*arrays))
         assert_within(np.asarray(program(*arrays)), expected, limit, f"{length} tokens")
 
 
@@ -213,7 +212,7 @@ def test_models_are_exported_for_any_length() -> None:
         program = _exported(logits, jax_tokens(LONG), jax_mask(LONG), symbols="batch, seq")
     for length in (SHORT, LONG):
         arguments = (jax_tokens(length), jax_mask(length))
-        expected = np.asarray(logits(*arguments))
+        expected = np.asarray(jax.jit(logits)(*arguments))
         budget = BUDGETS["float32", "cpu"].forward
         assert_within(np.asarray(program(*arguments)), expected, budget, f"{length} tokens")
 

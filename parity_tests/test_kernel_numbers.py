@@ -56,7 +56,7 @@ SHAPES = {  # heads, heads of keys, queries, keys
     "grouped": (4, 2, 37, 90),
     "one query": (6, 1, 1, 70),
     "fewer queries": (4, 4, 101, 155),
-    "one key head": (4, 1, 260, 260),
+    "one key head": (4, 1, 150, 150),
     "long": (4, 2, 280, 300),  # some blocks of 128
 }
 
@@ -92,10 +92,14 @@ def _judged(shape: str, value_width: int, masks: str, causal: bool) -> Arrays:
         (FLAX_BLOCKWISE, 0.0, "one query", "none", True),
         (FLAX_BLOCKWISE, 0.0, "one key head", "none", True),
         (FLAX_BLOCKWISE, 0.0, "grouped", "mask", True),
-        *(
-            (FLAX_BLOCKWISE, dropout, "long", "mask and segments", causal)
-            for dropout in (0.0, 0.3)
-            for causal in (True, False)
+        (FLAX_BLOCKWISE, 0.0, "long", "mask and segments", False),
+        (FLAX_BLOCKWISE, 0.3, "long", "mask and segments", True),
+        *(  # also in narrow dtypes, below
+            pytest.param(
+                *(FLAX_BLOCKWISE, dropout, "long", "mask and segments", causal),
+                marks=pytest.mark.slow,
+            )
+            for dropout, causal in ((0.0, True), (0.3, False))
         ),
     ],
     ids=id_of,
@@ -158,26 +162,27 @@ def test_narrow_dtypes(
 
 
 @each_kernel(TORCH_DENSE, TORCH_BLOCKWISE, FLAX_DENSE, FLAX_BLOCKWISE)
-@pytest.mark.parametrize(("heads", "query_len", "rate"), [(3, 70, 0.1), (4, 41, 0.75)])
+@pytest.mark.parametrize(
+    ("state", "heads", "query_len", "rate"), [(0, 3, 70, 0.1), (1, 4, 41, 0.75)]
+)
 def test_dropped_probabilities_are_the_specifications(
-    kernel: Kernel, heads: int, query_len: int, rate: float
+    kernel: Kernel, state: int, heads: int, query_len: int, rate: float
 ) -> None:
     """The same ones for the same seed, bit for bit."""
     query, key = np.zeros((2, heads, query_len, 8)), np.zeros((2, 1, 70, 8))
     value = np.broadcast_to(np.eye(70), (2, 1, 70, 70))
     is_flax = isinstance(kernel, FlaxKernel)
-    for state in range(2):
-        rng: Any = jax.random.key(state) if is_flax else torch.Generator().manual_seed(state)
-        if is_flax:
-            seed = np.asarray(jax.random.bits(rng, (2,), "uint32"))
-        else:
-            drawn = torch.Generator().manual_seed(state)
-            seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=drawn).numpy()
-        arrays = {"query": query, "key": key, "value": value, "slopes": np.zeros(heads)}
-        options = {"causal": False, "dropout": rate, "dropout_rng": rng}
-        found = kernel.attend(**options)(arrays)["attended"]
-        hashes = query_hashes(seed, 2, heads, query_len, 70 - query_len)
-        assert_bitwise(found != 0, is_kept(hashes, key_hashes(70), rate), "kept")
+    rng: Any = jax.random.key(state) if is_flax else torch.Generator().manual_seed(state)
+    if is_flax:
+        seed = np.asarray(jax.random.bits(rng, (2,), "uint32"))
+    else:
+        drawn = torch.Generator().manual_seed(state)
+        seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, generator=drawn).numpy()
+    arrays = {"query": query, "key": key, "value": value, "slopes": np.zeros(heads)}
+    options = {"causal": False, "dropout": rate, "dropout_rng": rng}
+    found = kernel.attend(**options)(arrays)["attended"]
+    hashes = query_hashes(seed, 2, heads, query_len, 70 - query_len)
+    assert_bitwise(found != 0, is_kept(hashes, key_hashes(70), rate), "kept")
 
 
 @pytest.mark.parametrize("backend", ["torch", "flax"])
@@ -219,13 +224,17 @@ def test_gradients_of_shared_keys_are_rounded_once(kernel: Kernel) -> None:
 @each_kernel(*FUSED, FLAX_BLOCKWISE)
 def test_long_sequences_keep_their_precision(kernel: Kernel) -> None:
     """The bias is as exact far from the beginning as near it: no worse than dense attention."""
+    arrays, exact, limit = _long_sequences()
+    assert np.abs(kernel.attend()(arrays)["attended"] - exact).max() <= limit
+
+
+@cache
+def _long_sequences() -> tuple[Arrays, np.ndarray, float]:
+    """Arrays, what they give in float64, and twice the error of dense attention."""
     arrays = draw(3000, 3000, 2, 2, dtype="float32")
     arrays["slopes"] = np.array([0.3, 0.011], np.float32)
     exact = TORCH_DENSE.attend()(widened(arrays))["attended"]
-    errors = [
-        np.abs(each.attend()(arrays)["attended"] - exact).max() for each in (kernel, TORCH_DENSE)
-    ]
-    assert errors[0] <= 2 * errors[1]
+    return arrays, exact, 2 * np.abs(TORCH_DENSE.attend()(arrays)["attended"] - exact).max()
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_queries_of_a_block_of_keys() -> None:
         assert ends[b, h, j] - begins[b, h, j] == (rising[0][b, h] == j).sum()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_memory_grows_linearly(dropout: float) -> None:
     """What programs of JAX need apart from inputs and outputs, at twice the length."""
 

@@ -44,6 +44,7 @@ from parity_tests.torch_calls import (
     with_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 forward_mode = pytest.mark.filterwarnings(  # torch's own
     "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
 )
@@ -255,6 +256,7 @@ def test_checkify_finds_nothing(length: int) -> None:
     error.throw()
 
 
+@pytest.mark.slow
 def test_debug_nans_finds_nothing() -> None:
     """After any operation: of a compiled program only the results would be looked at."""
     loss, params = _loss_of(LONG)

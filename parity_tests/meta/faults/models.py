@@ -35,9 +35,9 @@ FAULTS = (
     ),
     Mutant(
         "generated tokens wrap in a narrow prompt's dtype",
-        "alibi_flax/model.py",
-        "if tokens.dtype.itemsize < 4 else tokens",
-        "if tokens.dtype.itemsize < 1 else tokens",
+        "alibi_flax/generation.py",
+        "prompts.astype(jnp.promote_types(prompts.dtype, jnp.int32))",
+        "prompts",
         "test_models.py -k narrow_prompts",
     ),
     Mutant(
