@@ -6,6 +6,7 @@ allocated once, when the first keys show dtype and device; the later caches shar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Self
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from alibi_spec import ALiBiConfig
 from alibi_spec.biases import interpolation
-from alibi_spec.cache import Ring, bucket, rings
+from alibi_spec.cache import Ring, rings
 from alibi_spec.checks import (
     OTHER_CACHE,
     UNPROVED,
@@ -279,7 +280,7 @@ def _attend_near(inputs: Any, needed: list[float]) -> Float[Tensor, "batch heads
     query, key_len = inputs["query"], inputs["key"].shape[2]
     heads, mask = inputs["key"].shape[1], inputs["attention_mask"]
     group, parts = query.shape[1] // heads, []
-    counts = [_rounded(max(needed[h * group : (h + 1) * group]), key_len) for h in range(heads)]
+    counts = _counts(needed, len(query), heads, key_len)
     for count, run in groupby(range(heads), key=counts.__getitem__):
         several = list(run)
         keys = slice(several[0], several[-1] + 1)
@@ -295,9 +296,19 @@ def _attend_near(inputs: Any, needed: list[float]) -> Float[Tensor, "batch heads
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _rounded(needed: float, key_len: int) -> int:
-    """A number of keys that heads with about the same need can share."""
-    return bucket(max(int(needed), FEW)) if needed <= key_len // 2 else key_len
+def _counts(needed: list[float], batch: int, heads: int, key_len: int) -> list[int]:
+    """How many keys are read of each head: a number that neighbours share.
+
+    The fused kernel gives a head to a thread, so a call has work for all threads.
+    """
+    together, group = max(1, torch.get_num_threads() // batch), len(needed) // heads
+    counts: list[int] = []
+    for start in range(0, heads, together):
+        end = min(start + together, heads)
+        most = max(needed[start * group : end * group])
+        count = key_len if most > key_len else min(key_len, math.ceil(most / FEW) * FEW)
+        counts += [count] * (end - start)
+    return counts
 
 
 def _call(inputs: Any) -> Call:

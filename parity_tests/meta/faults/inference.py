@@ -505,8 +505,8 @@ FAULTS = (
     Mutant(
         "a long step reads for the head that needs least",
         "alibi_torch/cache.py",
-        "_rounded(max(needed[h * group : (h + 1) * group]), key_len)",
-        "_rounded(min(needed) / 4, key_len)",
+        "most = max(needed[start * group : end * group])",
+        "most = min(needed) / 4",
         "test_rings.py -k long_cache",
     ),
     Mutant(
