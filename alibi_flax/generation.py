@@ -171,7 +171,7 @@ def _begun(
     check_generation(config.causal, config.head, max_new_tokens)
     check_count("prefill_chunk", prefill_chunk)
     if windows is not None:
-        check_windows(np.shape(windows), config)
+        check_windows(np.shape(windows), bool((np.asarray(windows) >= 0).any()), config)
     vocab_size = require_vocabulary(config.vocab_size)
     prompts = np.asarray(checked_tokens(tokens, vocab_size))
     visible = np.ones(prompts.shape, bool)

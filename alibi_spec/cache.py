@@ -100,11 +100,12 @@ def rings(
         capacity: the most positions that are read; None is any number.
 
     Raises:
-        ValueError: windows of another shape, or some head needs all keys and there is no capacity.
+        ValueError: windows of another shape, or of a model with rounded distances, which depend on
+            all keys; or some head needs all keys and there is no capacity.
     """
     if windows is None:
         windows = np.full((config.num_layers, config.num_heads), -1)
-    check_windows(np.shape(windows), config)
+    check_windows(np.shape(windows), bool((windows >= 0).any()), config)
     check_bounded(capacity, bool((windows < 0).any()))
     return tuple(_rings_of_layer(row.tolist(), config.kv_heads, capacity) for row in windows)
 

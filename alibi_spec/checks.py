@@ -232,11 +232,16 @@ def check_capacity(length: int, new_len: int, capacity: int) -> None:
         )
 
 
-def check_windows(shape: tuple[int, ...], config: ALiBiConfig) -> None:
-    """Raise ValueError unless windows have this shape in a model."""
+def check_windows(shape: tuple[int, ...], has_bounded: bool, config: ALiBiConfig) -> None:
+    """Raise ValueError unless a cache of this model can have such windows."""
     expected = (config.num_layers, config.num_heads)
     if shape != expected:
         raise ValueError(f"windows have shape {shape}; expected {expected}, layers and heads")
+    if has_bounded and config.distance == "bfloat16":
+        raise ValueError(
+            'a model with distance="bfloat16" counts its keys from the first one, so a cache must '
+            "keep all; pass windows=None"
+        )
 
 
 def check_bounded(capacity: int | None, has_unbounded: bool) -> None:

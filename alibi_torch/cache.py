@@ -22,6 +22,7 @@ from alibi_spec.checks import (
     OTHER_CACHE,
     UNPROVED,
     USED_CACHE,
+    beyond_windows,
     check_cache,
     check_cache_dtype,
     check_capacity,
@@ -223,6 +224,7 @@ class KVCache:
         padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
         largest = self._with_largest(layer, key, padding)
         may_read_less = new_len == 1 and self.length >= PAYS_FROM and query.is_cpu
+        may_read_less &= beyond_windows(inputs["distance"], inputs["causal"]) is None
         lossy = [ring for ring in self.rings[layer] if ring.has_lost(self.length, new_len)]
         if not lossy and not may_read_less:
             return None

@@ -162,7 +162,7 @@ def _begun(
     check_generation(config.causal, config.head, max_new_tokens)
     check_count("prefill_chunk", prefill_chunk)
     if windows is not None:
-        check_windows(np.shape(windows), config)
+        check_windows(np.shape(windows), bool((np.asarray(windows) >= 0).any()), config)
     if model.training:
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")
     vocab_size = require_vocabulary(config.vocab_size)

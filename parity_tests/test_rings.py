@@ -52,6 +52,12 @@ def test_heads_that_need_as_much_share_a_ring() -> None:
     assert rings(config, np.abs(windows), None)[1] == (Ring((1,), 16), Ring((0,), 256))
     with pytest.raises(ValueError, match=r"windows have shape \(2, 4\); expected \(3, 4\)"):
         rings(config, windows[:2], 100)
+    rounded = dataclasses.replace(config, distance="bfloat16")
+    with pytest.raises(
+        ValueError, match="counts its keys from the first one, so a cache must keep"
+    ):
+        rings(rounded, windows, 100)
+    assert rings(rounded, np.full((3, 4), -1), 100) == rings(rounded, None, 100)
     for unbounded in (windows, None):
         with pytest.raises(ValueError, match="capacity=None needs windows that bound every head"):
             rings(config, unbounded, None)
@@ -215,11 +221,14 @@ def test_generation_in_constant_memory(backend: str, kind: str) -> None:
     assert (windows.max() < 330) == (kind == "drawn")
 
 
-@pytest.mark.parametrize("padding", ["unpadded", "padded"])
+@pytest.mark.parametrize("case", ["unpadded", "padded", "rounded distances"])
 def test_a_step_of_a_long_cache_reads_what_it_needs(
-    padding: str, monkeypatch: pytest.MonkeyPatch
+    case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without windows from weights too, from some length on: the proof of the step itself."""
+    """Without windows from weights too, from some length on: the proof of the step itself.
+
+    Rounded distances are not what it is about: all keys are read.
+    """
     monkeypatch.setattr(torch_cache, "PAYS_FROM", 64)
     monkeypatch.setattr(torch_cache, "FEW", 16)
     read: list[int] = []
@@ -230,8 +239,10 @@ def test_a_step_of_a_long_cache_reads_what_it_needs(
         return attend(call, slot)
 
     monkeypatch.setattr(torch_cache.decode, "attention", spied)
-    parameters, tokens, mask, exact = _exact(GROUPED, padding == "padded")
-    call = _torch(GROUPED, parameters)
+    distance = "bfloat16" if case == "rounded distances" else "absolute"
+    config = dataclasses.replace(GROUPED, distance=distance)
+    parameters, tokens, mask, exact = _exact(config, case == "padded")
+    call = _torch(config, parameters)
     cache, limit = call.empty(3, SEQ), BUDGETS["float32", "cpu"].forward
     for start, end in [(0, 440), *itertools.pairwise(range(440, SEQ + 1))]:
         its_mask = None if mask is None else mask[:, start:end]
@@ -242,7 +253,10 @@ def test_a_step_of_a_long_cache_reads_what_it_needs(
         )
         assert_within(found, expected, limit, f"{start}", dtype="float32")
     everything = 2 * 2 * sum(range(441, SEQ + 1))  # layers, heads
-    assert sum(read) < everything / (2 if padding == "unpadded" else 1)
+    if case == "rounded distances":
+        assert sum(read) == everything
+    else:
+        assert sum(read) < everything / (2 if case == "unpadded" else 1)
 
 
 class _torch:
