@@ -73,7 +73,7 @@ def generate(
     Args:
         tokens: the prompts.
         attention_mask: 0 for padding, on either side: prompts may have unequal lengths. Each is
-            continued as if the others were absent.
+            continued as if the others were absent (but for `slope_interpolation`: SPEC.md §11).
         do_sample: draw from the distribution; else the likeliest token is taken.
         temperature, top_k, top_p, min_p, repetition_penalty: `alibi_spec.sampling.Sampling`.
         eos_token_id: tokens that end a sequence.

@@ -57,10 +57,21 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds alibi, alibi.msgpack, report.json, extrapolation.png; pass --overwrite" in (
         capsys.readouterr().err
     )
-    assert main([*arguments, "--overwrite", "--processes=1"]) == 0
     assert notes.read_text() == "mine"
-    again = json.loads((output / "report.json").read_text())
-    assert again["bits_per_byte"] == report["bits_per_byte"]
+
+
+@pytest.mark.slow
+def test_one_process_gives_what_two_give(tmp_path: Path) -> None:
+    output, text = tmp_path / "demo", tmp_path / "text.txt"
+    text.write_bytes(b"to be or not to be, that is the question. " * 400)
+    found = []
+    for processes in (1, 2):
+        options = ["--seeds=2", f"--processes={processes}", "--overwrite"]
+        assert main(["demo", *SMALL, *options, f"--output={output}", f"--text={text}"]) == 0
+        (output / "notes.txt").write_text("mine")
+        found.append(json.loads((output / "report.json").read_text())["bits_per_byte"])
+    assert found[0] == found[1]
+    assert (output / "notes.txt").read_text() == "mine"
 
 
 def test_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

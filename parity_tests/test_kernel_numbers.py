@@ -139,7 +139,10 @@ def test_float64(kernel: Kernel, dropout: float, shape: str, masks: str, causal:
                     *(kernel, "float32", "long", "mask and segments", False, 0.0),
                     marks=pytest.mark.slow,
                 ),
-                (kernel, "bfloat16", "one key head", "none", True, 0.3),
+                pytest.param(
+                    *(kernel, "bfloat16", "one key head", "none", True, 0.3),
+                    marks=pytest.mark.slow,
+                ),
             )
         ),
     ],

@@ -28,6 +28,8 @@ from alibi_torch import cache as torch_cache
 from alibi_torch.kernels import certificate as torch_certificate
 from parity_tests.compare import assert_within
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SEQ = 503
 BASE = ALiBiConfig(
     num_layers=2, d_model=24, num_heads=3, slopes=(1.5, 0.6, 0.9), vocab_size=31, max_len=64
@@ -132,7 +134,7 @@ def test_rings_give_what_all_keys_give(backend: str, config: ALiBiConfig, is_pad
         assert _held(cache) == _held(call.empty(3, None, windows=windows))
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
 def test_half_precision(backend: str) -> None:
     config = dataclasses.replace(BASE, num_layers=1)
     parameters, tokens, _, exact = _exact(config, False)
