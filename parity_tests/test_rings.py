@@ -223,6 +223,21 @@ def test_generation_in_constant_memory(backend: str, kind: str) -> None:
     assert (windows.max() < 330) == (kind == "drawn")
 
 
+@pytest.mark.slow
+@each_backend
+def test_twenty_thousand_tokens(backend: str) -> None:
+    """In rings of a few hundred positions, the same tokens as with all that was read."""
+    parameters, tokens, _, _ = _exact(BASE, False)
+    windows = model_windows(BASE, parameters)
+    assert max(ring.size for of_layer in rings(BASE, windows, None) for ring in of_layer) < 400
+    call = _torch(BASE, parameters) if backend == "torch" else _flax(BASE, parameters)
+    options = {"do_sample": True, "seed": 2}
+    whole = call.generate(tokens[:2, :20], 20_000, **options)
+    kept = call.generate(tokens[:2, :20], 20_000, windows=windows, **options)
+    assert (kept == whole).all()
+    assert len(np.unique(kept[:, -1000:])) > 5
+
+
 @pytest.mark.parametrize("case", ["unpadded", "padded", "rounded distances"])
 def test_a_step_of_a_long_cache_reads_what_it_needs(
     case: str, monkeypatch: pytest.MonkeyPatch
