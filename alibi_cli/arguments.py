@@ -88,6 +88,13 @@ def _lines(opened: Iterable[str]) -> list[str]:
     return [line.removesuffix("\n") for line in opened]
 
 
+def add_backend_option(parser: argparse.ArgumentParser) -> None:
+    """Which backend runs the model."""
+    parser.add_argument(
+        "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
+    )
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint is read; and `--json`."""
     parser.add_argument(

@@ -206,7 +206,8 @@ def keys_needed(
     query = query.astype(np.float64)
     own_key = shared_heads(own_key, heads).astype(np.float64)
     largest = np.repeat(largest, heads // largest.shape[1], axis=1)[:, :, None]
-    slope = slopes.astype(np.float64)[:, None]
+    falls = (slopes > 0)[:, None]
+    slope = np.where(falls, slopes.astype(np.float64)[:, None], 1.0)
     reach = scale * np.linalg.norm(query, axis=-1)
     slack = rounding * reach * (largest + np.linalg.norm(own_key, axis=-1))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -214,7 +215,7 @@ def keys_needed(
         above = reach * largest + slack - scale * (query * own_key).sum(axis=-1)
         log_tolerance = np.log(tolerance_of(tolerance, dtype))
         needed = np.ceil((above + series - log_tolerance) / slope)
-    return np.where((slope > 0) & np.isfinite(needed), needed.clip(1), np.inf)
+    return np.where(falls & np.isfinite(needed), needed.clip(1), np.inf)
 
 
 def dropped_mass(

@@ -84,6 +84,7 @@ def test_derivatives_and_transforms() -> None:
     with torch.no_grad():
         mapped = vmap(linear, in_dims=(0, None, None))(X, WEIGHT, BIAS)
         per_weight = vmap(linear, in_dims=(None, 0, None))(X, WEIGHT[None], BIAS)[0]
+        per_bias = vmap(linear, in_dims=(None, None, 0))(X, WEIGHT, torch.stack([BIAS, 2 * BIAS]))
         for name, tangents in (("x", (X, 0 * WEIGHT)), ("weight", (0 * X, WEIGHT))):
             results: Any = jvp(lambda x, w: linear(x, w, BIAS), (X, WEIGHT), tangents)
             assert_within(results[1].numpy(), (exact - BIAS).numpy(), LIMIT, f"tangent of {name}")
@@ -92,6 +93,8 @@ def test_derivatives_and_transforms() -> None:
             tangent: Any = forward_ad.unpack_dual(found).tangent
         assert_within(tangent.numpy(), (exact - BIAS).numpy(), LIMIT, "forward mode")
     assert_within(mapped.numpy(), exact.numpy(), LIMIT, "vmap over rows")
+    for row, expected in zip(per_bias, (exact, exact + BIAS), strict=True):
+        assert_within(row.numpy(), expected.numpy(), LIMIT, "vmap over biases")
     assert_within(per_weight.numpy(), exact.numpy(), LIMIT, "vmap over weights")
     weight = WEIGHT.clone().requires_grad_()
     linear(X, weight, BIAS).sum().backward()

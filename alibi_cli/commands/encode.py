@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alibi_cli.arguments import (
     SOURCE,
+    add_backend_option,
     add_source_options,
     add_text_options,
     count,
@@ -31,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("source", type=path, help=SOURCE)
     add_text_options(parser)
-    parser.add_argument(
-        "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
-    )
+    add_backend_option(parser)
     parser.add_argument(
         "--pooling",
         choices=POOLINGS,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from alibi_cli.arguments import (
     SOURCE,
+    add_backend_option,
     add_source_options,
     add_text_options,
     count,
@@ -37,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what stands for a mask in the texts (default: the tokenizer's own, as [MASK])",
     )
     parser.add_argument("--top-k", type=count, default=5, help="tokens for each mask (default: 5)")
-    parser.add_argument(
-        "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
-    )
+    add_backend_option(parser)
     add_source_options(parser)
 
 

@@ -7,7 +7,14 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from alibi_cli.arguments import SOURCE, add_source_options, count, path, source_options
+from alibi_cli.arguments import (
+    SOURCE,
+    add_backend_option,
+    add_source_options,
+    count,
+    path,
+    source_options,
+)
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -33,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=count, default=128, help="for each prompt (default: 128)"
     )
-    parser.add_argument(
-        "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
-    )
+    add_backend_option(parser)
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
     parser.add_argument(
         "--do-sample", action="store_true", help="draw tokens (default: the likeliest)"

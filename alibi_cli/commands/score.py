@@ -11,7 +11,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alibi_cli.arguments import SOURCE, add_source_options, count, path, source_options
+from alibi_cli.arguments import (
+    SOURCE,
+    add_backend_option,
+    add_source_options,
+    count,
+    path,
+    source_options,
+)
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -40,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=count, default=8, help="windows read together (default: 8)"
     )
-    parser.add_argument(
-        "--backend", choices=("torch", "flax"), default="torch", help="(default: torch)"
-    )
+    add_backend_option(parser)
     parser.add_argument(
         "--resume", type=path, metavar="FILE", help="keep progress there, and go on from there"
     )

@@ -111,12 +111,13 @@ def keys_needed(
         (head_dim + 8) * float(jnp.finfo(dtype).eps) * reach * (largest + bounding_norm(own_key))
     )
     above = reach * largest + slack - scale * (query * own_key).sum(axis=-1)
-    slope = slopes.astype(dtype)[None, :, None]
+    falls = (slopes > 0)[None, :, None]
+    slope = jnp.where(falls, slopes.astype(dtype)[None, :, None], 1)
     series = -jnp.log(-jnp.expm1(-slope))
     # Rounded up once more: this sum and quotient are rounded too.
     needed = (above.reshape(batch, heads, query_len) + series - limit) / slope
     needed = jnp.ceil(needed * (1 + 8 * float(jnp.finfo(dtype).eps)))
-    return jnp.where((slope > 0) & jnp.isfinite(needed), jnp.maximum(needed, 1), math.inf)
+    return jnp.where(falls & jnp.isfinite(needed), jnp.maximum(needed, 1), math.inf)
 
 
 def query_block_ranges(

@@ -110,12 +110,12 @@ def keys_needed(
     largest = largest[:, :, None, None]
     slack = (query.shape[3] + 8) * torch.finfo(dtype).eps * reach * (largest + norm)
     above = (reach * largest + slack - logit).flatten(1, 2)
-    slope = slopes.to(_BOUND)[:, None]
+    falls = (slopes > 0)[:, None]
+    slope = torch.where(falls, slopes.to(_BOUND)[:, None], 1.0)
     series = -torch.log(-torch.expm1(-slope))
     limit = math.log(tolerance_of("dtype", str(query.dtype).removeprefix("torch.")))
     needed = ((above + series - limit) / slope).ceil()
-    is_proved = (slope > 0) & needed.isfinite()
-    return needed.clamp(min=1).where(is_proved, math.inf)
+    return needed.clamp(min=1).where(falls & needed.isfinite(), math.inf)
 
 
 @dataclass(frozen=True)

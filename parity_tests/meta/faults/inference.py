@@ -524,6 +524,20 @@ FAULTS = (
         "test_linear.py",
     ),
     Mutant(
+        "oneDNN is given a bias that is mapped over",
+        "alibi_torch/linear.py",
+        "and has_values_on_host(bias)",
+        "and bias is not None",
+        "test_linear.py -k transforms",
+    ),
+    Mutant(
+        "a slope that does not fall makes NaN on the way",
+        "alibi_flax/kernels/certificate.py",
+        "slope = jnp.where(falls, slopes.astype(dtype)[None, :, None], 1)",
+        "slope = slopes.astype(dtype)[None, :, None]",
+        "test_rings.py -k specification_proves",
+    ),
+    Mutant(
         "oneDNN is given calls with tangents",
         "alibi_torch/linear.py",
         "and forward_ad._current_level < 0",
