@@ -56,7 +56,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and weight.numel() >= _LEAST
-        and (bias is None or (bias.dtype is torch.float32 and has_values_on_host(bias)))
+        and (bias is None or bias.dtype is torch.float32)
         and has_values_on_host(x, weight)
         and forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and not torch.is_autocast_enabled("cpu")

@@ -524,13 +524,6 @@ FAULTS = (
         "test_linear.py",
     ),
     Mutant(
-        "oneDNN is given a bias that is mapped over",
-        "alibi_torch/linear.py",
-        "and has_values_on_host(bias)",
-        "and bias is not None",
-        "test_linear.py -k transforms",
-    ),
-    Mutant(
         "a slope that does not fall makes NaN on the way",
         "alibi_flax/kernels/certificate.py",
         "slope = jnp.where(falls, slopes.astype(dtype)[None, :, None], 1)",
