@@ -215,6 +215,8 @@ class KVCache:
     def _step(
         self, inputs: Any, key: _Heads, value: _Heads
     ) -> Float[Array, "batch 1 heads head_dim"]:
+        # In a loop of steps XLA would move the whole cache into another layout before, and back.
+        key, value = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (key, value))
         size = key.shape[2]
         age = (self.length - 1 - jnp.arange(size)) % size
         visible = self.visible[:, self.visible.shape[1] - 1 - age]

@@ -28,6 +28,8 @@ from alibi_spec.checks import (
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
 
+BLOCK = 16  # steps that run on the device before their tokens are looked at
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -72,7 +74,8 @@ def generate(
 ) -> Generated:
     """Continue prompts by up to `max_new_tokens` tokens, past `max_len` too.
 
-    One compiled program serves prompts of all lengths in a bucket, another all steps.
+    One compiled program serves prompts of all lengths in a bucket, another all steps, which run on
+    the device 16 at a time; with stop strings, which are looked for on the host, one at a time.
 
     The same seed gives the same tokens in both backends, except where a drawn number is within
     rounding of the boundary between two tokens (SPEC.md §11).
@@ -101,18 +104,18 @@ def generate(
         *(model, params, tokens, max_new_tokens, attention_mask),
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
         *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk, windows),
+        BLOCK,
     )
     prompts = jnp.asarray(tokens)
     taken, scores = [prompts.astype(jnp.promote_types(prompts.dtype, jnp.int32))], []
-    for new, logits in steps:
-        taken.append(new[:, None].astype(taken[0].dtype))
-        if return_log_probabilities:
-            scores.append(_log_probabilities(logits, new))
+    for new, log_probability in steps:
+        taken.append(jnp.asarray(new[:, None], taken[0].dtype))
+        scores.append(log_probability)
     lengths, log_probabilities = np.array(endings.lengths), None
     if return_log_probabilities:
-        every = jnp.stack(scores, axis=1) if scores else jnp.zeros((len(tokens), 0))
+        every = np.stack(scores, axis=1) if scores else np.zeros((len(tokens), 0), np.float32)
         goes_on = np.arange(every.shape[1])[None] < lengths[:, None]
-        log_probabilities = jnp.where(goes_on, every, 0.0)
+        log_probabilities = jnp.asarray(np.where(goes_on, every, every.dtype.type(0)))
     return Generated(
         jnp.concatenate(taken, axis=1), lengths, tuple(endings.reasons), log_probabilities
     )
@@ -144,11 +147,12 @@ def stream(
         *(model, params, tokens, max_new_tokens, attention_mask),
         Sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty),
         *(eos_token_id, pad_token_id, stop_strings, tokenizer, seed, prefill_chunk, windows),
+        1,
     )
-    return (new for new, _ in steps)
+    return (jnp.asarray(new) for new, _ in steps)
 
 
-_Steps = Iterator[tuple[Integer[Array, " batch"], Float[Array, "batch vocab"]]]
+_Steps = Iterator[tuple[Integer[np.ndarray, " batch"], Float[np.ndarray, " batch"]]]
 
 
 def _begun(
@@ -165,6 +169,7 @@ def _begun(
     seed: int,
     prefill_chunk: int,
     windows: Int[np.ndarray, "layers heads"] | None,
+    block: int,
 ) -> tuple[Endings, _Steps]:
     """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
@@ -191,7 +196,7 @@ def _begun(
     drawn = uniforms(seed, len(prompts)) if sampling.do_sample else None
     return endings, _steps(
         *(model, params, prompts, visible, max_new_tokens, sampling, endings, drawn),
-        *(prefill_chunk, windows),
+        *(prefill_chunk, windows, 1 if endings.stop_strings else block),
     )
 
 
@@ -206,8 +211,9 @@ def _steps(
     drawn: Iterator[Float[np.ndarray, " batch"]] | None,
     prefill_chunk: int,
     windows: Int[np.ndarray, "layers heads"] | None,
+    block: int,
 ) -> _Steps:
-    """The new tokens of each step, and the logits that they were chosen by."""
+    """The new tokens of each step and their log-probabilities, `block` steps at a time."""
     if max_new_tokens == 0:
         return
     batch, prompt_len = prompts.shape
@@ -228,23 +234,53 @@ def _steps(
     for start in range(0, prompts.shape[1], prefill_chunk):
         chunk = slice(start, start + prefill_chunk)
         logits, cache = _read(model, params, prompts[:, chunk], visible[:, chunk], read_len, cache)
-    new = _chosen(logits, is_there, None if drawn is None else next(drawn), sampling)
-    for step in range(max_new_tokens):
-        if windows is not None and not cache.is_proved:
+    eos = np.array(sorted(endings.eos), np.int32)
+    uniform = None if drawn is None else next(drawn)
+    state = _chosen(logits, is_there, uniform, eos, read_len + 1, cache, sampling)
+    tokens, scores = state.tokens[None], state.log_probabilities[None]
+    count, left = 1, max_new_tokens
+    while True:
+        if windows is not None and not state.cache.is_proved:
             raise ValueError(UNPROVED)
-        shown = new
-        if endings.can_come:
-            shown = jnp.asarray(endings.take(np.asarray(new).tolist()), new.dtype)
-        else:
-            endings.count()
-        yield shown, logits
-        if endings.are_all or step + 1 == max_new_tokens:
+        tokens, scores = np.asarray(tokens)[:count], np.asarray(scores)[:count]
+        for new, log_probabilities in zip(tokens, scores, strict=True):
+            yield np.array(endings.take(new.tolist()), new.dtype), log_probabilities
+            if endings.are_all:
+                return
+        left -= count
+        if left == 0:
             return
-        uniform = None if drawn is None else next(drawn)
-        read_len = np.int32(prompt_len + step + 1)
-        new, logits, is_there, cache = _step(
-            model, params, new, is_there, uniform, read_len, cache, sampling
+        count = min(block, left)
+        uniforms = None if drawn is None else np.stack([next(drawn) for _ in range(block)])
+        tokens, scores, state = _block(
+            model, params, state, np.int32(count), uniforms, eos, block, sampling
         )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "log_probabilities", "has_ended", "is_there", "read_len", "cache"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class _State:
+    """What a step takes over from the one before.
+
+    Attributes:
+        tokens: the newest of each sequence, which the cache does not hold yet.
+        log_probabilities: of these tokens.
+        has_ended: by a token of `eos_token_id`.
+        is_there: tokens that the penalty applies to, without the newest; None without a penalty.
+        read_len: positions that will have been read with these tokens, without what was padded.
+        cache: of all tokens before these.
+    """
+
+    tokens: Integer[Array, " batch"]
+    log_probabilities: Float[Array, " batch"]
+    has_ended: Bool[Array, " batch"]
+    is_there: Bool[Array, "batch vocab"] | None
+    read_len: Int32[Array, ""]
+    cache: KVCache
 
 
 def _cache_dtype(model: ALiBiLM, params: dict[str, Any]) -> Any:
@@ -271,37 +307,69 @@ def _read(
     return logits[:, 0], replace(cache, interpolated_len=None)
 
 
-@partial(jax.jit, static_argnums=(0, 7), donate_argnums=6)
+@partial(jax.jit, static_argnums=6, donate_argnums=5)
+def _chosen(
+    logits: Float[Array, "batch vocab"],
+    is_there: Bool[Array, "batch vocab"] | None,
+    uniform: Float[Array, " batch"] | None,
+    eos: Int32[Array, " eos"],
+    read_len: Int32[Array, ""],
+    cache: KVCache,
+    sampling: Sampling,
+) -> _State:
+    """The state after the choice of the tokens that these logits are of."""
+    tokens = chosen_tokens(logits, is_there, uniform, sampling)
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    every = jax.nn.log_softmax(wide, axis=-1)
+    log_probabilities = jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0]
+    return _State(tokens, log_probabilities, jnp.isin(tokens, eos), is_there, read_len, cache)
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
 def _step(
     model: ALiBiLM,
     params: dict[str, Any],
-    tokens: Integer[Array, " batch"],
-    is_there: Bool[Array, "batch vocab"] | None,
+    state: _State,
     uniform: Float[Array, " batch"] | None,
-    interpolated_len: Int32[Array, ""],
-    cache: KVCache,
+    eos: Int32[Array, " eos"],
     sampling: Sampling,
-) -> tuple[
-    Integer[Array, " batch"],
-    Float[Array, "batch vocab"],
-    Bool[Array, "batch vocab"] | None,
-    KVCache,
-]:
-    """The tokens that follow these, their logits, and the state for the next step."""
+) -> _State:
+    """Read the newest tokens, and choose those that follow."""
+    tokens, is_there, read_len = state.tokens, state.is_there, state.read_len
     if is_there is not None:
         is_there = is_there.at[jnp.arange(len(tokens)), tokens].set(True)
     visible = jnp.ones((len(tokens), 1), jnp.bool_)
-    logits, cache = _read(model, params, tokens[:, None], visible, interpolated_len, cache)
-    return _chosen(logits, is_there, uniform, sampling), logits, is_there, cache
+    logits, cache = _read(model, params, tokens[:, None], visible, read_len, state.cache)
+    new = _chosen(logits, is_there, uniform, eos, read_len + 1, cache, sampling)
+    return replace(new, has_ended=state.has_ended | new.has_ended)
 
 
-_chosen = partial(jax.jit, static_argnums=3)(chosen_tokens)
+@partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
+def _block(
+    model: ALiBiLM,
+    params: dict[str, Any],
+    state: _State,
+    count: Int32[Array, ""],
+    uniforms: Float[Array, "size batch"] | None,
+    eos: Int32[Array, " eos"],
+    size: int,
+    sampling: Sampling,
+) -> tuple[Integer[Array, "size batch"], Float[Array, "size batch"], _State]:
+    """`count` steps, at most `size`, or until every sequence has ended: their tokens, the
+    log-probabilities of these, and the last state."""
 
+    def goes_on(carry: Any) -> Bool[Array, ""]:
+        step, _, _, state = carry
+        return (step < count) & ~state.has_ended.all()
 
-@jax.jit
-def _log_probabilities(
-    logits: Float[Array, "batch vocab"], tokens: Integer[Array, " batch"]
-) -> Float[Array, " batch"]:
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    every = jax.nn.log_softmax(wide, axis=-1)
-    return jnp.take_along_axis(every, tokens[:, None], axis=1)[:, 0]
+    def one_more(carry: Any) -> Any:
+        step, tokens, scores, state = carry
+        uniform = None if uniforms is None else uniforms[step]
+        state = _step(model, params, state, uniform, eos, sampling)
+        tokens = tokens.at[step].set(state.tokens)
+        return step + 1, tokens, scores.at[step].set(state.log_probabilities), state
+
+    start, shape = jnp.int32(0), (size, len(state.tokens))
+    tokens = jnp.zeros(shape, state.tokens.dtype)
+    scores = jnp.zeros(shape, state.log_probabilities.dtype)
+    return jax.lax.while_loop(goes_on, one_more, (start, tokens, scores, state))[1:]

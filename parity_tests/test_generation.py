@@ -311,13 +311,33 @@ def test_flax_compiles_once_for_prompts_of_a_bucket() -> None:
     """Of any length in it, and for any number of steps that ends in the same bucket."""
     config = dataclasses.replace(CONFIG, norm_eps=3e-5)  # nobody else's
     _generated("flax", PROMPTS[:, :20], 20, config=config)
-    before = [each._cache_size() for each in (flax_generation._read, flax_generation._step)]
+    before = [each._cache_size() for each in (flax_generation._read, flax_generation._block)]
     for length, new_len in ((17, 25), (19, 22), (24, 24)):
         found = _generated("flax", PROMPTS[:, :length], new_len, config=config).tokens
         same = _generated("torch", PROMPTS[:, :length], new_len, config=config).tokens
         assert_bitwise(found, same.astype(found.dtype), f"{length}")
-    after = [each._cache_size() for each in (flax_generation._read, flax_generation._step)]
+    after = [each._cache_size() for each in (flax_generation._read, flax_generation._block)]
     assert after == before
+
+
+@pytest.mark.parametrize("eos", [[], list(range(VOCAB // 2))])
+def test_flax_steps_on_the_device_until_all_have_ended(
+    eos: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks; no step follows the end of the last sequence."""
+    run, steps = flax_generation._block, []
+
+    def counted(model: Any, params: Any, state: Any, *rest: Any) -> Any:
+        before = int(state.cache.length)
+        result = run(model, params, state, *rest)
+        steps.append(int(result[2].cache.length) - before)
+        return result
+
+    monkeypatch.setattr(flax_generation, "_block", counted)
+    found = _generated("flax", PROMPTS, 40, eos_token_id=eos, seed=3, do_sample=True)
+    assert found.lengths.max() == (sum(steps) + 1)
+    assert len(steps) == -(-sum(steps) // flax_generation.BLOCK)
+    assert (sum(steps) < 39) == bool(eos)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mpt", "falcon"])

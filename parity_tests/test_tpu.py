@@ -125,7 +125,7 @@ GENERATION = """
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from alibi_flax.cache import KVCache
-    from alibi_flax.generation import _read, _step
+    from alibi_flax.generation import BLOCK, _block, _read, _State
     from alibi_spec.sampling import Sampling
 
     part, (layers, batch, chips) = sys.argv[2], map(int, sys.argv[3:])
@@ -156,8 +156,11 @@ GENERATION = """
             tokens, visible = array((batch, chunk)), array((batch, chunk), jnp.bool_)
             lowered = _read.lower(model, params, tokens, visible, array(()), cache)
         else:
-            tokens = array((batch,))
-            lowered = _step.lower(model, params, tokens, None, None, array(()), cache, Sampling())
+            scores, ended = array((batch,), jnp.float32), array((batch,), jnp.bool_)
+            state = _State(array((batch,)), scores, ended, None, array(()), cache)
+            eos = array((1,))
+            steps = array(())
+            lowered = _block.lower(model, params, state, steps, None, eos, BLOCK, Sampling())
         program = lowered.compile()
     memory = program.memory_analysis()
     print(json.dumps({
@@ -199,15 +202,17 @@ def test_libtpu_does_not_divide_a_plain_jit() -> None:
         _measured(DIVIDED, "v5e:2x2", "jit")
 
 
-@pytest.mark.parametrize(("batch", "chips"), [(1, 1), (8, 4)])
-def test_a_step_of_bloom_7b1(batch: int, chips: int) -> None:
+@pytest.mark.parametrize(("batch", "chips", "layers_copied"), [(1, 1, 1), (8, 4, 15)])
+def test_steps_of_bloom_7b1(batch: int, chips: int, layers_copied: int) -> None:
     """All 30 layers and a cache of 4,096 positions fit one v5e of 16 GB; of eight sequences, four.
 
-    The cache is used in place: temporaries are smaller than the keys of one layer.
+    The loop of steps uses the cache in place: temporaries are smaller than the keys of one layer.
+    For eight sequences XLA also moves the weights of query, key and value into another layout, once
+    before the loop: about as much as the keys of twelve layers, where a cache is those of 60.
     """
     found = _measured(GENERATION, "v5e:2x2", "step", 30, batch, chips)
     assert found["aliased"] >= found["cache"]
-    assert found["temporary"] < found["keys of a layer"]
+    assert found["temporary"] < layers_copied * found["keys of a layer"]
 
 
 @pytest.mark.parametrize("batch", [1, 8])

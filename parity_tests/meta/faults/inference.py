@@ -169,9 +169,23 @@ FAULTS = (
     Mutant(
         "a step skips a uniform",
         "alibi_flax/generation.py",
-        "uniform = None if drawn is None else next(drawn)",
-        "uniform = None if drawn is None else [next(drawn), next(drawn)][1]",
+        "uniform = None if uniforms is None else uniforms[step]",
+        "uniform = None if uniforms is None else uniforms[step + 1]",
         "test_generation.py -k same_seed",
+    ),
+    Mutant(
+        "the device goes on after every sequence has ended",
+        "alibi_flax/generation.py",
+        "(step < count) & ~state.has_ended.all()",
+        "step < count",
+        "test_generation.py -k until_all_have_ended",
+    ),
+    Mutant(
+        "the device takes a sequence for ended by its newest token alone",
+        "alibi_flax/generation.py",
+        "has_ended=state.has_ended | new.has_ended",
+        "has_ended=new.has_ended",
+        "test_generation.py -k until_all_have_ended",
     ),
     Mutant(
         "rows share their uniforms",
