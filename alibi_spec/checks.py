@@ -78,6 +78,26 @@ def check_mask(name: str, shape: Sequence[int], is_integer: bool, batch: int, ke
         raise ValueError(f"{name} is floating point; expected booleans or integers (0 is padding)")
 
 
+def check_segments(config: ALiBiConfig, seq: int, has_cache: bool) -> None:
+    """Raise ValueError unless every segment is computed as if it were alone (SPEC.md §4.3)."""
+    limit = config.slope_interpolation
+    if has_cache:
+        raise ValueError(
+            "segment_ids and a cache do not go together: a cache holds one document in each row; "
+            "pass one of them"
+        )
+    if config.distance == "bfloat16":
+        raise ValueError(
+            'a model with distance="bfloat16" counts its keys from the first one of a row, so that '
+            "a document depends on those before it; give each a row of its own"
+        )
+    if limit is not None and seq > limit:
+        raise ValueError(
+            f"rows of {seq} positions are longer than slope_interpolation={limit}, so that slopes "
+            f"depend on the row and not on the document; pack rows of at most {limit} positions"
+        )
+
+
 def check_token_types(type_vocab_size: int | None, is_given: bool) -> None:
     """Raise ValueError when a model without embeddings of token types gets token types."""
     if is_given and type_vocab_size is None:
