@@ -173,6 +173,14 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
+def _is_not_negative(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_natural(value: Any) -> bool:
+    return is_count(value) or (isinstance(value, int) and value is not False and value == 0)
+
+
 def _is_cutoffs(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and all(map(is_count, value))
 
@@ -183,15 +191,14 @@ def _is_slopes(value: Any) -> bool:
     if not isinstance(value, tuple) or not value:
         return False
     if all(isinstance(layer, tuple) for layer in value):
-        return all(layer and all(map(_is_slope, layer)) for layer in value)
-    return all(map(_is_slope, value))
-
-
-def _is_slope(value: Any) -> bool:
-    return _is_number(value) and value >= 0
+        return all(layer and all(map(_is_not_negative, layer)) for layer in value)
+    return all(map(_is_not_negative, value))
 
 
 COUNT = Kind(is_count, "an integer of at least 1")
+NATURAL = Kind(_is_natural, "an integer of at least 0")
+NOT_NEGATIVE = Kind(_is_not_negative, "a number of at least 0")
+SHARE = Kind(lambda value: _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
 RATE = Kind(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
 FLAG = Kind(lambda value: isinstance(value, bool), "True or False")
 POSITIVE = Kind(_is_positive, "a number above 0")
