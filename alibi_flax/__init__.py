@@ -17,7 +17,8 @@ from alibi_flax.plans import model_plans
 from alibi_flax.scoring import token_log_probabilities
 from alibi_flax.sharding import partition_specs
 from alibi_flax.tracing import trace
-from alibi_spec import ALiBiConfig
+from alibi_flax.training import Trainer, adamw, clip_gradients, loss, train_step
+from alibi_spec import ALiBiConfig, Metrics, Recipe
 
 __all__ = [
     "ALiBiConfig",
@@ -27,18 +28,25 @@ __all__ = [
     "Filled",
     "Generated",
     "KVCache",
+    "Metrics",
+    "Recipe",
+    "Trainer",
+    "adamw",
     "attention",
     "attention_implementations",
     "attention_plan",
     "biased_logits",
+    "clip_gradients",
     "encode",
     "fill_masks",
     "from_pretrained",
     "generate",
+    "loss",
     "model_plans",
     "partition_specs",
     "save_pretrained",
     "stream",
     "token_log_probabilities",
     "trace",
+    "train_step",
 ]

@@ -40,6 +40,7 @@ from alibi_spec.checks import (
     check_embeddings,
     check_implementation,
     check_mask,
+    check_segments,
     check_token_range,
     check_token_types,
     check_tokens,
@@ -48,6 +49,7 @@ from alibi_spec.checks import (
 )
 
 AttentionMask = Integer[Array, "batch seq"] | Bool[Array, "batch seq"]
+SegmentIds = Integer[Array, "batch seq"]
 _Tokens = TypeVar("_Tokens", Array, np.ndarray)
 SlopeFactor = float | Float[Array, ""]  # `alibi_spec.biases.interpolation`
 
@@ -90,6 +92,7 @@ class AttentionInputs(TypedDict):
     causal: bool
     scale: float
     attention_mask: AttentionMask | None
+    segment_ids: SegmentIds | None
     distance: str
 
 
@@ -133,10 +136,11 @@ class Attention(nn.Module):
         x: Float[Array, "batch seq embed"],
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
         deterministic: bool = True,
         cache: KVCache | None = None,
     ) -> Any:
-        inputs = self.attention_inputs(x, slope_factor, attention_mask)
+        inputs = self.attention_inputs(x, slope_factor, attention_mask, segment_ids)
         if cache is None:
             dropout = 0.0 if deterministic else self.config.probability_dropout
             attended = attention(
@@ -158,6 +162,7 @@ class Attention(nn.Module):
         x: Float[Array, "batch seq embed"],
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> AttentionInputs:
         """The arguments of `alibi_flax.attention` in `__call__`."""
         query, key, value = self._query_key_value(x)
@@ -169,6 +174,7 @@ class Attention(nn.Module):
             "causal": self.config.causal,
             "scale": self.config.scale,
             "attention_mask": attention_mask,
+            "segment_ids": segment_ids,
             "distance": self.config.distance,
         }
 
@@ -177,9 +183,10 @@ class Attention(nn.Module):
         x: Float[Array, "batch seq embed"],
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> Float[Array, "batch heads seq seq"]:
         """The logits that `__call__` takes the softmax of."""
-        inputs: Any = self.attention_inputs(x, slope_factor, attention_mask)
+        inputs: Any = self.attention_inputs(x, slope_factor, attention_mask, segment_ids)
         del inputs["value"]
         return biased_logits(**inputs)
 
@@ -260,12 +267,14 @@ class Block(nn.Module):
         x: Float[Array, "batch seq embed"],
         slope_factor: SlopeFactor = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
         deterministic: bool = True,
         cache: KVCache | None = None,
     ) -> Any:
         def attn(y: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
             nonlocal cache
-            attended = self.attn(y, slope_factor, attention_mask, deterministic, cache)
+            arguments = (slope_factor, attention_mask, segment_ids, deterministic, cache)
+            attended = self.attn(y, *arguments)
             attended, cache = (attended, None) if cache is None else attended
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
@@ -292,9 +301,9 @@ class Block(nn.Module):
 class ALiBiTransformer(nn.Module):
     """Blocks of ALiBi attention over embeddings: a decoder, or an encoder with `causal=False`.
 
-    Press et al. 2021; with `ALiBiConfig.jaketae()` the model of jaketae/alibi. With `remat` each
-    block is recomputed in the backward pass instead of kept; `implementation`, of attention, is
-    "auto" or one of `attention_implementations()`.
+    Press et al. 2021; with `ALiBiConfig.jaketae()` the model of jaketae/alibi. With `recompute`
+    each block is computed again in the backward pass instead of keeping what it needs;
+    `implementation`, of attention, is "auto" or one of `attention_implementations()`.
 
     Raises:
         ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
@@ -304,7 +313,7 @@ class ALiBiTransformer(nn.Module):
     config: ALiBiConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    recompute: bool = False
     implementation: str = "auto"
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
@@ -316,7 +325,7 @@ class ALiBiTransformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+        block = nn.remat(Block, static_argnums=(5,)) if self.recompute else Block
         self.layers = [
             block(config, layer, self.implementation, self.dtype, self.param_dtype)
             for layer in range(config.num_layers)
@@ -329,6 +338,7 @@ class ALiBiTransformer(nn.Module):
         x: Float[Array, "batch seq embed"],
         attention_mask: AttentionMask | None = None,
         *,
+        segment_ids: SegmentIds | None = None,
         deterministic: bool = True,
         cache: KVCache | None = None,
     ) -> Any:
@@ -337,6 +347,7 @@ class ALiBiTransformer(nn.Module):
         Args:
             x: embeddings; sequences longer than `max_len` are welcome.
             attention_mask: 0 for padding on either side, 1 elsewhere.
+            segment_ids: of packed documents, which do not see one another (SPEC.md §4.3).
             deterministic: False applies dropout, drawn from the rng "dropout".
             cache: of the positions before these (SPEC.md §10).
 
@@ -344,17 +355,19 @@ class ALiBiTransformer(nn.Module):
             [batch, seq, d_model]; with a cache, also the cache for the next call.
 
         Raises:
-            ValueError: wrong shape or dtype of `x` or `attention_mask`, or a cache that is full,
-                donated, or another model's.
+            ValueError: wrong shape or dtype of `x`, `attention_mask` or `segment_ids`, segments
+                that would not be as if alone, or a cache that is full, donated, or another model's.
         """
         check_array("embeddings", x, (Array, np.ndarray), "a JAX or NumPy array")
         check_embeddings(x.shape, jnp.issubdtype(x.dtype, jnp.floating), self.config.d_model)
         batch, key_len = x.shape[:2]  # these inputs are all the keys there are
-        if attention_mask is not None:
-            kinds = (Array, np.ndarray)
-            check_array("attention_mask", attention_mask, kinds, "a JAX or NumPy array")
-            is_integer = not jnp.issubdtype(attention_mask.dtype, jnp.floating)
-            check_mask("attention_mask", attention_mask.shape, is_integer, batch, key_len)
+        for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+            if mask is not None:
+                check_array(name, mask, (Array, np.ndarray), "a JAX or NumPy array")
+                is_integer = not jnp.issubdtype(mask.dtype, jnp.floating)
+                check_mask(name, mask.shape, is_integer, batch, key_len)
+        if segment_ids is not None:
+            check_segments(self.config, key_len, cache is not None)
         slope_factor = _slope_factor(self.config, key_len)
         if cache is not None:
             if not deterministic:
@@ -362,7 +375,7 @@ class ALiBiTransformer(nn.Module):
             cache = cache.grown(self.config, (batch, key_len), attention_mask)
             slope_factor = cache.slope_factor
         for layer in self.layers:
-            x = layer(x, slope_factor, attention_mask, deterministic, cache)
+            x = layer(x, slope_factor, attention_mask, segment_ids, deterministic, cache)
             x, cache = (x, None) if cache is None else x
         x = self.final_norm(x) if self.config.final_norm else x
         return x if cache is None else cache.finished(x)
@@ -371,7 +384,7 @@ class ALiBiTransformer(nn.Module):
 class ALiBiLM(nn.Module):
     """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
-    `remat` and `implementation` are those of `ALiBiTransformer`.
+    `recompute` and `implementation` are those of `ALiBiTransformer`.
 
     Raises:
         ValueError: the configuration has no vocabulary, or the implementation is not known.
@@ -380,7 +393,7 @@ class ALiBiLM(nn.Module):
     config: ALiBiConfig
     dtype: Any = None
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    recompute: bool = False
     implementation: str = "auto"
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
@@ -404,7 +417,7 @@ class ALiBiLM(nn.Module):
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = ALiBiTransformer(
             dataclasses.replace(config, vocab_size=None),
-            remat=self.remat,
+            recompute=self.recompute,
             implementation=self.implementation,
             **options,
         )
@@ -427,6 +440,7 @@ class ALiBiLM(nn.Module):
         attention_mask: AttentionMask | None = None,
         *,
         token_type_ids: Integer[Array, "batch seq"] | None = None,
+        segment_ids: SegmentIds | None = None,
         deterministic: bool = True,
         cache: KVCache | None = None,
         logits_to_keep: int | None = None,
@@ -437,8 +451,9 @@ class ALiBiLM(nn.Module):
             tokens: ids below `vocab_size`; checked where that needs no device synchronisation:
                 on the CPU, outside `jit`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
-            deterministic: False applies dropout, drawn from the rng "dropout".
             token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
+            segment_ids: of packed documents, which do not see one another (SPEC.md §4.3).
+            deterministic: False applies dropout, drawn from the rng "dropout".
             cache: of the positions before these (SPEC.md §10).
             logits_to_keep: return logits of only this many last positions; None is all.
 
@@ -449,10 +464,12 @@ class ALiBiLM(nn.Module):
 
         Raises:
             ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, wrong
-                `attention_mask`, or a cache that is full, donated, or another model's.
+                `attention_mask` or `segment_ids`, or a cache that is full, donated, or another
+                model's.
         """
         x = self.embed(tokens, token_type_ids, deterministic)
-        x = self.transformer(x, attention_mask, deterministic=deterministic, cache=cache)
+        options = {"segment_ids": segment_ids, "deterministic": deterministic, "cache": cache}
+        x = self.transformer(x, attention_mask, **options)
         x, cache = (x, None) if cache is None else x
         logits = self.head(x if logits_to_keep is None else x[:, -logits_to_keep:])
         return logits if cache is None else (logits, cache)

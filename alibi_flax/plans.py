@@ -36,14 +36,14 @@ def model_plans(
     def record(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module: nn.Module = context.module
         if isinstance(module, Attention) and context.method_name == "__call__":
-            inputs: Any = module.attention_inputs(*args[:3])
+            inputs: Any = module.attention_inputs(*args[:4])
             del inputs["value"], inputs["distance"]
             plans.append(attention_plan(**inputs, tolerance=tolerance, block_size=block_size))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        # With remat the arguments would be tracers.
-        plain: Any = model.clone(remat=False)
+        # With recomputation the arguments would be tracers.
+        plain: Any = model.clone(recompute=False)
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
         plain.apply({"params": params}, inputs, attention_mask, **optional)
     return plans

@@ -38,7 +38,7 @@ def trace(
         name = ".".join(part.replace("layers_", "layers.") for part in module.path)
         name = name.removeprefix("transformer.")
         if isinstance(module, Attention):
-            values[name.replace("attn", "biased_logits")] = module.biased_logits(*args[:3])
+            values[name.replace("attn", "biased_logits")] = module.biased_logits(*args[:4])
         if isinstance(module, Attention | FeedForward | Block):
             values[name] = output
         if isinstance(module, ALiBiTransformer):
@@ -46,8 +46,8 @@ def trace(
         return output
 
     with nn.intercept_methods(record):
-        # With remat the intermediates would be tracers.
-        plain: Any = model.clone(remat=False)
+        # With recomputation the intermediates would be tracers.
+        plain: Any = model.clone(recompute=False)
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
         result = plain.apply({"params": params}, inputs, attention_mask, **optional)
     if isinstance(model, ALiBiLM) and model.config.head != "none":

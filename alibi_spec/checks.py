@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alibi_spec.biases import DISTANCES
 
 if TYPE_CHECKING:
     from alibi_spec.config import ALiBiConfig
+    from alibi_spec.training import Recipe
 
 
 def require_vocabulary(vocab_size: int | None) -> int:
@@ -76,6 +77,26 @@ def check_mask(name: str, shape: Sequence[int], is_integer: bool, batch: int, ke
         )
     if not is_integer:
         raise ValueError(f"{name} is floating point; expected booleans or integers (0 is padding)")
+
+
+def check_segments(config: ALiBiConfig, seq: int, has_cache: bool) -> None:
+    """Raise ValueError unless every segment is computed as if it were alone (SPEC.md §4.3)."""
+    limit = config.slope_interpolation
+    if has_cache:
+        raise ValueError(
+            "segment_ids and a cache do not go together: a cache holds one document in each row; "
+            "pass one of them"
+        )
+    if config.distance == "bfloat16":
+        raise ValueError(
+            'a model with distance="bfloat16" counts its keys from the first one of a row, so that '
+            "a document depends on those before it; give each a row of its own"
+        )
+    if limit is not None and seq > limit:
+        raise ValueError(
+            f"rows of {seq} positions are longer than slope_interpolation={limit}, so that slopes "
+            f"depend on the row and not on the document; pack rows of at most {limit} positions"
+        )
 
 
 def check_token_types(type_vocab_size: int | None, is_given: bool) -> None:
@@ -290,6 +311,69 @@ def check_scoring(causal: bool, head: str, shape: Sequence[int]) -> None:
         raise ValueError(f"a model with head={head!r} predicts no next token")
     if len(shape) == 2 and shape[1] < 2:
         raise ValueError(f"tokens have shape {list(shape)}; expected at least two in a sequence")
+
+
+def check_recipe(config: ALiBiConfig, recipe: Recipe, dtypes: Collection[str]) -> None:
+    """Raise ValueError unless a model with weights of these dtypes can be trained like this."""
+    check_predicts(config.head)
+    if recipe.objective == "next_token" and not (config.causal and config.head == "linear"):
+        raise ValueError(
+            "objective='next_token' needs a decoder (causal=True) with head='linear'; this model "
+            f"has causal={config.causal} and head={config.head!r}; use objective='masked_lm'"
+        )
+    if recipe.objective == "masked_lm" and config.causal and config.head == "linear":
+        raise ValueError(
+            "objective='masked_lm' needs an encoder (causal=False) or head='masked_lm'; this model "
+            "is a decoder; use objective='next_token'"
+        )
+    narrow = set(dtypes) - {"float32", "float64"}
+    if narrow:
+        raise ValueError(
+            f"weights are {', '.join(sorted(narrow))}; expected float32 or float64, which small "
+            "steps do not vanish in; what a step computes in is the recipe's compute_dtype"
+        )
+
+
+def check_predicts(head: str) -> None:
+    """Raise ValueError when a model without logits is asked for a loss."""
+    if head == "none":
+        raise ValueError("a model with head='none' predicts no tokens, and so has no loss")
+
+
+def check_batch(shapes: Mapping[str, Sequence[int]], batch_size: int | None = None) -> None:
+    """Raise ValueError unless these are the arrays of a batch (of so many sequences)."""
+    for name in ("tokens", "targets"):
+        if name not in shapes:
+            raise ValueError(f"the batch has no {name}; it has {', '.join(shapes)}")
+    for name in shapes:
+        if name not in ("tokens", "targets", *BATCH_OPTIONS):
+            expected = ", ".join(BATCH_OPTIONS)
+            raise ValueError(
+                f"{name!r} is no array of a batch; expected tokens, targets and perhaps {expected}"
+            )
+        if list(shapes[name]) != list(shapes["tokens"]):
+            raise ValueError(
+                f"{name} has shape {list(shapes[name])} and tokens {list(shapes['tokens'])}; "
+                "expected one entry per token"
+            )
+    rows = shapes["tokens"][0]
+    if batch_size is not None and rows != batch_size:
+        raise ValueError(
+            f"the batch has {rows} sequences and the recipe batch_size={batch_size}; pass all "
+            "sequences of a step, which accumulation_steps divides"
+        )
+
+
+BATCH_OPTIONS = ("segment_ids", "attention_mask", "token_type_ids")
+
+
+def check_counted(count: int) -> None:
+    """Raise ValueError for a batch without a target."""
+    if count == 0:
+        raise ValueError(
+            "no position of the batch has a target: all are ignored (-100), so there is no loss; "
+            "leave the batch out"
+        )
 
 
 def check_filling(causal: bool, head: str, vocab_size: int, mask_token_id: int, top_k: int) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
 import itertools
-import json
 import math
-import textwrap
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from alibi_spec.biases import DISTANCES, default_scale
 from alibi_spec.options import (
@@ -21,14 +17,12 @@ from alibi_spec.options import (
     POSITIVE,
     RATE,
     SLOPES,
+    Options,
     is_count,
-    kind_of,
-    meaning_of,
     one_of,
     option,
     or_none,
-    plain,
-    plain_tuple,
+    with_options_documented,
 )
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -59,30 +53,9 @@ _ELSEWHERE = {
 }
 
 
-# Options that may be lists or arrays.
-_TUPLES = ("slopes", "adaptive_cutoffs")
-
-
-def _with_options_documented(config_class: type[ALiBiConfig]) -> type[ALiBiConfig]:
-    """List the options in the docstring; let the constructor suggest the nearest option."""
-    lines = [f"{field.name}: {meaning_of(field)}" for field in fields(config_class)]
-    listed = [textwrap.fill(line, 96, subsequent_indent="    ") for line in lines]
-    attributes = textwrap.indent("\n".join(listed), 8 * " ")
-    config_class.__doc__ = f"{config_class.__doc__}\n    Attributes:\n{attributes}\n"
-    make = config_class.__init__
-
-    @functools.wraps(make)
-    def init(self: ALiBiConfig, *values: Any, **fields: Any) -> None:
-        _refuse_unknown(fields)
-        make(self, *values, **fields)
-
-    config_class.__init__ = init
-    return config_class
-
-
-@_with_options_documented
+@with_options_documented
 @dataclass(frozen=True)
-class ALiBiConfig:
+class ALiBiConfig(Options):
     """What a model computes, independent of framework, dtype and device.
 
     The first seven fields and their defaults are those of jaketae/alibi; the mathematics is that of
@@ -96,6 +69,9 @@ class ALiBiConfig:
         ValueError: an unknown field, or a field with an impossible value; the message names it and
             the fix.
     """
+
+    KIND: ClassVar[str] = "configuration"
+    ELSEWHERE: ClassVar[Mapping[str, str]] = _ELSEWHERE
 
     num_layers: int = option(6, COUNT, "residual blocks, at least 1.")
     d_model: int = option(256, COUNT, "width of the residual stream; a multiple of `num_heads`.")
@@ -223,22 +199,7 @@ class ALiBiConfig:
     )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), kind_of(field)
-            value = plain_tuple(value) if field.name in _TUPLES else plain(value)
-            if not kind.is_valid(value):
-                raise ValueError(f"{field.name}={value!r} is not valid; expected {kind.expected}")
-            object.__setattr__(self, field.name, value)
-        if self.d_model % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
-                f"choose num_heads among the divisors of d_model (e.g. {_nearest_divisor(self)})"
-            )
-        if isinstance(self.slopes, tuple):
-            self._check_slopes(self.slopes)
-        for is_wrong, problem in self._contradictions():
-            if is_wrong:
-                raise ValueError(problem)
+        super().__post_init__()
         for name, value in self._canonical():
             object.__setattr__(self, name, value)
 
@@ -255,23 +216,29 @@ class ALiBiConfig:
             yield "expansion_factor", ALiBiConfig.expansion_factor if rest else factor
             yield "feed_forward_dim", self.feed_forward_dim if rest else None
 
-    def _check_slopes(self, slopes: tuple[Any, ...]) -> None:
-        if not isinstance(slopes[0], tuple):
-            slopes = (slopes,)
-        elif len(slopes) != self.num_layers:
-            raise ValueError(
-                f"slopes has {len(slopes)} tuples for num_layers={self.num_layers}; "
-                "pass one tuple per layer"
+    def _slope_contradictions(self, slopes: tuple[Any, ...]) -> Iterator[tuple[bool, str]]:
+        rows = slopes if isinstance(slopes[0], tuple) else (slopes,)
+        yield (
+            rows is slopes and len(rows) != self.num_layers,
+            f"slopes has {len(rows)} tuples for num_layers={self.num_layers}; "
+            "pass one tuple per layer",
+        )
+        for row in rows:
+            yield (
+                len(row) != self.num_heads,
+                f"slopes has {len(row)} values for num_heads={self.num_heads}; "
+                "pass one slope per head",
             )
-        for row in slopes:
-            if len(row) != self.num_heads:
-                raise ValueError(
-                    f"slopes has {len(row)} values for num_heads={self.num_heads}; "
-                    "pass one slope per head"
-                )
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        """Fields that are each valid, but impossible together."""
+        if self.d_model % self.num_heads:
+            yield (
+                True,
+                f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
+                f"choose num_heads among the divisors of d_model (e.g. {_nearest_divisor(self)})",
+            )
+        if isinstance(self.slopes, tuple):
+            yield from self._slope_contradictions(self.slopes)
         yield (
             self.num_heads % self.kv_heads != 0,
             f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
@@ -358,53 +325,6 @@ class ALiBiConfig:
     def residual_init_std(self) -> float:
         """Standard deviation of initial weights that write to the residual stream (SPEC.md §6)."""
         return self.init_std / math.sqrt(2 * self.num_layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field as plain JSON values."""
-        return {name: _as_list(value) for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ALiBiConfig:
-        """The inverse of `to_dict`; absent fields take their defaults.
-
-        Raises:
-            ValueError: an unknown field (the nearest known one is named) or an invalid value.
-        """
-        _refuse_unknown(values)
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """Every field as an indented JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> ALiBiConfig:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: not a JSON object, an unknown field or an invalid value.
-        """
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"the configuration is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"the configuration is a JSON {type(values).__name__}, not an object")
-        return cls.from_dict(values)
-
-
-def _refuse_unknown(names: Iterable[Any]) -> None:
-    known = [field.name for field in fields(ALiBiConfig)]
-    for name in names:
-        if name not in known:
-            nearest = [_ELSEWHERE[name]] if name in _ELSEWHERE else None
-            nearest = nearest or difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known: {', '.join(known)}"
-            raise ValueError(f"unknown option {name!r} in the configuration{hint}")
-
-
-def _as_list(value: Any) -> Any:
-    return list(map(_as_list, value)) if isinstance(value, tuple) else value
 
 
 def _nearest_divisor(config: ALiBiConfig) -> int:

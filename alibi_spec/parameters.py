@@ -50,6 +50,11 @@ class Parameter:
         return self.init == "slopes"
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear map: no bias, norm, embedding or slope."""
+        return self.flax_path[-1] == "kernel"
+
+    @property
     def logical_axes(self) -> tuple[str, ...]:
         """Names of the axes in the Flax layout, for sharding rules."""
         return tuple(self.pattern.split("->")[1].split())

@@ -17,6 +17,7 @@ from alibi_spec.checks import (
     check_cache,
     check_embeddings,
     check_mask,
+    check_segments,
     check_token_range,
     check_tokens,
 )
@@ -139,6 +140,7 @@ def reference_forward(
     attention_mask: Integer[np.ndarray, "batch seq"] | Bool[np.ndarray, "batch seq"] | None = None,
     token_type_ids: Integer[np.ndarray, "batch seq"] | None = None,
     *,
+    segment_ids: Integer[np.ndarray, "batch seq"] | None = None,
     cache: Cache | None = None,
     interpolated_len: int | None = None,
 ) -> dict[str, Float64[np.ndarray, "..."]]:
@@ -150,6 +152,7 @@ def reference_forward(
             [batch, seq, d_model].
         attention_mask: 1 for real positions, 0 for padding on either side.
         token_type_ids: of a model with `type_vocab_size`; None is 0 everywhere.
+        segment_ids: of packed documents, which do not see one another (SPEC.md §4.3).
         cache: of the positions before these inputs (SPEC.md §10). Pass
             `cache.extended(result, attention_mask)` to the next call.
         interpolated_len: number of keys for interpolated slopes; None counts all keys so far.
@@ -173,6 +176,10 @@ def reference_forward(
     if attention_mask is not None:
         is_floating = np.issubdtype(attention_mask.dtype, np.floating)
         check_mask("attention_mask", attention_mask.shape, not is_floating, *inputs.shape[:2])
+    if segment_ids is not None:
+        is_floating = np.issubdtype(segment_ids.dtype, np.floating)
+        check_mask("segment_ids", segment_ids.shape, not is_floating, *inputs.shape[:2])
+        check_segments(config, inputs.shape[1], cache is not None)
     missing = [row.name for row in parameter_table(config) if row.name not in parameters]
     if missing:
         raise ValueError(f"{len(missing)} parameters are missing, first {missing[0]}")
@@ -228,6 +235,7 @@ def reference_forward(
             causal=config.causal,
             scale=config.scale,
             attention_mask=attention_mask,
+            segment_ids=segment_ids,
             distance=config.distance,
         )
         trace[f"{layer}.probabilities"] = masked_softmax(trace[f"{layer}.biased_logits"])

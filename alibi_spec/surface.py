@@ -143,6 +143,26 @@ def model_plans(
 ) -> list[Any]: ...
 
 
+def loss(model: Any, batch: Any) -> Any: ...
+
+
+def adamw(model: Any, recipe: Any) -> Any: ...
+
+
+def clip_gradients(parameters: Any, max_norm: float | None) -> Any: ...
+
+
+def train_step(model: Any, optimizer: Any, batch: Any, recipe: Any) -> Any: ...
+
+
+class Trainer:
+    def __init__(self, model: Any, recipe: Any) -> None: ...
+
+    def step(self, batch: Any) -> Any: ...
+
+    def evaluate(self, batch: Any) -> Any: ...
+
+
 PUBLIC = (
     "ALiBiConfig",
     "ALiBiLM",
@@ -150,15 +170,22 @@ PUBLIC = (
     "Filled",
     "Generated",
     "KVCache",
+    "Metrics",
+    "Recipe",
+    "Trainer",
+    "adamw",
     "attention",
     "attention_implementations",
     "attention_plan",
     "biased_logits",
+    "clip_gradients",
     "encode",
     "fill_masks",
     "generate",
+    "loss",
     "model_plans",
     "stream",
     "token_log_probabilities",
     "trace",
+    "train_step",
 )

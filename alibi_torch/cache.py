@@ -315,5 +315,5 @@ def _counts(needed: list[float], batch: int, heads: int, key_len: int) -> list[i
 
 def _call(inputs: Any) -> Call:
     start = inputs["key"].shape[2] - 1
-    rest = {"segment_ids": None, "tolerance": 0.0, "dropout": None}
+    rest = {"tolerance": 0.0, "dropout": None}
     return Call(**inputs, query_start=start, **rest)

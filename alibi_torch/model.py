@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table, slopes
 from alibi_spec.biases import interpolation
@@ -25,6 +26,7 @@ from alibi_spec.checks import (
     check_embeddings,
     check_implementation,
     check_mask,
+    check_segments,
     check_token_range,
     check_token_types,
     check_tokens,
@@ -42,6 +44,7 @@ from alibi_torch.kernels.finite import has_values_on_host
 from alibi_torch.linear import in_common_dtype, linear
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
+SegmentIds = Integer[Tensor, "batch seq"]
 
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,6 +88,7 @@ class AttentionInputs(TypedDict):
     causal: bool
     scale: float
     attention_mask: AttentionMask | None
+    segment_ids: SegmentIds | None
     distance: str
 
 
@@ -118,9 +122,10 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch seq embed"],
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
-        inputs = self.attention_inputs(x, slope_factor, attention_mask)
+        inputs = self.attention_inputs(x, slope_factor, attention_mask, segment_ids)
         if cache is None:
             dropout = self.config.probability_dropout if self.training else 0.0
             attended = attention(**inputs, implementation=self.implementation, dropout=dropout)
@@ -134,6 +139,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch seq embed"],
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> AttentionInputs:
         """The arguments of `alibi_torch.attention` in `forward`."""
         query, key, value = self._query_key_value(x)
@@ -145,6 +151,7 @@ class Attention(nn.Module):
             "causal": self.config.causal,
             "scale": self.config.scale,
             "attention_mask": attention_mask,
+            "segment_ids": segment_ids,
             "distance": self.config.distance,
         }
 
@@ -153,9 +160,10 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch seq embed"],
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> Float[Tensor, "batch heads seq seq"]:
         """The logits that `forward` takes the softmax of."""
-        inputs: Any = self.attention_inputs(x, slope_factor, attention_mask)
+        inputs: Any = self.attention_inputs(x, slope_factor, attention_mask, segment_ids)
         del inputs["value"]
         return biased_logits(**inputs)
 
@@ -253,10 +261,11 @@ class Block(nn.Module):
         x: Float[Tensor, "batch seq embed"],
         slope_factor: float = 1.0,
         attention_mask: AttentionMask | None = None,
+        segment_ids: SegmentIds | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq embed"]:
         def attn(y: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
-            attended = self.attn(y, slope_factor, attention_mask, cache=cache)
+            attended = self.attn(y, slope_factor, attention_mask, segment_ids, cache=cache)
             if self.config.attention_output_norm:
                 return self.attn_output_norm(y + attended)
             return attended
@@ -285,16 +294,20 @@ class ALiBiTransformer(PretrainedModule):
     Args:
         config: without a vocabulary.
         implementation: of attention: "auto" or one of `attention_implementations()`.
+        recompute: compute each block again in the backward pass instead of keeping what it needs.
 
     Raises:
         ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
             is not known.
     """
 
-    def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
+    def __init__(
+        self, config: ALiBiConfig, *, implementation: str = "auto", recompute: bool = False
+    ) -> None:
         forbid_vocabulary(config.vocab_size)
         check_implementation(implementation, attention_implementations())
         super().__init__(config, implementation=implementation)
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             Block(config, layer, implementation) for layer in range(config.num_layers)
         )
@@ -311,6 +324,7 @@ class ALiBiTransformer(PretrainedModule):
         x: Float[Tensor, "batch seq embed"],
         attention_mask: AttentionMask | None = None,
         *,
+        segment_ids: SegmentIds | None = None,
         cache: KVCache | None = None,
     ) -> Any:
         """Hidden states after the last block (and final norm), in the dtype of SPEC.md §5.1.
@@ -318,22 +332,25 @@ class ALiBiTransformer(PretrainedModule):
         Args:
             x: embeddings; sequences longer than `max_len` are welcome.
             attention_mask: 0 for padding on either side, 1 elsewhere.
+            segment_ids: of packed documents, which do not see one another (SPEC.md §4.3).
             cache: of the positions before these (SPEC.md §10).
 
         Returns:
             [batch, seq, d_model]; with a cache, also the cache for the next call.
 
         Raises:
-            ValueError: wrong shape or dtype of `x` or `attention_mask`, or a cache that is full,
-                used, or another model's.
+            ValueError: wrong shape or dtype of `x`, `attention_mask` or `segment_ids`, segments
+                that would not be as if alone, or a cache that is full, used, or another model's.
         """
         check_array("embeddings", x, (Tensor,), "a torch.Tensor")
         check_embeddings(x.shape, x.is_floating_point(), self.config.d_model)
         batch, key_len = x.shape[:2]  # these inputs are all the keys there are
-        if attention_mask is not None:
-            check_array("attention_mask", attention_mask, (Tensor,), "a torch.Tensor")
-            is_integer = not attention_mask.is_floating_point()
-            check_mask("attention_mask", attention_mask.shape, is_integer, batch, key_len)
+        for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+            if mask is not None:
+                check_array(name, mask, (Tensor,), "a torch.Tensor")
+                check_mask(name, mask.shape, not mask.is_floating_point(), batch, key_len)
+        if segment_ids is not None:
+            check_segments(self.config, key_len, cache is not None)
         slope_factor = interpolation(self.config, key_len)
         if cache is not None:
             if self.training:
@@ -341,7 +358,11 @@ class ALiBiTransformer(PretrainedModule):
             cache = cache.grown(self.config, (batch, key_len), attention_mask)
             slope_factor = cache.slope_factor
         for layer in self.layers:
-            x = layer(x, slope_factor, attention_mask, cache)
+            arguments = (x, slope_factor, attention_mask, segment_ids, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x = layer(*arguments)
         x = self.final_norm(x) if self.config.final_norm else x
         return x if cache is None else (x, cache)
 
@@ -352,12 +373,15 @@ class ALiBiLM(PretrainedModule):
     Args:
         config: with a vocabulary.
         implementation: of attention: "auto" or one of `attention_implementations()`.
+        recompute: compute each block again in the backward pass instead of keeping what it needs.
 
     Raises:
         ValueError: the configuration has no vocabulary, or the implementation is not known.
     """
 
-    def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
+    def __init__(
+        self, config: ALiBiConfig, *, implementation: str = "auto", recompute: bool = False
+    ) -> None:
         vocab_size, width = require_vocabulary(config.vocab_size), config.d_model
         super().__init__(config, implementation=implementation)
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -367,7 +391,9 @@ class ALiBiLM(PretrainedModule):
             self.embedding_norm = _norm(config, width)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = ALiBiTransformer(
-            dataclasses.replace(config, vocab_size=None), implementation=implementation
+            dataclasses.replace(config, vocab_size=None),
+            implementation=implementation,
+            recompute=recompute,
         )
         if config.head == "masked_lm":
             self.head_transform = Linear(width, width)
@@ -389,6 +415,7 @@ class ALiBiLM(PretrainedModule):
         attention_mask: AttentionMask | None = None,
         *,
         token_type_ids: Integer[Tensor, "batch seq"] | None = None,
+        segment_ids: SegmentIds | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int | None = None,
     ) -> Any:
@@ -399,6 +426,7 @@ class ALiBiLM(PretrainedModule):
                 on the CPU, outside `torch.compile`.
             attention_mask: 0 for padding on either side, 1 elsewhere.
             token_type_ids: ids below `type_vocab_size`; None is 0 everywhere.
+            segment_ids: of packed documents, which do not see one another (SPEC.md §4.3).
             cache: of the positions before these (SPEC.md §10).
             logits_to_keep: return logits of only this many last positions; None is all.
 
@@ -409,9 +437,11 @@ class ALiBiLM(PretrainedModule):
 
         Raises:
             ValueError: wrong shape, dtype or range of `tokens` or `token_type_ids`, wrong
-                `attention_mask`, or a cache that is full, used, or another model's.
+                `attention_mask` or `segment_ids`, or a cache that is full, used, or another
+                model's.
         """
-        x = self.transformer(self.embed(tokens, token_type_ids), attention_mask, cache=cache)
+        x = self.embed(tokens, token_type_ids)
+        x = self.transformer(x, attention_mask, segment_ids=segment_ids, cache=cache)
         x, cache = (x, None) if cache is None else x
         logits = self.head(x if logits_to_keep is None else x[:, -logits_to_keep:])
         return logits if cache is None else (logits, cache)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class SeedAttention(nn.Module):
         self.register_buffer("distance", (position[None, :] - position[:, None]).float())
         self.register_buffer("mask", torch.ones(seq, seq).tril())
 
-    def forward(self, x: Tensor, _slope_factor: float = 1.0, _mask: None = None) -> Tensor:
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """[batch, seq, d_model], before and after."""
         key, query, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)

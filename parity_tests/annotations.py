@@ -77,6 +77,7 @@ def check_all() -> None:
             _import_modules_of(package)
     _run_the_spec()
     _run_models()
+    _run_training()
     _run_kernels()
     _pass_a_wrong_dtype()
     missing = {name for name in _annotated - _called if not name.startswith(NOT_RUN)}
@@ -146,6 +147,28 @@ def _run_models() -> None:
             _call_functions(alibi_flax, (theirs, params), jnp.asarray, {})
     _trace_drawing()
     _run_rings()
+
+
+def _run_training() -> None:
+    """A step and an evaluation of both backends, and all that the specification says of them."""
+    import alibi_flax
+    import alibi_torch
+    from alibi_convert import torch_to_flax
+    from alibi_spec import ALiBiConfig, masked_lm_batch, next_token_targets, training
+
+    config = ALiBiConfig(**SMALL, slopes="learned")
+    recipe = training.Recipe(steps=1, batch_size=2, compute_dtype="bfloat16")
+    batch = {"tokens": TOKENS, "targets": next_token_targets(TOKENS, MASK, MASK)}
+    model = alibi_torch.ALiBiLM(config)
+    params = torch_to_flax(model.state_dict(), config)
+    for trainer in (
+        alibi_torch.Trainer(model, recipe),
+        alibi_flax.Trainer(alibi_flax.ALiBiLM(config), params, recipe),
+    ):
+        trainer.step(batch)
+        trainer.evaluate(batch | {"segment_ids": MASK})
+    masked_lm_batch(TOKENS, 3, 11, seed=0, attention_mask=MASK)
+    training.negative_log_likelihood(np.zeros((2, 9, 11)), batch["targets"])
 
 
 def _run_rings() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, Recipe
 from alibi_spec.options import kind_of, meaning_of
 from benchmarks.render import BLOCK, rendered
 
@@ -56,7 +56,7 @@ def test_shardings_on_eight_devices(tmp_path: Path) -> None:
 def test_pages_with_examples() -> None:
     """No page has lost its examples."""
     tasks = ("README.md", "docs/attention.md", "docs/converting.md", "docs/loading.md")
-    assert {*tasks, "docs/models.md", "docs/SPEC.md"} <= set(WITH_EXAMPLES)
+    assert {*tasks, "docs/models.md", "docs/training.md", "docs/SPEC.md"} <= set(WITH_EXAMPLES)
 
 
 @pytest.mark.parametrize("document", [*PAGES, "CONTRIBUTING.md"])
@@ -118,10 +118,11 @@ def test_figures_are_rendered() -> None:
     assert begins == blocks > 10
 
 
-def test_table_of_options() -> None:
-    """SPEC.md §1 lists what `ALiBiConfig` says of its options: put there what this expects."""
+@pytest.mark.parametrize("record", [ALiBiConfig, Recipe])
+def test_table_of_options(record: type[ALiBiConfig | Recipe]) -> None:
+    """SPEC.md §1 and §18 list what records say of their options: put there what this expects."""
     lines = ["| option | default | expected | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(ALiBiConfig):
+    for field in dataclasses.fields(record):
         default, expected = json.dumps(field.default), kind_of(field).expected
         text = f"`{field.name}` | {default} | {expected} | {meaning_of(field)}"
         lines.append(f"| {text.replace('|i - j|', 'abs(i - j)')} |")

@@ -307,10 +307,10 @@ def test_flax_jit_and_vmap() -> None:
     assert_within(np.asarray(mapped), plain, FLOAT32.forward, "vmap")
 
 
-def test_flax_remat_changes_nothing_but_memory() -> None:
+def test_flax_recomputation_changes_nothing_but_memory() -> None:
     """The same params tree and gradients, each block inside a checkpoint of its own."""
     kept, params = flax_model()
-    rematerialised, same = flax_model(remat=True)
+    rematerialised, same = flax_model(recompute=True)
     assert jax.tree.structure(params) == jax.tree.structure(same)
     tokens = jnp.asarray(TOKENS)
 
@@ -329,10 +329,10 @@ def test_flax_remat_changes_nothing_but_memory() -> None:
     assert [jaxpr.count("prevent_cse=True") for jaxpr in blocks] == [0, CONFIG.num_layers]
 
 
-def test_flax_remat_draws_the_same_dropout_twice() -> None:
+def test_flax_recomputation_draws_the_same_dropout_twice() -> None:
     """The recomputed forward pass must drop what the first one dropped: a central difference of the
     stochastic loss, at a fixed key, is the gradient."""
-    model, params = flax_model(param_dtype="float64", remat=True)
+    model, params = flax_model(param_dtype="float64", recompute=True)
     tokens = jnp.asarray(TOKENS)
     options = {"deterministic": False, "rngs": {"dropout": jax.random.key(2)}}
 
@@ -361,8 +361,8 @@ def test_flax_whole_model_remat() -> None:
     assert_within(np.asarray(found), expected, FLOAT32.forward, "nn.remat")
 
 
-def test_flax_trace_sees_through_remat() -> None:
-    model, params = flax_model(remat=True)
+def test_flax_trace_sees_through_recomputation() -> None:
+    model, params = flax_model(recompute=True)
     for name, value in alibi_flax.trace(model, params, jnp.asarray(TOKENS)).items():
         assert np.isfinite(np.asarray(value)[..., :1]).all(), name
 

@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import textwrap
+from operator import attrgetter
 from types import ModuleType
 
 import pytest
@@ -39,6 +40,36 @@ def test_flax_adds_params_alone(function: str) -> None:
     ours, theirs = (_parameters(getattr(each, function)) for each in (alibi_torch, alibi_flax))
     assert ours == _parameters(getattr(surface, function))
     assert theirs == [ours[0], ("params", ours[0][1], inspect.Parameter.empty), *ours[1:]]
+
+
+@pytest.mark.parametrize(
+    ("function", "added"),
+    [
+        ("loss", ["params", "dropout_rng"]),
+        ("train_step", ["params", "optimizer_state"]),
+        ("Trainer", ["params"]),
+        ("Trainer.step", []),
+        ("Trainer.evaluate", []),
+    ],
+)
+def test_flax_adds_its_state_to_training(function: str, added: list[str]) -> None:
+    ours, theirs, expected = (
+        attrgetter(function)(each) for each in (alibi_torch, alibi_flax, surface)
+    )
+    assert _parameters(ours) == _parameters(expected)
+    assert _without(theirs, *added) == _parameters(expected)
+    assert [each[0] for each in _parameters(theirs) if each[0] in added] == added
+
+
+@pytest.mark.parametrize(
+    ("function", "first"),
+    [("adamw", ["model", "config"]), ("clip_gradients", ["parameters", "gradients"])],
+)
+def test_torch_begins_with_what_holds_parameters(function: str, first: list[str]) -> None:
+    ours, theirs = (_parameters(getattr(each, function)) for each in (alibi_torch, alibi_flax))
+    assert ours == _parameters(getattr(surface, function))
+    assert theirs[1:] == ours[1:]
+    assert [ours[0][0], theirs[0][0]] == first
 
 
 @pytest.mark.parametrize("model", ["ALiBiTransformer", "ALiBiLM"])

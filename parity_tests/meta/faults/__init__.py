@@ -13,6 +13,7 @@ from parity_tests.meta.faults import (
     models,
     spec,
     torch_attention,
+    training,
 )
 
 FAULTS = (
@@ -21,6 +22,7 @@ FAULTS = (
     *torch_attention.FAULTS,
     *flax_attention.FAULTS,
     *inference.FAULTS,
+    *training.FAULTS,
     *conversion.FAULTS,
     *files.FAULTS,
     *families.FAULTS,
