@@ -4,6 +4,7 @@ from alibi_convert.checkpoint import Checkpoint, flax_to_torch, open_checkpoint,
 from alibi_convert.conversion import convert
 from alibi_convert.errors import CheckpointError, MismatchError
 from alibi_convert.hub import resolve
+from alibi_convert.optimizers import optax_to_torch, torch_to_optax
 from alibi_convert.planning import Plan, plan
 from alibi_convert.report import Report, inspect
 from alibi_convert.tokenizer import load_tokenizer
@@ -19,7 +20,9 @@ __all__ = [
     "inspect",
     "load_tokenizer",
     "open_checkpoint",
+    "optax_to_torch",
     "plan",
     "resolve",
     "torch_to_flax",
+    "torch_to_optax",
 ]

@@ -113,6 +113,11 @@ AGREEMENTS: Mapping[str, Agreement] = {
     "float64 sums": Agreement(1e-12, "u = 2^-53: 9,000 u, two sums of the same 10^7 products."),
     "float32 sums": Agreement(1e-6, "u = 2^-24: 17 u, the sum of 280 products in two orders."),
     "rounding": Agreement(1e-6, "x'/x - 1 errs by u = 2^-53, 2e-9 of the 2^-24 that it measures."),
+    "optimizer": Agreement(
+        1e-12,
+        "u = 2^-53: 9,000 u. An update is seen as the difference of weights of 1, of which it is "
+        "1/512 or more: 512 u, beside the twenty roundings of its rule.",
+    ),
 }
 
 
