@@ -11,6 +11,7 @@ from parity_tests.meta.faults import (
     flax_attention,
     inference,
     models,
+    optimizer,
     spec,
     torch_attention,
 )
@@ -24,6 +25,7 @@ FAULTS = (
     *conversion.FAULTS,
     *files.FAULTS,
     *families.FAULTS,
+    *optimizer.FAULTS,
     *comparison.FAULTS,
     *command.FAULTS,
 )
