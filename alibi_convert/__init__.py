@@ -1,5 +1,6 @@
 """Checkpoints between formats and frameworks, driven by tables, with only NumPy and safetensors."""
 
+from alibi_convert.carrying import open_optimizer, save_optimizer
 from alibi_convert.checkpoint import Checkpoint, flax_to_torch, open_checkpoint, torch_to_flax
 from alibi_convert.conversion import convert
 from alibi_convert.errors import CheckpointError, MismatchError
@@ -20,9 +21,11 @@ __all__ = [
     "inspect",
     "load_tokenizer",
     "open_checkpoint",
+    "open_optimizer",
     "optax_to_torch",
     "plan",
     "resolve",
+    "save_optimizer",
     "torch_to_flax",
     "torch_to_optax",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,32 +26,27 @@ from alibi_convert import (
 from alibi_convert.optimizers.torch_state import from_torch, to_torch
 from alibi_convert.rules import flax_tree
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
-from alibi_spec import ALiBiConfig, parameter_table
+from alibi_spec import parameter_table
 from alibi_spec.budgets import AGREEMENTS
 from alibi_spec.parameters import torch_order
 from parity_tests.cases import CONFIGS, each_config
 from parity_tests.compare import assert_bitwise, assert_within
-
-# Parameters that torch numbers in another order than the table's, and two of equal shape.
-CONFIG = ALiBiConfig(
-    **{"num_layers": 1, "d_model": 6, "num_heads": 3, "vocab_size": 7, "slopes": "learned"},
-    **{"expansion_factor": 2, "tie_embeddings": False, "max_len": 16},
+from parity_tests.optimizer_states import (
+    CONFIG,
+    LABELS,
+    MATRICES,
+    NAMES,
+    ROWS,
+    VECTORS,
+    as_params,
+    assert_same_dict,
+    assert_same_state,
+    drawn,
 )
-ROWS = {row.name: row for row in parameter_table(CONFIG)}
-NAMES = torch_order(CONFIG)
+
 STEPS = 3
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
-
-def drawn(seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Numbers like the parameters of the model, positive and of different sizes."""
-    rng = np.random.default_rng(seed)
-    return {name: rng.uniform(0.1, 2, ROWS[name].shape).astype(dtype) for name in NAMES}
-
-
-def as_params(arrays: Mapping[str, np.ndarray]) -> Any:
-    return jax.tree.map(jnp.asarray, flax_tree(Tensors.of(arrays), CONFIG))
 
 
 # Numbers that float32 holds: what optax injects has the params' dtype.
@@ -124,17 +119,6 @@ TX: dict[str, Callable[[], Any]] = {
 }
 
 
-def by_shape(of_matrix: Any, of_vector: Any) -> Any:
-    """Something for every parameter; the bias of attention has two axes only in Flax."""
-    return flax_tree(
-        Tensors.of(drawn(0)), CONFIG, lambda row, _: of_matrix if len(row.shape) > 1 else of_vector
-    )
-
-
-LABELS = by_shape("matrices", "vectors")
-MATRICES, VECTORS = by_shape(True, False), by_shape(False, True)
-
-
 def falling(step: Any) -> Any:
     return 0.5 / (1 + step)
 
@@ -188,25 +172,6 @@ def as_after(step: int, state: Any, seed: int = 0) -> Any:
         return jnp.asarray(rng.uniform(0.1, 0.9, value.shape), value.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, state)
-
-
-def assert_same_state(actual: Any, expected: Any) -> None:
-    """Types, structure, dtypes and bits."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
-    for (path, leaf), other in pairs:
-        assert isinstance(leaf, jax.Array)
-        assert_bitwise(np.asarray(leaf), np.asarray(other), jax.tree_util.keystr(path))
-
-
-def assert_same_dict(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    assert actual["param_groups"] == expected["param_groups"]
-    assert list(actual["state"]) == list(expected["state"])
-    for number, entry in expected["state"].items():
-        assert list(actual["state"][number]) == list(entry)
-        for word, tensor in entry.items():
-            found = actual["state"][number][word]
-            assert_bitwise(as_numpy(found), as_numpy(tensor), f"{word} of {number}")
 
 
 @each_config
@@ -508,9 +473,16 @@ def test_torch_states_that_are_refused() -> None:
     first, second = NAMES[:2]
     other = replace(CONFIG, d_model=12)
     for wrong, config, message in (
-        ({"model": 1}, CONFIG, "lacks state and param_groups; expected what its state_dict"),
+        ({"model": 1}, CONFIG, "its state is not as expected; give what the .*state_dict"),
+        ({"state": {0: 1}, "param_groups": []}, CONFIG, "its state is not as expected"),
+        ({"state": {}, "param_groups": []}, CONFIG, "its param_groups is not as expected"),
+        ({"state": {}, "param_groups": [{"lr": 1}]}, CONFIG, "its param_groups is not as"),
+        (with_options(saved, params=[[0]]), CONFIG, "its param_groups is not as expected"),
+        (with_options(saved, param_names=["a"]), CONFIG, "its param_groups is not as expected"),
+        (changed(saved, 0, exp_avg="much"), CONFIG, "exp_avg of parameter 0 is a str, expected a"),
+        (changed(saved, 0, step=torch.ones(2)), CONFIG, f"step of {first} is nan"),
         (with_options(saved, amsgrad=True), CONFIG, "max_exp_avg_sq.*only amsgrad=False"),
-        (changed(saved, 0, max_exp_avg_sq=1), CONFIG, f"{first} has max_exp_avg_sq"),
+        (changed(saved, 0, max_exp_avg_sq=torch.ones(1)), CONFIG, f"{first} has max_exp_avg_sq"),
         (changed(saved, 1, exp_avg=None), CONFIG, f"{second} lacks exp_avg;"),
         (changed(saved, 1, step=torch.tensor(4.0)), CONFIG, f"{first} was .* 3 .*{second} 4 times"),
         (changed(saved, 0, step=torch.tensor(2.5)), CONFIG, f"step of {first} is 2.5"),

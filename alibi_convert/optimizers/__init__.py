@@ -6,8 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alibi_convert.optimizers.optax_state import from_optax, to_optax
+from alibi_convert.optimizers.state import OptimizerState
 from alibi_convert.optimizers.torch_state import from_torch, to_torch
 from alibi_spec import ALiBiConfig
+
+__all__ = [
+    "OptimizerState",
+    "from_optax",
+    "from_torch",
+    "optax_to_torch",
+    "to_optax",
+    "to_torch",
+    "torch_to_optax",
+]
 
 
 def torch_to_optax(

@@ -91,7 +91,7 @@ def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
 
 def _unmasked(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
-        return tree
+        return np.asarray(tree) if isinstance(tree, int | float) else tree
     return {
         key: _unmasked(child)
         for key, child in tree.items()
@@ -154,7 +154,7 @@ def _twice(field: Field, name: str) -> CheckpointError:
 def _step(found: Iterable[Field], moments: Mapping[str, Tensors]) -> int | None:
     """How many updates were made: every count must say the same."""
     counts = {field.path: field for field in found if field.role in (COUNT, TALLY)}
-    steps = {path: int(field.value) for path, field in counts.items()}
+    steps = {path: int(_scalar(path, field.value)) for path, field in counts.items()}
     if len(set(steps.values())) > 1:
         listed = ", ".join(f"{path} is {step}" for path, step in steps.items())
         raise CheckpointError(
@@ -164,6 +164,13 @@ def _step(found: Iterable[Field], moments: Mapping[str, Tensors]) -> int | None:
     is_sure = step or any(field.role == COUNT for field in counts.values())
     # A tally that began when the state came from torch, which had none.
     return step if is_sure or not _any_moment(moments) else None
+
+
+def _scalar(path: str, value: Any) -> Any:
+    """The number in an array without axes."""
+    if isinstance(value, Mapping | list | tuple | str) or value is None or np.ndim(value):
+        raise CheckpointError(f"{path} is no number; expected one for all parameters")
+    return np.asarray(value).item()
 
 
 def _any_moment(moments: Mapping[str, Tensors]) -> bool:
@@ -216,7 +223,12 @@ def _groups(
 
 def _torch_options(field: Field) -> dict[str, Any]:
     """Hyperparameters as options; those that torch does not know keep their names."""
-    values = {name: np.asarray(value).item() for name, value in sorted(field.value.items())}
+    if not isinstance(field.value, Mapping):
+        raise CheckpointError(f"{field.path} is no mapping; expected hyperparameters by name")
+    values = {
+        name: _scalar(f"{field.path}[{name!r}]", value)
+        for name, value in sorted(field.value.items())
+    }
     if values.pop("eps_root", 0):
         raise CheckpointError(f"{field.path} has eps_root, which torch lacks; set it to 0")
     if "b1" in values or "b2" in values:

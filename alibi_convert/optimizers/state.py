@@ -110,6 +110,10 @@ def check_state(state: OptimizerState, config: ALiBiConfig) -> OptimizerState:
         CheckpointError: names or shapes of another model, or dtypes that are no floats.
     """
     shapes = {row.name: row.shape for row in parameter_table(config)}
+    grouped = {name for group in state.groups for name in group.parameters}
+    for name in state.names:
+        if name not in grouped:
+            raise CheckpointError(f"{name} has moments and is in no group of the optimizer")
     for word, tensors in state.moments.items():
         for name in set(tensors).symmetric_difference(state.names):
             raise CheckpointError(f"{name} does not have all of {', '.join(state.moments)}")

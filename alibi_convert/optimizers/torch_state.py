@@ -50,12 +50,9 @@ def from_torch(
     Raises:
         CheckpointError: of another model or an unknown optimizer, or one that optax cannot say.
     """
-    if not (isinstance(saved, Mapping) and {"state", "param_groups"} <= saved.keys()):
-        raise CheckpointError(
-            "this is no optimizer's state: it lacks state and param_groups; expected what its "
-            "state_dict() returns"
-        )
-    groups = saved["param_groups"]
+    if not (isinstance(saved, Mapping) and _are_mappings(saved.get("state"))):
+        raise _no_state_dict("state")
+    groups: Any = saved.get("param_groups")
     kind, entries = kind_of(groups), _entries(saved["state"])
     shapes = {number: np.shape(next(iter(each.values()))) for number, each in entries.items()}
     numbered = _numbered(groups, shapes, config, names)
@@ -77,13 +74,26 @@ def from_torch(
     )
 
 
-def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:
+def _are_mappings(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(v, Mapping) for v in values.values())
+
+
+def _no_state_dict(lacking: str) -> CheckpointError:
+    return CheckpointError(
+        f"this is no optimizer's state: its {lacking} is not as expected; give what the "
+        "optimizer's state_dict() returns"
+    )
+
+
+def kind_of(groups: Any) -> str:
     """The kind of optimizer that has these param groups: a key of `KINDS`.
 
     Raises:
         CheckpointError: none that is known, or one with a moment that optax has no word for.
     """
-    found = set.intersection(*(set(group) for group in groups)) if groups else set()
+    if not (isinstance(groups, list | tuple) and groups and all(map(_is_group, groups))):
+        raise _no_state_dict("param_groups")
+    found = set.intersection(*(set(group) for group in groups))
     for name, kind in KINDS.items():
         if kind.options <= found and not kind.lacks & found:
             if any(group.get("amsgrad") for group in groups):
@@ -92,10 +102,22 @@ def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:
                     "largest after correction of its bias; only amsgrad=False is converted"
                 )
             return name
-    listed = ", ".join(sorted(found - set(_NOT_OPTIONS))) or "none"
+    listed = ", ".join(sorted(map(str, found - set(_NOT_OPTIONS)))) or "none"
     raise CheckpointError(
         f"the optimizer with the options {listed} is not known; expected torch's AdamW, Adam or "
         "SGD, or lion-pytorch's Lion"
+    )
+
+
+def _is_group(group: Any) -> bool:
+    """Whether it lists numbers or names, and perhaps a name for each."""
+    if not (isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)):
+        return False
+    names = group.get("param_names", [""] * len(group["params"]))
+    return (
+        all(type(number) in (int, str) for number in group["params"])
+        and len(names) == len(group["params"])
+        and all(isinstance(name, str) for name in names)
     )
 
 
@@ -104,6 +126,11 @@ def _entries(state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]
     entries = {}
     for number, entry in state.items():
         kept = {word: value for word, value in entry.items() if value is not None}
+        for word, value in kept.items():
+            if word != "step" and not (hasattr(value, "shape") and hasattr(value, "dtype")):
+                raise CheckpointError(
+                    f"{word} of parameter {number} is a {type(value).__name__}, expected a tensor"
+                )
         if kept:
             entries[number] = dict(sorted(kept.items(), key=lambda item: item[0] == "step"))
     return entries
@@ -224,7 +251,7 @@ def _step(
 
 
 def _whole(name: str, value: Any) -> int:
-    step = float(value)
+    step = float(value) if np.ndim(value) == 0 and not isinstance(value, str) else float("nan")
     if not (step.is_integer() and step >= 0):
         raise CheckpointError(f"the step of {name} is {step}, expected a whole number")
     return int(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from parity_tests.meta.mutant import Mutant
 
 _TESTS = "test_optimizer_state.py -k"
+_FILES = "test_optimizer_files.py -k"
 
 FAULTS = (
     Mutant(
@@ -118,5 +119,40 @@ FAULTS = (
         "if options.get(word) is None:",
         "if options.get(word) is None or place is None:",
         f"{_TESTS} from_optax_and_back",
+    ),
+    Mutant(
+        "an optimizer's state dropped in silence",
+        "alibi_convert/carrying.py",
+        "return Carried({**source.derived, beside.name: reason})",
+        "return Carried(others)",
+        f"{_FILES} cannot_be_carried",
+    ),
+    Mutant(
+        "the optimizer's file not read back",
+        "alibi_convert/conversion.py",
+        "require_same_optimizer(optimizer.state, optimizer_of(found))",
+        "require_same_optimizer(optimizer.state, optimizer.state)",
+        f"{_FILES} wrong_write",
+    ),
+    Mutant(
+        "the state of an optimizer stays beside other weights",
+        "alibi_convert/writing/layout.py",
+        "WEIGHTS_FILE, INDEX_FILE, OPTIMIZER_FILE)",
+        "WEIGHTS_FILE, INDEX_FILE)",
+        f"{_FILES} beside_a_model",
+    ),
+    Mutant(
+        "the first of two optimizers taken",
+        "alibi_convert/formats/pt.py",
+        "if len(self.optimizers) != 1:",
+        "if not self.optimizers:",
+        f"{_FILES} cannot_be_carried",
+    ),
+    Mutant(
+        "saved states without their schedules",
+        "alibi_convert/optimizers/saved.py",
+        "return [recognised(child) for child in node]",
+        "return [recognised(child) for child in node[:1]]",
+        f"{_FILES} 'flax_training_states and orbax'",
     ),
 )
