@@ -38,7 +38,7 @@ class Carried:
     Attributes:
         dropped: what is left of the source, with the reason.
         state: None where there is none, or it is dropped.
-        written: the same as the format has it.
+        written: the same as the format has it; None in a plan.
     """
 
     dropped: Mapping[str, str]
@@ -50,6 +50,11 @@ class Carried:
         """The option of the format that writes it, if there is anything to write."""
         return {} if self.state is None else {"optimizer": self.written}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the destination needs for it."""
+        return 0 if self.state is None else self.state.nbytes
+
     def to_dict(self) -> dict[str, Any]:
         """What a report says of it, as plain JSON values."""
         if self.state is None:
@@ -59,11 +64,11 @@ class Carried:
             "step": self.state.step,
             "moments": list(self.state.moments),
             "parameters": len(self.state.names),
-            "nbytes": self.state.nbytes,
+            "nbytes": self.nbytes,
         }
 
 
-def carried(source: Checkpoint, to: str) -> Carried:
+def carried(source: Checkpoint, to: str, is_planned: bool = False) -> Carried:
     """The optimizer state of a source, if it has one that can be read and written.
 
     Raises:
@@ -78,7 +83,8 @@ def carried(source: Checkpoint, to: str) -> Carried:
         return Carried({**source.derived, beside.name: reason})
     try:
         state = optimizer_of(source)
-        return Carried(others, state, _WRITTEN[to](state, source.config))
+        written = None if is_planned else _WRITTEN[to](state, source.config)
+        return Carried(others, state, written)
     except CheckpointError as error:
         if beside.layout == "file":  # of ours, which can be read unless it is broken
             raise

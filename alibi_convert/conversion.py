@@ -80,8 +80,8 @@ def convert(
     target = settle(destination, to, dtype, max_shard_size)
     checkpoint = open_checkpoint(source, **reading)
     optimizer = carried(checkpoint, target.format)
-    task, nbytes = _task(checkpoint, target), target.cast(checkpoint).tensors.nbytes
-    nbytes += 0 if optimizer.state is None else optimizer.state.nbytes
+    nbytes = target.cast(checkpoint).tensors.nbytes + optimizer.nbytes
+    task = _task(checkpoint, target)
     with building(target.path, overwrite, nbytes, task, resume) as (path, journal):
         sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(checkpoint.files))
         with hashing(checkpoint.files, sha256) as hashed:

@@ -120,7 +120,8 @@ def plan(
         place = place.with_suffix(FORMATS[to].suffix)
     target = settle(place, to, dtype, max_shard_size)
     checkpoint, form = open_checkpoint(source, **reading), FORMATS[target.format]
-    wanted, optimizer = target.cast(checkpoint).tensors, carried(checkpoint, target.format)
+    wanted = target.cast(checkpoint).tensors
+    optimizer = carried(checkpoint, target.format, is_planned=True)
     problems = []
     if destination is not None:
         problems += _destination_problems(place, overwrite)
@@ -131,7 +132,7 @@ def plan(
         problems.append(Problem(str(error), "choose another format", stops=True))
     headers = [*wanted.headers.values(), *stored.headers.values()]
     peak = _peak_memory(form, headers, wanted.nbytes)
-    problems += [*_disk_problems(place, wanted.nbytes), *_memory_problems(peak)]
+    problems += [*_disk_problems(place, wanted.nbytes + optimizer.nbytes), *_memory_problems(peak)]
     problems += [*_library_problems(target.format), *_cast_problems(checkpoint, dtype)]
     single = {place.name: list(stored)}
     sharded = not form.suffix and form.streams

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ from alibi_convert import (
     torch_to_flax,
 )
 from alibi_convert.formats.safetensors import read_safetensors, write_safetensors
+from alibi_convert.formats.train_state import at
 from alibi_convert.optimizers import from_torch, to_optax, to_torch
+from alibi_convert.optimizers.file import as_file, from_file
 from alibi_convert.optimizers.saved import from_saved
 from parity_tests.compare import assert_bitwise
 from parity_tests.optimizer_states import CONFIG, LABELS, assert_same_dict, assert_same_state
@@ -230,8 +236,11 @@ def test_a_wrong_write_is_seen(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"0": {"count": np.ones(2), "mu": {}, "nu": {}}}, "count is no number"),
-        ({"0": {"count": {}, "mu": {}, "nu": {}}}, "count is no number"),
+        (
+            {"0": {"count": np.ones(2), "mu": {}, "nu": {}}},
+            "count is a ndarray, expected one number",
+        ),
+        ({"0": {"count": {}, "mu": {}, "nu": {}}}, "count is a dict, expected one"),
         ({"0": {"count": np.ones(()), "mu": {"a": 1 + 2j}, "nu": {}}}, "a is a complex, expected"),
         ({"0": {"trace": np.ones(3)}}, "trace is one array, expected a tree"),
         ({"0": {"trace": {"a": np.ones(3)}}}, "trace: 0 tensors missing, 1 unexpected"),
@@ -239,10 +248,61 @@ def test_a_wrong_write_is_seen(
         ({"count": np.ones(()), "hyperparams": 3, "inner_state": {}}, "is no mapping; expected"),
         (
             {"count": np.ones(()), "hyperparams": {"b1": {}}, "inner_state": {}},
-            r"hyperparams\['b1'\] is no number",
+            r"hyperparams\['b1'\] is a dict, expected one number",
         ),
     ],
 )
 def test_trees_that_are_no_states(change: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         from_saved(change, CONFIG)
+
+
+ODD = (None, -1, 1.5, np.nan, np.inf, "x", [], {}, [1], {"0": {}}, True, np.ones(3), torch.ones(2))
+
+
+def places(tree: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to every value in nested dicts and lists."""
+    if isinstance(tree, dict | list):
+        for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield (*keys, key)
+            yield from places(child, (*keys, key))
+
+
+def damaged(tree: Any, rng: random.Random) -> Any:
+    """A copy in which one value is gone, or another, or under another key."""
+    tree = copy.deepcopy(tree)
+    *keys, last = rng.choice(list(places(tree)))
+    node = at(tree, keys)
+    if isinstance(node, dict) and rng.random() < 0.3:
+        value = node.pop(last)
+        if rng.random() < 0.5:
+            node[rng.choice(["count", "trace", 7])] = value
+    else:
+        node[last] = copy.deepcopy(rng.choice(ODD))
+    return tree
+
+
+@pytest.mark.parametrize("kind", ["torch", "optax", "file"])
+def test_no_damage_ends_in_a_traceback(tmp_path: Path, trained: Any, kind: str) -> None:
+    saved = trained[1].state_dict()
+    tensors, metadata = as_file(from_torch(saved, CONFIG))
+    whole = {
+        "torch": saved,
+        "optax": serialization.to_state_dict(train_state(TX["wrapped"]()).opt_state),
+        "file": json.loads(metadata["alibi_optimizer"]),
+    }[kind]
+    rng, refused = random.Random(0), 0
+    for _ in range(100):
+        wrong = damaged(whole, rng)
+        try:
+            if kind == "torch":
+                from_torch(wrong, CONFIG)
+            elif kind == "optax":
+                from_saved(wrong, CONFIG)
+            else:
+                text = json.dumps(wrong, default=lambda array: array.tolist())
+                write_safetensors(tmp_path / "file", tensors, {"alibi_optimizer": text})
+                from_file(tmp_path / "file", CONFIG)
+        except CheckpointError:
+            refused += 1
+    assert refused > 50

@@ -47,7 +47,7 @@ def from_file(path: Path, config: ALiBiConfig) -> OptimizerState:
     """
     tensors, metadata = read_safetensors(path)
     values = parse_json(metadata.get(_KEY, "{}"), f"metadata of {path}")
-    if values.get("version") != _VERSION or values.get("kind") not in KINDS:
+    if values.get("version") != _VERSION or values.get("kind") not in [*KINDS]:
         raise CheckpointError(
             f"{path} is no optimizer's state of version {_VERSION}; expected what alibi-duo wrote"
         )
@@ -79,7 +79,7 @@ def _groups(saved: Any, path: Path, config: ALiBiConfig) -> tuple[Group, ...]:
         seen = [name for group in groups for name in group.parameters]
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{path}: groups must list parameters and options") from None
-    if not set(seen) <= known or len(set(seen)) < len(seen):
+    if not all(name in known for name in map(str, seen)) or len(set(map(str, seen))) < len(seen):
         raise CheckpointError(f"{path}: the groups are not those of the model's parameters")
     return groups
 

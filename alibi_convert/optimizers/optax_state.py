@@ -18,7 +18,14 @@ from alibi_convert.optimizers.optax_tree import (
     fields,
     rebuilt,
 )
-from alibi_convert.optimizers.state import KINDS, Group, OptimizerState, check_state
+from alibi_convert.optimizers.state import (
+    KINDS,
+    Group,
+    OptimizerState,
+    check_state,
+    scalar,
+    whole,
+)
 from alibi_convert.rules import (
     check_shapes,
     flax_tree,
@@ -78,7 +85,9 @@ def from_optax(opt_state: Any, config: ALiBiConfig) -> OptimizerState:
 
 def _require_start(found: Iterable[Field]) -> None:
     for field in found:
-        if field.role == START and any(map(np.any, _leaves(field.value).values())):
+        if field.role == START and any(
+            np.any(as_numpy(leaf)) for leaf in _leaves(field.value).values()
+        ):
             raise CheckpointError(
                 f"{field.path} is not zero, and torch has no word for it; {_MENDS[field.state]}"
             )
@@ -154,7 +163,7 @@ def _twice(field: Field, name: str) -> CheckpointError:
 def _step(found: Iterable[Field], moments: Mapping[str, Tensors]) -> int | None:
     """How many updates were made: every count must say the same."""
     counts = {field.path: field for field in found if field.role in (COUNT, TALLY)}
-    steps = {path: int(_scalar(path, field.value)) for path, field in counts.items()}
+    steps = {path: whole(path, field.value) for path, field in counts.items()}
     if len(set(steps.values())) > 1:
         listed = ", ".join(f"{path} is {step}" for path, step in steps.items())
         raise CheckpointError(
@@ -164,13 +173,6 @@ def _step(found: Iterable[Field], moments: Mapping[str, Tensors]) -> int | None:
     is_sure = step or any(field.role == COUNT for field in counts.values())
     # A tally that began when the state came from torch, which had none.
     return step if is_sure or not _any_moment(moments) else None
-
-
-def _scalar(path: str, value: Any) -> Any:
-    """The number in an array without axes."""
-    if isinstance(value, Mapping | list | tuple | str) or value is None or np.ndim(value):
-        raise CheckpointError(f"{path} is no number; expected one for all parameters")
-    return np.asarray(value).item()
 
 
 def _any_moment(moments: Mapping[str, Tensors]) -> bool:
@@ -226,8 +228,8 @@ def _torch_options(field: Field) -> dict[str, Any]:
     if not isinstance(field.value, Mapping):
         raise CheckpointError(f"{field.path} is no mapping; expected hyperparameters by name")
     values = {
-        name: _scalar(f"{field.path}[{name!r}]", value)
-        for name, value in sorted(field.value.items())
+        name: scalar(f"{field.path}[{name!r}]", value)
+        for name, value in sorted(field.value.items(), key=str)
     }
     if values.pop("eps_root", 0):
         raise CheckpointError(f"{field.path} has eps_root, which torch lacks; set it to 0")

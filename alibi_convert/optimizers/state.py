@@ -9,9 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from alibi_convert.errors import CheckpointError
 from alibi_convert.rules import check_shapes
-from alibi_convert.tensors import DTYPES, Tensors
+from alibi_convert.tensors import DTYPES, Tensors, as_numpy
 from alibi_spec import ALiBiConfig, parameter_table
 
 
@@ -101,6 +103,30 @@ def _agreed(word: str, groups: Iterable[Group]) -> Any:
                 "for both; give them states of their own (optax.partition) or groups of their own"
             )
     return value
+
+
+def scalar(what: str, value: Any) -> Any:
+    """The Python number that an array without axes holds.
+
+    Raises:
+        CheckpointError: it is something else; `what` names it.
+    """
+    array = np.zeros(1) if isinstance(value, Mapping | list | tuple) else as_numpy(value)
+    if array.ndim or not (array.dtype.kind in "biuf" or array.dtype in DTYPES.values()):
+        raise CheckpointError(f"{what} is a {type(value).__name__}, expected one number")
+    return array.item()
+
+
+def whole(what: str, value: Any) -> int:
+    """The number of steps in an array without axes.
+
+    Raises:
+        CheckpointError: it is something else; `what` names it.
+    """
+    number = float(scalar(what, value))
+    if not (number.is_integer() and number >= 0):
+        raise CheckpointError(f"{what} is {number}, expected a whole number")
+    return int(number)
 
 
 def check_state(state: OptimizerState, config: ALiBiConfig) -> OptimizerState:

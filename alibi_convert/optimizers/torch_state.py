@@ -10,7 +10,14 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.formats.names import unwrapped_names
-from alibi_convert.optimizers.state import KINDS, Group, OptimizerState, check_state
+from alibi_convert.optimizers.state import (
+    KINDS,
+    Group,
+    OptimizerState,
+    check_state,
+    scalar,
+    whole,
+)
 from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
@@ -116,6 +123,7 @@ def _is_group(group: Any) -> bool:
     names = group.get("param_names", [""] * len(group["params"]))
     return (
         all(type(number) in (int, str) for number in group["params"])
+        and isinstance(names, list | tuple)
         and len(names) == len(group["params"])
         and all(isinstance(name, str) for name in names)
     )
@@ -232,7 +240,11 @@ def _step(
     given: int | None,
 ) -> int | None:
     """How many updates were made, if that is known; every parameter must say the same."""
-    steps = {name: _whole(name, each["step"]) for name, each in named.items() if "step" in each}
+    steps = {
+        name: whole(f"step of {name}", each["step"])
+        for name, each in named.items()
+        if "step" in each
+    }
     if len(set(steps.values())) > 1:
         (first, step), *others = steps.items()
         other = next(each for each in others if each[1] != step)
@@ -240,7 +252,7 @@ def _step(
             f"{first} was updated {step} times and {other[0]} {other[1]} times, and optax has one "
             "count for all; give both a gradient at every step, or train them by two optimizers"
         )
-    stated = [_whole("the optimizer", each) for each in (saved, given) if each is not None]
+    stated = [whole("step", each) for each in (saved, given) if each is not None]
     known = {*steps.values(), *stated}
     if len(known) > 1:
         raise CheckpointError(
@@ -250,23 +262,15 @@ def _step(
     return known.pop() if known else 0 if keeps and not named else None
 
 
-def _whole(name: str, value: Any) -> int:
-    step = float(value) if np.ndim(value) == 0 and not isinstance(value, str) else float("nan")
-    if not (step.is_integer() and step >= 0):
-        raise CheckpointError(f"the step of {name} is {step}, expected a whole number")
-    return int(step)
-
-
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    options = {word: value for word, value in group.items() if word not in _NOT_OPTIONS}
-    return {word: _plain(value) for word, value in options.items()}
+    return {word: _plain(word, group[word]) for word in group if word not in _NOT_OPTIONS}
 
 
-def _plain(value: Any) -> Any:
+def _plain(word: str, value: Any) -> Any:
     """A Python number for a tensor of one."""
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    return value.item() if hasattr(value, "item") else value
+        return tuple(_plain(word, each) for each in value)
+    return scalar(word, value) if hasattr(value, "shape") else value
 
 
 def to_torch(

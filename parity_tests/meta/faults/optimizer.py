@@ -155,4 +155,11 @@ FAULTS = (
         "return [recognised(child) for child in node[:1]]",
         f"{_FILES} 'flax_training_states and orbax'",
     ),
+    Mutant(
+        "numbers in a saved state believed",
+        "alibi_convert/optimizers/state.py",
+        "    if array.ndim or not (",
+        "    if array.ndim and not (",
+        f"{_FILES} 'no_states or traceback'",
+    ),
 )
