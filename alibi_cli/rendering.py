@@ -65,6 +65,7 @@ def plan_lines(planned: Plan) -> Iterator[str]:
         dtype = row.dtype if row.dtype == row.source_dtype else f"{row.source_dtype} -> {row.dtype}"
         origin = "" if row.sources == (name,) else f"  from {', '.join(row.sources)}"
         yield f"  {name:{width}}  {dtype} {list(row.shape)} {row.nbytes:,} bytes{origin}"
+    yield from _optimizer(planned.optimizer)
     yield from _differences(planned.dropped, planned.folded)
     yield from _ignored(planned.ignored)
     for file, names in planned.files.items():
@@ -87,6 +88,7 @@ def report_lines(report: Report) -> Iterator[str]:
     )
     yield f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s"
     yield from _wrappers(report.wrappers)
+    yield from _optimizer(report.optimizer)
     yield from _differences(report.dropped, report.folded)
     yield from _ignored(report.ignored)
     for cast in report.casts:
@@ -138,6 +140,16 @@ def filled_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _wrappers(wrappers: Sequence[str]) -> Iterator[str]:
     if wrappers:
         yield f"  removed from the names: {', '.join(wrappers)}"
+
+
+def _optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
+    if optimizer:
+        step = "an unknown number of" if optimizer["step"] is None else f"{optimizer['step']:,}"
+        moments = " and ".join(optimizer["moments"])
+        yield (
+            f"optimizer: {optimizer['kind']} after {step} updates; {moments} of "
+            f"{optimizer['parameters']} parameters, {optimizer['nbytes']:,} bytes"
+        )
 
 
 def _differences(dropped: Mapping[str, str], folded: Mapping[str, str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from alibi_convert.families import (
 )
 from alibi_convert.families.keys import MISSING, look_up
 from alibi_convert.formats.config_file import OURS
-from alibi_convert.formats.format import Asked, Opened
+from alibi_convert.formats.format import Asked, Beside, Opened
 from alibi_convert.formats.names import require_plain_tensors
 from alibi_convert.hub import resolve
 from alibi_convert.rules import canonical_tensors, check_shapes, flax_tree
@@ -50,6 +50,7 @@ class Checkpoint:
         wrappers: keys and prefixes of training that were removed from the names in the file.
         files: those with the configuration and the weights, by name.
         source: as it was given, or which one it was of several revisions, or of orbax's steps.
+        optimizer: the state of the optimizer that trained it, where its parameters are ours.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Checkpoint:
     wrappers: Sequence[str] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
     source: str = ""
+    optimizer: Beside | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -139,7 +141,9 @@ def _recognised(opened: Opened, given: GivenConfig | None, ignored: frozenset[st
         config = _settle(path, opened.carried, _as_config(given, tensors, ignored))
         _require_layers(path, config, tensors)
         ordered, dropped = _own_tensors(tensors, config)
-        found = Checkpoint(path, opened.format, OURS, config, ordered, dropped)
+        found = Checkpoint(
+            *(path, opened.format, OURS, config, ordered, dropped), optimizer=opened.optimizer
+        )
     return replace(found, derived={**opened.left, **found.derived})
 
 

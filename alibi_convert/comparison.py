@@ -98,8 +98,15 @@ def first_difference(
         other = found.config.to_dict()[name]
         if value != other:
             return f"configuration {name} is {other!r}, expected {value!r}"
-    for name, header in wanted.tensors.headers.items():
-        difference = _first_element(name, header, found.tensors.headers[name], advance)
+    return first_difference_of_tensors(wanted.tensors, found.tensors, advance)
+
+
+def first_difference_of_tensors(
+    wanted: Tensors, found: Tensors, advance: Advance = ignore
+) -> str | None:
+    """The first difference in tensors of the same names, or None; `advance` is told the bytes."""
+    for name, header in wanted.headers.items():
+        difference = _first_element(name, header, found.headers[name], advance)
         if difference is not None:
             return difference
     return None

@@ -17,6 +17,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from alibi_convert.carrying import Carried, carried, optimizer_of, require_same_optimizer
 from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.comparison import require_same
 from alibi_convert.formats import FORMATS, by_suffix
@@ -78,16 +79,19 @@ def convert(
     started = time.monotonic()
     target = settle(destination, to, dtype, max_shard_size)
     checkpoint = open_checkpoint(source, **reading)
-    task, nbytes = _task(checkpoint, target), target.cast(checkpoint).tensors.nbytes
+    optimizer = carried(checkpoint, target.format)
+    nbytes = target.cast(checkpoint).tensors.nbytes + optimizer.nbytes
+    task = _task(checkpoint, target)
     with building(target.path, overwrite, nbytes, task, resume) as (path, journal):
         sha256 = journal.notes.setdefault("source_sha256", dict.fromkeys(checkpoint.files))
         with hashing(checkpoint.files, sha256) as hashed:
-            written = _write(checkpoint, target, path, journal, progress)
+            written = _write(checkpoint, optimizer, target, path, journal, progress)
             if strict_values:
                 written.values.require_finite()
-            verification = _check(checkpoint, target, written, verify, progress)
+            verification = _check(checkpoint, optimizer, target, written, verify, progress)
             hashed.result()
-        report = _report(checkpoint, target, written, verification, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        report = _report(checkpoint, optimizer, target, written, verification, seconds)
         if path.is_dir():
             write_provenance(path, report, checkpoint)
     return report
@@ -165,7 +169,12 @@ class _Written:
 
 
 def _write(
-    source: Checkpoint, target: Target, path: Path, journal: Journal, progress: bool
+    source: Checkpoint,
+    optimizer: Carried,
+    target: Target,
+    path: Path,
+    journal: Journal,
+    progress: bool,
 ) -> _Written:
     """Everything but conversion.json, tensor by tensor."""
     nbytes = target.cast(source).tensors.nbytes
@@ -176,13 +185,19 @@ def _write(
             *(path, source.config, values.tensors),
             max_shard_bytes=target.max_shard_bytes,
             journal=journal,
+            **optimizer.writing,
         )
     copied, left_behind = bring_along(source, path, target.format)
     return _Written(path, values, copied, left_behind, journal, xxh3)
 
 
 def _check(
-    source: Checkpoint, target: Target, written: _Written, verify: str, progress: bool
+    source: Checkpoint,
+    optimizer: Carried,
+    target: Target,
+    written: _Written,
+    verify: str,
+    progress: bool,
 ) -> dict[str, Any]:
     """Read back what was written, compare it bit by bit, then run both sides and compare outputs.
 
@@ -193,6 +208,8 @@ def _check(
         return {"bitwise": False, "logits": {"not_run": "verification was switched off"}}
     found = open_checkpoint(written.path, allow_pt=True)
     _require_written(target.cast(source), replace(found, path=target.path), progress)
+    if optimizer.state is not None:
+        require_same_optimizer(optimizer.state, optimizer_of(found))
     if verify == "bits":
         logits = {"not_run": "only bits were to be verified"}
     elif written.values.nonfinite:
@@ -216,6 +233,7 @@ def _require_written(wanted: Checkpoint, written: Checkpoint, progress: bool) ->
 
 def _report(
     source: Checkpoint,
+    optimizer: Carried,
     target: Target,
     written: _Written,
     verification: dict[str, Any],
@@ -231,7 +249,8 @@ def _report(
         family=source.family,
         tensors=len(source.tensors),
         nbytes=values.tensors.nbytes,
-        dropped=dict(source.derived),
+        dropped=dict(optimizer.dropped),
+        optimizer=optimizer.to_dict(),
         folded=dict(source.folded),
         ignored=dict(source.ignored),
         wrappers=list(source.wrappers),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+from alibi_convert.carrying import carried
 from alibi_convert.checkpoint import Checkpoint, Reading, open_checkpoint
 from alibi_convert.conversion import settle
 from alibi_convert.errors import CheckpointError
@@ -64,7 +65,7 @@ class Plan:
         tensors: by canonical name.
         stored: shape of every tensor as the destination names it and lays it out.
         files: names of the tensors, as the destination names them, in each file.
-        dropped, folded, ignored: as in `Report`.
+        dropped, optimizer, folded, ignored: as in `Report`.
         nbytes: of all tensors in the destination.
         peak_memory_bytes: estimated need of the conversion.
         free_disk_bytes: where the destination would be, if the file system says.
@@ -80,6 +81,7 @@ class Plan:
     stored: dict[str, tuple[int, ...]]
     files: dict[str, list[str]]
     dropped: dict[str, str]
+    optimizer: dict[str, Any]
     folded: dict[str, str]
     ignored: dict[str, Any]
     nbytes: int
@@ -119,6 +121,7 @@ def plan(
     target = settle(place, to, dtype, max_shard_size)
     checkpoint, form = open_checkpoint(source, **reading), FORMATS[target.format]
     wanted = target.cast(checkpoint).tensors
+    optimizer = carried(checkpoint, target.format, is_planned=True)
     problems = []
     if destination is not None:
         problems += _destination_problems(place, overwrite)
@@ -129,7 +132,7 @@ def plan(
         problems.append(Problem(str(error), "choose another format", stops=True))
     headers = [*wanted.headers.values(), *stored.headers.values()]
     peak = _peak_memory(form, headers, wanted.nbytes)
-    problems += [*_disk_problems(place, wanted.nbytes), *_memory_problems(peak)]
+    problems += [*_disk_problems(place, wanted.nbytes + optimizer.nbytes), *_memory_problems(peak)]
     problems += [*_library_problems(target.format), *_cast_problems(checkpoint, dtype)]
     single = {place.name: list(stored)}
     sharded = not form.suffix and form.streams
@@ -142,7 +145,8 @@ def plan(
         tensors=_rows(checkpoint, wanted),
         stored=stored.shapes,
         files=shard_names(stored.headers, target.max_shard_bytes) if sharded else single,
-        dropped=dict(checkpoint.derived),
+        dropped=dict(optimizer.dropped),
+        optimizer=optimizer.to_dict(),
         folded=dict(checkpoint.folded),
         ignored=dict(checkpoint.ignored),
         nbytes=wanted.nbytes,

@@ -21,6 +21,8 @@ class Report:
         tensors: how many were written.
         nbytes: bytes of tensor data written.
         dropped: tensors of the source that are not needed, with the reason.
+        optimizer: of the state that was carried along, kind, step, and how many parameters have
+            which moments; empty where there was none.
         folded: tensors that were computed from those of the source, with the reason.
         ignored: keys of the foreign configuration that were ignored, with their values.
         wrappers: keys and prefixes of training that were removed from the names.
@@ -44,6 +46,7 @@ class Report:
     tensors: int
     nbytes: int
     dropped: dict[str, str] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, Any] = field(default_factory=dict)
     wrappers: list[str] = field(default_factory=list)

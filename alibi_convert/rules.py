@@ -217,6 +217,20 @@ def check_tree(params: Mapping[str, Any], config: ALiBiConfig) -> dict[tuple[str
     Raises:
         CheckpointError: as for `canonical_tensors`.
     """
+    leaves = leaves_by_path(params)
+    check_shapes(
+        {"/".join(row.flax_path): row.flax_shape for row in parameter_table(config)},
+        {"/".join(path): tuple(leaf.shape) for path, leaf in leaves.items()},
+    )
+    return leaves
+
+
+def leaves_by_path(params: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree, nested or flattened, each under the keys that lead to it.
+
+    Raises:
+        CheckpointError: something that is no array, or a leaf that is there in two forms.
+    """
     leaves: dict[tuple[str, ...], Any] = {}
     for path, leaf in _leaves(params, ()):
         if path[-1:] == ("value",):  # of a box, written as a mapping
@@ -224,10 +238,6 @@ def check_tree(params: Mapping[str, Any], config: ALiBiConfig) -> dict[tuple[str
         if path in leaves:
             raise CheckpointError(f"{'/'.join(path)} is there twice, in two forms; remove one")
         leaves[path] = leaf
-    check_shapes(
-        {"/".join(row.flax_path): row.flax_shape for row in parameter_table(config)},
-        {"/".join(path): tuple(leaf.shape) for path, leaf in leaves.items()},
-    )
     return leaves
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from alibi_spec.config import ALiBiConfig
@@ -92,6 +92,22 @@ def parameter_table(config: ALiBiConfig) -> tuple[Parameter, ...]:
     With `vocab_size` the rows are those of `ALiBiLM`, without it those of `ALiBiTransformer`.
     """
     return tuple(_rows(config))
+
+
+def torch_order(config: ALiBiConfig) -> tuple[str, ...]:
+    """The names in the order of torch's `named_parameters()`, by which optimizers number them."""
+    return tuple(_own_first([row.name for row in parameter_table(config)]))
+
+
+def _own_first(names: Sequence[str]) -> list[str]:
+    """A module's own parameters precede those of its submodules."""
+    own = [name for name in names if "." not in name]
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        module, _, rest = name.partition(".")
+        if rest:
+            modules.setdefault(module, []).append(rest)
+    return own + [f"{key}.{each}" for key, rest in modules.items() for each in _own_first(rest)]
 
 
 def _rows(config: ALiBiConfig) -> Iterator[Parameter]:

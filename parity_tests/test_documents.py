@@ -56,7 +56,8 @@ def test_shardings_on_eight_devices(tmp_path: Path) -> None:
 def test_pages_with_examples() -> None:
     """No page has lost its examples."""
     tasks = ("README.md", "docs/attention.md", "docs/converting.md", "docs/loading.md")
-    assert {*tasks, "docs/models.md", "docs/training.md", "docs/SPEC.md"} <= set(WITH_EXAMPLES)
+    pages = {*tasks, *(f"docs/{name}.md" for name in ("models", "optimizer", "training", "SPEC"))}
+    assert pages <= set(WITH_EXAMPLES)
 
 
 @pytest.mark.parametrize("document", [*PAGES, "CONTRIBUTING.md"])

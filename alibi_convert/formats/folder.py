@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json
 from alibi_convert.formats.config_file import config_json, parse_config
-from alibi_convert.formats.format import Asked, Format, Opened, Writing
+from alibi_convert.formats.format import Asked, Beside, Format, Opened
 from alibi_convert.formats.names import MERGE
 from alibi_convert.formats.orbax import recognises as is_orbax
+from alibi_convert.formats.safetensors import write_safetensors
 from alibi_convert.formats.shards import read_weights, write_tensors
 from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import Tensors
-from alibi_convert.writing.layout import CONFIG_FILE, is_weight_file
+from alibi_convert.writing.layout import CONFIG_FILE, OPTIMIZER_FILE, is_weight_file
 from alibi_spec import ALiBiConfig, parameter_table
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -39,14 +40,23 @@ def read(folder: Path, asked: Asked) -> Opened:
     is_foreign = "model_type" in values and "format" not in values
     carried = None if is_foreign else parse_config(values, str(file))
     tensors, weights = read_weights(folder, asked.allow_pt)
+    optimizer = None if is_foreign else _optimizer(folder)
+    names = [CONFIG_FILE, *weights, *([OPTIMIZER_FILE] if optimizer else [])]
     return Opened(
         "folder" if is_foreign else "alibi",
         folder,
-        {name: folder / name for name in (CONFIG_FILE, *weights)},
+        {name: folder / name for name in names},
         tensors,
         carried,
         foreign=values if is_foreign else None,
+        left={} if optimizer is None else {OPTIMIZER_FILE: "the optimizer's state, not the model"},
+        optimizer=optimizer,
     )
+
+
+def _optimizer(folder: Path) -> Beside | None:
+    path = folder / OPTIMIZER_FILE
+    return Beside(path.name, "file", lambda: path) if path.exists() else None
 
 
 def _require_model(folder: Path) -> None:
@@ -57,7 +67,11 @@ def _require_model(folder: Path) -> None:
 
 
 def write(
-    path: Path, config: ALiBiConfig, tensors: Tensors, **options: Unpack[Writing]
+    path: Path,
+    config: ALiBiConfig,
+    tensors: Tensors,
+    optimizer: tuple[Tensors, dict[str, str]] | None = None,
+    **options: Any,
 ) -> dict[str, str]:
     """A folder of ours; one that is there already is filled.
 
@@ -65,12 +79,13 @@ def write(
         CheckpointError: the tensors are not those of the configuration.
     """
     check_shapes({row.name: row.shape for row in parameter_table(config)}, tensors.shapes)
-    return write_files(path, config_json(config), tensors, **options)
+    hashes = write_files(path, config_json(config), tensors, **options)
+    if optimizer is not None:
+        hashes[OPTIMIZER_FILE] = write_safetensors(path / OPTIMIZER_FILE, *optimizer)
+    return hashes
 
 
-def write_files(
-    path: Path, config: str, tensors: Tensors, **options: Unpack[Writing]
-) -> dict[str, str]:
+def write_files(path: Path, config: str, tensors: Tensors, **options: Any) -> dict[str, str]:
     """The text of a `config.json`, and tensors by the names that it goes with."""
     path.mkdir(exist_ok=True)
     (path / CONFIG_FILE).write_text(config, encoding="utf-8")

@@ -30,6 +30,21 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """An optimizer's state that a path holds beside the model.
+
+    Attributes:
+        name: of the file, or the keys that lead to it.
+        layout: "file" for that of a folder of ours, "torch" for a state dict, "optax" for a tree.
+        read: what is there: the file's path, the state dict, the tree.
+    """
+
+    name: str
+    layout: str
+    read: Callable[[], Any]
+
+
+@dataclass(frozen=True)
 class Opened:
     """What a path holds: a configuration of ours, or a foreign one, or none; and tensors.
 
@@ -42,6 +57,7 @@ class Opened:
         foreign: one of a family's.
         left: names in the file that are not of the model, with the reason; they are dropped.
         wrappers: keys that led to the tensors, and prefixes of their names that were removed.
+        optimizer: of the run that trained the model.
     """
 
     format: str
@@ -52,6 +68,7 @@ class Opened:
     foreign: Mapping[str, Any] | None = None
     left: Mapping[str, str] = field(default_factory=dict)
     wrappers: Sequence[str] = ()
+    optimizer: Beside | None = None
 
 
 def no_steps(path: Path, step: int) -> CheckpointError:
@@ -60,10 +77,15 @@ def no_steps(path: Path, step: int) -> CheckpointError:
 
 
 class Writing(TypedDict, total=False):
-    """Options of formats of several files: their size, and which of them are finished already."""
+    """Options of some formats.
+
+    Those of several files know their size, and which of them are finished already. Those with room
+    for an optimizer's state get it as they write it.
+    """
 
     max_shard_bytes: int
     journal: Journal | None
+    optimizer: Any
 
 
 class Write(Protocol):

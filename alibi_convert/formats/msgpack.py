@@ -12,8 +12,8 @@ import numpy as np
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import open_regular, without_duplicates
 from alibi_convert.formats.config_file import read_sidecar, with_sidecar, write_sidecar
-from alibi_convert.formats.format import Asked, Format, Opened
-from alibi_convert.formats.train_state import find_params
+from alibi_convert.formats.format import Asked, Beside, Format, Opened
+from alibi_convert.formats.train_state import at, find_params
 from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.tensors import Tensors
@@ -111,15 +111,22 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, asked: Asked) -> Opened:
-    """Flax params, or a training state with them, of which the other keys are dropped.
+    """Flax params, or a training state with them, and what is beside them.
 
     Raises:
         CheckpointError: truncated, not msgpack, or not the params of this configuration.
     """
     config = asked.settle(read_sidecar(path))
-    found, left = find_params(load_msgpack(path), path)
+    tree = load_msgpack(path)
+    found, left = find_params(tree, path)
     tensors = Tensors.of(canonical_tensors(found.params, config))
-    return Opened("msgpack", path, with_sidecar(path), tensors, config, left=left)
+    optimizer = None
+    if found.optimizer:
+        name = "/".join(found.optimizer)
+        optimizer = Beside(name, "optax", lambda: at(tree, found.optimizer))
+    return Opened(
+        *("msgpack", path, with_sidecar(path), tensors, config), left=left, optimizer=optimizer
+    )
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.tensors import LazyTensor, Tensors
+from alibi_convert.tensors import Tensors
 
 _OUTERMOST = ("module.", "model.")
 _ANYWHERE = re.compile(
@@ -43,23 +43,32 @@ _KINDS = (
 def unwrapped(tensors: Tensors) -> tuple[Tensors, list[str]]:
     """The tensors under their names in the model itself, and the prefixes that were removed.
 
-    `module.` and `model.` are removed only where every name begins with it.
-
     Raises:
         CheckpointError: two tensors would have one name.
     """
-    found: dict[str, None] = {}
-    names = {name: _ANYWHERE.sub("", name) for name in tensors}
-    found |= dict.fromkeys(word for name in tensors for word in _ANYWHERE.findall(name))
+    names, prefixes = unwrapped_names(tensors)
+    return Tensors({short: tensors.headers[name] for name, short in names.items()}), prefixes
+
+
+def unwrapped_names(given: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The names in the model itself, by those given, and the prefixes that were removed.
+
+    `module.` and `model.` are removed only where every name begins with it.
+
+    Raises:
+        CheckpointError: two would be one.
+    """
+    names = {name: _ANYWHERE.sub("", name) for name in given}
+    found = dict.fromkeys(word for name in names for word in _ANYWHERE.findall(name))
     while prefix := _common_prefix(list(names.values())):
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
         found[prefix] = None
-    headers: dict[str, LazyTensor] = {}
-    for name, short in names.items():
-        if short in headers:
+    seen: set[str] = set()
+    for short in names.values():
+        if short in seen:
             raise CheckpointError(f"{short} is there with a wrapper's prefix and without; keep one")
-        headers[short] = tensors.headers[name]
-    return Tensors(headers), list(found)
+        seen.add(short)
+    return names, list(found)
 
 
 def _common_prefix(names: list[str]) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ import numpy as np
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json, read_whole, require_regular
 from alibi_convert.formats.config_file import config_json, read_config
-from alibi_convert.formats.format import Asked, Format, Opened, no_steps
-from alibi_convert.formats.train_state import find_params
+from alibi_convert.formats.format import Asked, Beside, Format, Opened, no_steps
+from alibi_convert.formats.train_state import Found, at, find_params, placed
 from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, check_tree, flax_tree
 from alibi_convert.tensors import Tensors
@@ -114,31 +116,43 @@ def _step(folder: Path) -> re.Match[str] | None:
     return re.search(r"(?:(?<=_)|^)\d+$", folder.name) if has_tree or _is_tree(folder) else None
 
 
-def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[str, str]]:
-    """The params in the folder of one tree; the other keys, with the reason why they are dropped.
+def _find(tree_folder: Path) -> tuple[Found, dict[str, str], Any]:
+    """Where the params are in the folder of one tree, the other keys, and the shapes of all.
 
     Raises:
-        CheckpointError: broken, or not the params of this configuration.
+        CheckpointError: broken.
     """
     _check_files(tree_folder)
     require("orbax.checkpoint", "flax", "reading orbax")
+    with _handler(tree_folder) as (handler, folder):
+        tree: Any = handler.metadata(folder).tree
+        return *find_params(tree, tree_folder), tree
+
+
+def _restored(tree_folder: Path, tree: Any, keys: Sequence[str]) -> Any:
+    """The arrays that some keys lead to."""
     import jax
+    import orbax.checkpoint as ocp
+
+    # As NumPy arrays: the devices that wrote it need not be here.
+    one = ocp.RestoreArgs(restore_type=np.ndarray)
+    wanted = placed(at(tree, keys), keys)
+    arguments = ocp.args.PyTreeRestore(
+        wanted, restore_args=jax.tree.map(lambda _: one, wanted), partial_restore=True
+    )
+    with _handler(tree_folder) as (handler, folder):
+        return at(handler.restore(folder, args=arguments), keys)
+
+
+@contextmanager
+def _handler(tree_folder: Path) -> Iterator[tuple[Any, Any]]:
+    """What reads a tree, and its folder; errors of the libraries become ours."""
     import orbax.checkpoint as ocp
     from etils import epath
 
-    folder = epath.Path(tree_folder.absolute())
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        tree: Any = handler.metadata(folder).tree
-        found, left = find_params(tree, tree_folder)
-        check_tree(found.params, config)  # a wrong shape costs no memory
-        # As NumPy arrays: the devices that wrote it need not be here.
-        one = ocp.RestoreArgs(restore_type=np.ndarray)
-        wanted = found.in_place
-        arguments = ocp.args.PyTreeRestore(
-            wanted, restore_args=jax.tree.map(lambda _: one, wanted), partial_restore=True
-        )
-        restored = find_params(handler.restore(folder, args=arguments), tree_folder)[0].params
+        yield handler, epath.Path(tree_folder.absolute())
     except _ERRORS as error:
         if isinstance(error, CheckpointError):
             raise
@@ -148,7 +162,6 @@ def _read_tree(tree_folder: Path, config: ALiBiConfig) -> tuple[Tensors, dict[st
         ) from None
     finally:
         handler.close()
-    return Tensors.of(canonical_tensors(restored, config)), left
 
 
 def _check_files(folder: Path) -> None:
@@ -200,10 +213,17 @@ def read(folder: Path, asked: Asked) -> Opened:
     tree = find_tree(folder, asked.step)
     is_ours = (folder / CONFIG_FILE).exists()
     config = asked.settle(read_config(folder / CONFIG_FILE) if is_ours else None)
-    tensors, left = _read_tree(tree, config)
+    found, left, shapes = _find(tree)
+    check_tree(found.params, config)  # a wrong shape costs no memory
+    params = _restored(tree, shapes, found.keys)
+    tensors = Tensors.of(canonical_tensors(params, config))
+    optimizer = None
+    if found.optimizer:
+        name = "/".join(found.optimizer)
+        optimizer = Beside(name, "optax", lambda: _restored(tree, shapes, found.optimizer))
     place = folder if is_ours else tree
     files = {str(f.relative_to(place)): f for f in sorted(place.rglob("*")) if f.is_file()}
-    return Opened("orbax", place, files, tensors, config, left=left)
+    return Opened("orbax", place, files, tensors, config, left=left, optimizer=optimizer)
 
 
 def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:

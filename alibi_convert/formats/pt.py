@@ -11,6 +11,7 @@ import struct
 import tarfile
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES
 from alibi_convert.files import open_regular, require_regular
 from alibi_convert.formats.config_file import read_sidecar, with_sidecar, write_sidecar
-from alibi_convert.formats.format import Asked, Format, Opened
+from alibi_convert.formats.format import Asked, Beside, Format, Opened
 from alibi_convert.formats.zip_file import MAGIC, check_zip
 from alibi_convert.machine import require
 from alibi_convert.tensors import Tensors, as_torch
@@ -178,23 +179,58 @@ def _check_mapped(path: Path, entries: Mapping[str, tuple[int, int]], tensors: l
         raise CheckpointError(f"{path} is damaged: its tensors do not fit the data it holds")
 
 
-def _find_state_dict(saved: Any) -> tuple[Any, list[str], dict[str, str]]:
-    """The state dict in a pickle of a training run, or else all that was pickled.
+@dataclass(frozen=True)
+class _Found:
+    """The state dict in what was pickled.
 
-    Returns:
-        it; the keys that lead to it; and the other keys, with the reason why they are dropped.
+    Attributes:
+        state: it.
+        keys: that lead to it.
+        left: the other keys, with the reason why they are dropped.
+        optimizers: the states of optimizers under them.
     """
+
+    state: Any
+    keys: list[str]
+    left: Mapping[str, str]
+    optimizers: Mapping[str, Any]
+
+    @property
+    def optimizer(self) -> Beside | None:
+        """The state of the one optimizer; of several none is the model's alone."""
+        if len(self.optimizers) != 1:
+            return None
+        ((name, state),) = self.optimizers.items()
+        return Beside(name, "torch", lambda: state)
+
+
+def _find_state_dict(saved: Any) -> _Found:
+    """The state dict in a pickle of a training run, or else all that was pickled."""
     for keys in _ENTRIES:
         node: Any = saved
         left: dict[str, str] = {}
+        optimizers: dict[str, Any] = {}
         for key in keys:
             if not isinstance(node, Mapping) or not isinstance(node.get(key), Mapping):
                 break
             left |= {str(name): f"not in {key}, which is the model" for name in node if name != key}
+            optimizers |= _optimizers(node)
             node = node[key]
         else:
-            return node, list(keys), left
-    return saved, [], {}
+            return _Found(node, list(keys), left, optimizers)
+    return _Found(saved, [], {}, {})
+
+
+def _optimizers(node: Mapping[Any, Any]) -> dict[str, Any]:
+    """The states of optimizers among some values; Lightning and Composer have them in lists."""
+    found = {}
+    for name, value in node.items():
+        inside = list(value.values()) if isinstance(value, Mapping) else value
+        is_one = isinstance(inside, list) and len(inside) == 1
+        for state in (value, *(inside if is_one else ())):
+            if isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys():
+                found[str(name)] = state
+    return found
 
 
 def recognises(path: Path) -> bool:
@@ -214,23 +250,35 @@ def read(path: Path, asked: Asked) -> Opened:
         found = family.unpickled(saved)
         if found is not None:
             return Opened("pt", path, files, state_dict(found[1], path), foreign=found[0])
-    state, keys, left = _find_state_dict(saved)
-    return Opened("pt", path, files, state_dict(state, path), carried, left=left, wrappers=keys)
+    found = _find_state_dict(saved)
+    return Opened(
+        *("pt", path, files, state_dict(found.state, path), carried),
+        left=found.left,
+        wrappers=found.keys,
+        optimizer=found.optimizer,
+    )
 
 
-def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """A torch state dict, and its configuration in another file."""
-    save(path, tensors)
+def write(
+    path: Path, config: ALiBiConfig, tensors: Tensors, optimizer: Any = None, **_: Any
+) -> dict[str, str]:
+    """A torch state dict, and its configuration in another file.
+
+    With an optimizer's state it is one of two entries: `model` and `optimizer`.
+    """
+    save(path, tensors, optimizer)
     write_sidecar(path, config)
     return {}
 
 
-def save(path: Path, tensors: Tensors) -> None:
+def save(path: Path, tensors: Tensors, optimizer: Any = None) -> None:
     """The tensors as a pickled dict, without any configuration."""
     require("torch", "torch", "writing .pt")
     import torch
 
-    state = {name: as_torch(array) for name, array in tensors.items()}
+    state: dict[str, Any] = {name: as_torch(array) for name, array in tensors.items()}
+    if optimizer is not None:
+        state = {"model": state, "optimizer": optimizer}
     try:
         with path.open("wb") as file:
             torch.save(state, file)

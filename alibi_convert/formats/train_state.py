@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from alibi_convert.errors import CheckpointError
 
 _PARAMS = "params"
+_OPTIMIZER = "opt_state"
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,31 @@ class Found:
     Attributes:
         params: the nested mapping that is meant.
         keys: that lead to it.
+        optimizer: keys that lead to the optimizer's state, if there is one.
     """
 
     params: Mapping[str, Any]
     keys: tuple[str, ...]
+    optimizer: tuple[str, ...] = ()
 
     @property
     def in_place(self) -> dict[str, Any]:
         """The tree with nothing but the params."""
-        tree: Any = self.params
-        for key in reversed(self.keys):
-            tree = {key: tree}
-        return tree
+        return placed(self.params, self.keys)
+
+
+def placed(tree: Any, keys: Sequence[str]) -> Any:
+    """What these keys lead to, and nothing else."""
+    for key in reversed(keys):
+        tree = {key: tree}
+    return tree
+
+
+def at(tree: Any, keys: Sequence[str]) -> Any:
+    """What the keys lead to."""
+    for key in keys:
+        tree = tree[key]
+    return tree
 
 
 def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:
@@ -51,14 +65,17 @@ def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:
             f"{path} holds several params, in {', '.join(branches)}; save only one of them"
         )
     left: dict[str, str] = {}
+    optimizer: tuple[str, ...] = ()
     node: Mapping[str, Any] = tree
     while _has_params(node) or (not keys and branches):
         key = _PARAMS if _has_params(node) else branches[0]
         for name in node:
+            if name == _OPTIMIZER:
+                optimizer = (*keys, name)
             if name != key:
                 left["/".join((*keys, str(name)))] = "not in the params, which are the model"
         node, keys = node[key], (*keys, key)
-    return Found(node, keys), left
+    return Found(node, keys, optimizer), left
 
 
 def _has_params(node: Any) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 CONFIG_FILE = "config.json"
 CONVERSION_FILE = "conversion.json"
 WEIGHTS_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
@@ -61,11 +62,12 @@ def is_weight_file(path: Path) -> bool:
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this entry of a folder is weights of ours, their index or their configuration."""
+    """Whether this entry of a folder is weights of ours, or what goes with these very weights."""
     if path.name == ORBAX_FOLDER:
         return (path / ORBAX_MARK).exists()
     is_shard = path.name.startswith("model-") and path.name.endswith(".safetensors")
-    return is_shard or path.name in (CONFIG_FILE, CONVERSION_FILE, WEIGHTS_FILE, INDEX_FILE)
+    names = (CONFIG_FILE, CONVERSION_FILE, WEIGHTS_FILE, INDEX_FILE, OPTIMIZER_FILE)
+    return is_shard or path.name in names
 
 
 def is_checkpoint_file(path: Path) -> bool:

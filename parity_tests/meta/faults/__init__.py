@@ -11,6 +11,7 @@ from parity_tests.meta.faults import (
     flax_attention,
     inference,
     models,
+    optimizer,
     spec,
     torch_attention,
     training,
@@ -26,6 +27,7 @@ FAULTS = (
     *conversion.FAULTS,
     *files.FAULTS,
     *families.FAULTS,
+    *optimizer.FAULTS,
     *comparison.FAULTS,
     *command.FAULTS,
 )
