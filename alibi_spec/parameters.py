@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alibi_spec.config import ALiBiConfig
@@ -87,27 +87,19 @@ def axis_sizes(config: ALiBiConfig) -> dict[str, int]:
 
 
 def parameter_table(config: ALiBiConfig) -> tuple[Parameter, ...]:
-    """Every parameter of the model, once, in the order of the forward pass.
+    """Every parameter of the model, once, in the order of the forward pass and of torch.
+
+    `named_parameters()` has a module's own parameters before those of its submodules; by that order
+    torch's optimizers number them.
 
     With `vocab_size` the rows are those of `ALiBiLM`, without it those of `ALiBiTransformer`.
     """
     return tuple(_rows(config))
 
 
-def torch_order(config: ALiBiConfig) -> tuple[str, ...]:
-    """The names in the order of torch's `named_parameters()`, by which optimizers number them."""
-    return tuple(_own_first([row.name for row in parameter_table(config)]))
-
-
-def _own_first(names: Sequence[str]) -> list[str]:
-    """A module's own parameters precede those of its submodules."""
-    own = [name for name in names if "." not in name]
-    modules: dict[str, list[str]] = {}
-    for name in names:
-        module, _, rest = name.partition(".")
-        if rest:
-            modules.setdefault(module, []).append(rest)
-    return own + [f"{key}.{each}" for key, rest in modules.items() for each in _own_first(rest)]
+def parameter_names(config: ALiBiConfig) -> tuple[str, ...]:
+    """The name of every parameter, in the order of the table."""
+    return tuple(row.name for row in _rows(config))
 
 
 def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
@@ -137,6 +129,8 @@ def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
             yield row(module, "bias", f"{output} -> {output.strip('()')}", "zeros")
 
     if config.vocab_size is not None:
+        if config.head == "masked_lm":
+            yield Parameter("head_bias", ("head_bias",), "vocab -> vocab", sizes, "zeros")
         yield row("token_embedding", "weight", "vocab embed -> vocab embed", config.init_std)
         if config.type_vocab_size is not None:
             pattern = "types embed -> types embed"
@@ -146,14 +140,14 @@ def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
     for index in range(config.num_layers):
         layer = f"{prefix}layers.{index}"
         yield from norm(f"{layer}.attn_norm")
+        if config.slopes == "learned":
+            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
         for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
             pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
             yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
         if config.qk_norm:
             yield from norm(f"{layer}.attn.query_norm", "(heads head_dim) -> heads head_dim")
             yield from norm(f"{layer}.attn.key_norm", "(kv_heads head_dim) -> kv_heads head_dim")
-        if config.slopes == "learned":
-            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
         if config.output_projection:
             yield from linear(
                 f"{layer}.attn.output",
@@ -177,7 +171,6 @@ def _rows(config: ALiBiConfig) -> Iterator[Parameter]:
     if config.head == "masked_lm":
         yield from linear("head_transform", "features embed -> embed features", has_bias=True)
         yield from norm("head_norm")
-        yield Parameter("head_bias", ("head_bias",), "vocab -> vocab", sizes, "zeros")
     if not config.tie_embeddings:
         yield row("lm_head", "weight", "vocab embed -> embed vocab", config.init_std)
     if config.adaptive_cutoffs is not None:

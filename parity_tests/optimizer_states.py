@@ -12,7 +12,7 @@ import numpy as np
 from alibi_convert.rules import flax_tree
 from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import ALiBiConfig, parameter_table
-from alibi_spec.parameters import torch_order
+from alibi_spec.parameters import parameter_names
 from parity_tests.compare import assert_bitwise
 
 # Parameters that torch numbers in another order than the table's, and two of equal shape.
@@ -21,7 +21,7 @@ CONFIG = ALiBiConfig(
     **{"expansion_factor": 2, "tie_embeddings": False, "max_len": 16},
 )
 ROWS = {row.name: row for row in parameter_table(CONFIG)}
-NAMES = torch_order(CONFIG)
+NAMES = parameter_names(CONFIG)
 
 
 def drawn(seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from alibi_convert.formats.safetensors import read_safetensors
 from alibi_convert.optimizers.state import KINDS, Group, OptimizerState, check_state
 from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_spec import ALiBiConfig
-from alibi_spec.parameters import torch_order
+from alibi_spec.parameters import parameter_names
 
 _KEY = "alibi_optimizer"
 _VERSION = 1
@@ -63,7 +63,7 @@ def from_file(path: Path, config: ALiBiConfig) -> OptimizerState:
         raise CheckpointError(f"{path} says step {step!r}, expected a whole number or null")
     ordered = {
         word: Tensors(
-            {name: found[name] for name in [*torch_order(config), *found] if name in found}
+            {name: found[name] for name in [*parameter_names(config), *found] if name in found}
         )
         for word, found in moments.items()
     }
@@ -71,7 +71,7 @@ def from_file(path: Path, config: ALiBiConfig) -> OptimizerState:
 
 
 def _groups(saved: Any, path: Path, config: ALiBiConfig) -> tuple[Group, ...]:
-    known, seen = set(torch_order(config)), []
+    known, seen = set(parameter_names(config)), []
     try:
         groups = tuple(
             Group(tuple(each["parameters"]), _options(each["options"])) for each in saved

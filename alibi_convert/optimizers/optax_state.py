@@ -35,7 +35,7 @@ from alibi_convert.rules import (
 )
 from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
-from alibi_spec.parameters import torch_order
+from alibi_spec.parameters import parameter_names
 
 # Fields that must be zero, and what to do where they are not.
 _MENDS = {
@@ -74,7 +74,7 @@ def from_optax(opt_state: Any, config: ALiBiConfig) -> OptimizerState:
             if row.name in moments[field.role]:
                 raise _twice(field, row.name)
             moments[field.role][row.name] = to_torch_layout(row, as_numpy(leaf))
-    order = torch_order(config)
+    order = parameter_names(config)
     ordered = {
         word: Tensors.of({name: arrays[name] for name in order if name in arrays})
         for word, arrays in moments.items()
@@ -254,7 +254,7 @@ def to_optax(state: OptimizerState, config: ALiBiConfig, tx: Any) -> Any:
     _require_wanted(state, found, owned)
     options = {
         field.path: state.options(names)
-        for field, names in _injected(found, owned, torch_order(config))
+        for field, names in _injected(found, owned, parameter_names(config))
     }
 
     def filled(field: Field) -> Any:

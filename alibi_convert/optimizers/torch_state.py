@@ -21,7 +21,7 @@ from alibi_convert.optimizers.state import (
 from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_spec import ALiBiConfig, parameter_table
-from alibi_spec.parameters import torch_order
+from alibi_spec.parameters import parameter_names
 
 NAME_THEM = "pass model.named_parameters() to the optimizer, or names="
 _NOT_OPTIONS = ("params", "param_names")
@@ -160,9 +160,9 @@ def _numbered(
     elif all(isinstance(number, str) for number in numbers):
         names = numbers
     elif len(groups) == 1:
-        names = torch_order(config)
+        names = parameter_names(config)
     else:
-        _require_count(numbers, torch_order(config))
+        _require_count(numbers, parameter_names(config))
         names = _told_by_shapes(groups, shapes, config)
     _require_count(numbers, names)
     unwrapped, _ = unwrapped_names(names)
@@ -205,7 +205,7 @@ def _told_by_shapes(
                 )
     known = {row.name: row.shape for row in parameter_table(config)}
     by_group: list[list[str]] = [[] for _ in groups]
-    for name in torch_order(config):
+    for name in parameter_names(config):
         by_group[owners.get(known[name], 0)].append(name)
     for group, names in zip(groups, by_group, strict=True):
         found = [shapes[number] for number in group["params"]]
@@ -228,7 +228,7 @@ def _check_entries(kind: str, named: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _moments(word: str, named: Mapping[str, Mapping[str, Any]], config: ALiBiConfig) -> Tensors:
-    order = (name for name in torch_order(config) if name in named)
+    order = (name for name in parameter_names(config) if name in named)
     return Tensors.of({name: named[name][word] for name in order})
 
 
@@ -320,7 +320,7 @@ def _counter(step: int | None) -> Any:
 def _fresh(state: OptimizerState, config: ALiBiConfig) -> Numbered:
     """Groups for the options of the state, and torch's defaults for what it does not know."""
     groups, names = [], {}
-    are_known = [group.parameters for group in state.groups] == [torch_order(config)]
+    are_known = [group.parameters for group in state.groups] == [parameter_names(config)]
     for group in state.groups:
         numbers = range(len(names), len(names) + len(group.parameters))
         names |= dict(zip(numbers, group.parameters, strict=True))
