@@ -472,6 +472,7 @@ def test_torch_states_that_are_refused() -> None:
         ({"state": {}, "param_groups": []}, CONFIG, "its param_groups is not as expected"),
         ({"state": {}, "param_groups": [{"lr": 1}]}, CONFIG, "its param_groups is not as"),
         (with_options(saved, params=[[0]]), CONFIG, "its param_groups is not as expected"),
+        (with_options(saved, params=[0] * len(NAMES)), CONFIG, "its param_groups is not as"),
         (with_options(saved, param_names=["a"]), CONFIG, "its param_groups is not as expected"),
         (changed(saved, 0, exp_avg="much"), CONFIG, "exp_avg of parameter 0 is a str, expected a"),
         (

@@ -152,6 +152,8 @@ def _numbered(
 ) -> Numbered:
     """The names of the numbers: those given, or in the groups, or the one order that fits."""
     numbers = [number for group in groups for number in group["params"]]
+    if len(set(numbers)) < len(numbers):
+        raise _no_state_dict("param_groups")
     names: Sequence[str]
     if given is not None:
         names = list(given)
