@@ -211,9 +211,10 @@ def test_both_backends_walk_together(case: str, steps: int) -> None:
     ["decoder", *(pytest.param(case, marks=pytest.mark.slow) for case in ("gated", "masked"))],
 )
 def test_float32_stays_near_float64(backend: str, case: str) -> None:
-    """How far twenty steps move each weight, relative to the longest way of its tensor; of biases
-    of keys, which move nowhere, relative to a step."""
-    (ours, found), (theirs, exact) = walk(backend, case, 20, "float32"), walk(backend, case, 20)
+    """That of the other backend: how far twenty steps move each weight, relative to the longest way
+    of its tensor; of biases of keys, which move nowhere, relative to a step."""
+    other = {"torch": "flax", "flax": "torch"}[backend]
+    (ours, found), (theirs, exact) = walk(backend, case, 20, "float32"), walk(other, case, 20)
     assert_within(ours, theirs, BUDGETS["float32", "cpu"].gradient, "metrics")
     for name, start in draw_parameters(CONFIGS[case]).items():
         moved, exactly = (each[name] - start.astype(np.float64) for each in (found, exact))
@@ -257,17 +258,14 @@ def test_dropout_depends_on_seed_and_step(backend: str) -> None:
     config = dataclasses.replace(CONFIGS["decoder"], dropout=0.3)
     parameters, batch = draw_parameters(config), batch_of("decoder")
     recipe = recipe_of("decoder", learning_rate=1e-30)
-    before = torch.get_rng_state()
     runs = []
     for seed in (0, 0, 1):
-        trainer = trainer_of(
-            backend, config, dataclasses.replace(recipe, seed=seed), parameters, "float32"
-        )
+        recipe = dataclasses.replace(recipe, seed=seed)
+        trainer = trainer_of(backend, config, recipe, parameters, "float32")
         runs.append([float(trainer.step(batch).loss) for _ in range(2)])
     assert runs[0] == runs[1]
     assert len({*runs[0], *runs[2]}) == 4
-    if backend == "torch":
-        assert not torch.equal(before, torch.zeros_like(before))
+    if backend == "torch":  # in Flax the call says so
         assert trainer.evaluate(batch) == trainer.evaluate(batch)
 
 
