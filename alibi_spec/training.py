@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from alibi_spec.masks import AttentionMask
 
+Arrays = Mapping[str, Any]  # by the names of parameters
+
 IGNORED = -100  # the target of a position that does not count, in torch and in transformers
 OBJECTIVES = ("next_token", "masked_lm")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -237,9 +239,6 @@ def learning_rates(recipe: Recipe) -> Float64[np.ndarray, " steps"]:
 def decayed(config: ALiBiConfig, recipe: Recipe) -> dict[str, bool]:
     """Of each parameter, in the order of the table, whether it decays."""
     return {row.name: recipe.decay == "all" or row.is_matrix for row in parameter_table(config)}
-
-
-Arrays = Mapping[str, Any]
 
 
 class AdamWState(NamedTuple):
