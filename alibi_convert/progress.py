@@ -16,8 +16,10 @@ def ignore(_: int | str) -> None:
 
 
 @contextmanager
-def progress_bar(shown: bool, title: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """Bytes, rate and time left on the standard error stream, if it is to be shown."""
+def progress_bar(
+    shown: bool, title: str, total: int, done: int = 0, unit: str = "B"
+) -> Iterator[Advance]:
+    """Bytes (or `unit`), rate and time left on the standard error stream, if it is to be shown."""
     if not shown:
         yield ignore
         return
@@ -26,7 +28,7 @@ def progress_bar(shown: bool, title: str, total: int, done: int = 0) -> Iterator
     with tqdm(
         *(None, title, total),
         initial=done,
-        unit="B",
+        unit=unit,
         unit_scale=True,
         dynamic_ncols=True,
         file=sys.stderr,

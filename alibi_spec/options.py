@@ -209,3 +209,9 @@ SLOPES = Kind(
     f"one of {SLOPE_RULES}, one finite number >= 0 per head, or one such tuple per layer",
     plain_tuple,
 )
+TEXT = Kind(lambda value: isinstance(value, str) and bool(value), "a text")
+TEXTS = Kind(
+    lambda value: isinstance(value, tuple) and all(isinstance(each, str) for each in value),
+    "a list of texts",
+    plain_tuple,
+)

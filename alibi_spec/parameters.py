@@ -11,8 +11,17 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from alibi_spec.biases import slopes
 from alibi_spec.config import ALiBiConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_CONSTANTS = {"zeros": 0.0, "ones": 1.0}
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,25 @@ def parameter_table(config: ALiBiConfig) -> tuple[Parameter, ...]:
     With `vocab_size` the rows are those of `ALiBiLM`, without it those of `ALiBiTransformer`.
     """
     return tuple(_rows(config))
+
+
+def initial_parameters(config: ALiBiConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
+    """Fresh parameters by name, float32, in the torch layout: the same for both backends.
+
+    The numbers of a parameter are those of NumPy's Philox4x64-10 with the key (seed, its place in
+    the table); those of `init` and `reset_parameters` are the frameworks' own.
+    """
+    fresh: dict[str, np.ndarray] = {}
+    for number, row in enumerate(parameter_table(config)):
+        if row.init == "slopes":
+            fresh[row.name] = slopes(config.num_heads, config.bias_max)
+        elif isinstance(row.init, str):
+            fresh[row.name] = np.full(row.shape, _CONSTANTS[row.init], np.float32)
+        else:
+            key = np.array([seed, number], np.uint64)
+            drawn = np.random.Generator(np.random.Philox(key=key)).standard_normal(row.shape)
+            fresh[row.name] = (row.init * drawn).astype(np.float32)
+    return fresh
 
 
 def parameter_names(config: ALiBiConfig) -> tuple[str, ...]:

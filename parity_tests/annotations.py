@@ -11,6 +11,7 @@ import builtins
 import dataclasses
 import importlib
 import pkgutil
+import tempfile
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -25,7 +26,7 @@ import pytest
 import torch
 from jaxtyping import AbstractArray, TypeCheckError, install_import_hook
 
-PACKAGES = ("alibi_spec", "alibi_torch", "alibi_flax")
+PACKAGES = ("alibi_spec", "alibi_torch", "alibi_flax", "alibi_train")
 NOT_RUN = (
     *("alibi_torch.kernels.flash_attn.", "alibi_torch.kernels.flex."),  # they need CUDA
     "alibi_spec.surface.",  # signatures alone, and so are the protocols
@@ -78,6 +79,7 @@ def check_all() -> None:
     _run_the_spec()
     _run_models()
     _run_training()
+    _read_documents()
     _run_kernels()
     _pass_a_wrong_dtype()
     missing = {name for name in _annotated - _called if not name.startswith(NOT_RUN)}
@@ -269,6 +271,24 @@ def _plan_by_the_spec() -> None:
     plan = attention_plan(query, key, np.ones(4), block_size=2)
     dropped_mass(plan, query, key, np.ones(4))
     keys_needed(query, key[:, :, :3], np.ones((2, 2)), np.ones(4))
+
+
+def _read_documents() -> None:
+    from alibi_spec import ALiBiConfig
+    from alibi_spec.parameters import initial_parameters
+    from alibi_train.batches import Batches, Rows
+    from alibi_train.documents import files_of, read_documents
+
+    initial_parameters(ALiBiConfig(**SMALL, slopes="learned"), seed=0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a.txt").write_text("one text")
+        np.save(folder / "b.npy", np.arange(30))
+        texts = read_documents(files_of(["*.txt"], folder), None, 0, "uint16")
+        tokens = read_documents([folder / "b.npy"], None, 7, "uint16")
+    for documents, mask in ((texts, None), (tokens, 3)):
+        rows = Rows(documents, 4, 256, has_next=mask is None)
+        next(Batches(rows, 1, 0, mask).in_order(1))
 
 
 LENGTH = 300

@@ -16,6 +16,7 @@ import alibi_convert
 import alibi_flax
 import alibi_spec
 import alibi_torch
+import alibi_train
 import alibi_verify
 from alibi_spec import surface
 
@@ -93,7 +94,7 @@ def test_public_names(backend: object) -> None:
 
 @pytest.mark.parametrize(
     "package",
-    [alibi_spec, alibi_convert, alibi_torch, alibi_flax, alibi_verify],
+    [alibi_spec, alibi_convert, alibi_torch, alibi_flax, alibi_verify, alibi_train],
     ids=lambda package: package.__name__,
 )
 def test_no_module_shadows_a_public_name(package: ModuleType) -> None:
@@ -115,6 +116,7 @@ def test_public_functions_are_documented() -> None:
         ("alibi_torch", ("jax", "flax", "optax", "alibi_flax", "alibi_verify")),
         ("alibi_flax", ("torch", "alibi_torch", "alibi_verify")),
         ("alibi_verify", ("torch", "jax", "flax", "alibi_torch", "alibi_flax", "alibi_cli")),
+        ("alibi_train", ("torch", "jax", "flax", "alibi_torch", "alibi_flax", "alibi_verify")),
     ],
 )
 def test_walls(package: str, forbidden: tuple[str, ...]) -> None:

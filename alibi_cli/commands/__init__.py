@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "plan",
     "convert": "convert",
     "verify": "verify",
+    "train": "train",
     "generate": "generate",
     "score": "score",
     "encode": "encode",

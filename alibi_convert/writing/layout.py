@@ -11,6 +11,7 @@ CONVERSION_FILE = "conversion.json"
 WEIGHTS_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TRAINING_FILE = "training.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 ORBAX_FOLDER = "params"
@@ -66,7 +67,7 @@ def is_model_file(path: Path) -> bool:
     if path.name == ORBAX_FOLDER:
         return (path / ORBAX_MARK).exists()
     is_shard = path.name.startswith("model-") and path.name.endswith(".safetensors")
-    names = (CONFIG_FILE, CONVERSION_FILE, WEIGHTS_FILE, INDEX_FILE, OPTIMIZER_FILE)
+    names = (CONFIG_FILE, CONVERSION_FILE, WEIGHTS_FILE, INDEX_FILE, OPTIMIZER_FILE, TRAINING_FILE)
     return is_shard or path.name in names
 
 

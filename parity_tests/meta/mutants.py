@@ -19,7 +19,8 @@ from parity_tests.meta.mutant import Mutant
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = (
-    *("alibi_spec", "alibi_convert", "alibi_torch", "alibi_flax", "alibi_verify", "alibi_cli"),
+    *("alibi_spec", "alibi_convert", "alibi_torch", "alibi_flax", "alibi_verify", "alibi_train"),
+    "alibi_cli",
     "parity_tests",
 )
 TESTS_FAILED = 1  # pytest's exit code; a mutant that does not even import proves nothing

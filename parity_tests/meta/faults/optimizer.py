@@ -51,10 +51,20 @@ FAULTS = (
         f"{_TESTS} from_optax_and_back",
     ),
     Mutant(
-        "parameters numbered in the order of the table",
+        "parameters numbered in the order of the forward pass, not torch's",
         "alibi_spec/parameters.py",
-        "return own + [",
-        "return names if own else [",
+        """        if config.slopes == "learned":
+            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
+        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+            pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
+            yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
+""",
+        """        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+            pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
+            yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
+        if config.slopes == "learned":
+            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
+""",
         f"{_TESTS} order_is_that",
     ),
     Mutant(
@@ -137,8 +147,8 @@ FAULTS = (
     Mutant(
         "the state of an optimizer stays beside other weights",
         "alibi_convert/writing/layout.py",
-        "WEIGHTS_FILE, INDEX_FILE, OPTIMIZER_FILE)",
-        "WEIGHTS_FILE, INDEX_FILE)",
+        "WEIGHTS_FILE, INDEX_FILE, OPTIMIZER_FILE, TRAINING_FILE)",
+        "WEIGHTS_FILE, INDEX_FILE, TRAINING_FILE)",
         f"{_FILES} beside_a_model",
     ),
     Mutant(
