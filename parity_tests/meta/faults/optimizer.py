@@ -7,6 +7,16 @@ from parity_tests.meta.mutant import Mutant
 _TESTS = "test_optimizer_state.py -k"
 _FILES = "test_optimizer_files.py -k"
 
+_SLOPES = """\
+        if config.slopes == "learned":
+            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
+"""
+_LINEAR = """\
+        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
+            pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
+            yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
+"""
+
 FAULTS = (
     Mutant(
         "the moments of Adam exchanged",
@@ -53,18 +63,8 @@ FAULTS = (
     Mutant(
         "parameters numbered in the order of the forward pass, not torch's",
         "alibi_spec/parameters.py",
-        """        if config.slopes == "learned":
-            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
-        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
-            pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
-            yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
-""",
-        """        for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
-            pattern = f"({heads} head_dim) embed -> embed {heads} head_dim"
-            yield from linear(f"{layer}.attn.{name}", pattern, config.attention_bias)
-        if config.slopes == "learned":
-            yield row(f"{layer}.attn", "slopes", "heads -> heads", "slopes")
-""",
+        f"{_SLOPES}{_LINEAR}",
+        f"{_LINEAR}{_SLOPES}",
         f"{_TESTS} order_is_that",
     ),
     Mutant(
