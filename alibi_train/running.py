@@ -84,10 +84,15 @@ def train(
         run.records.open(),
         progress_bar(progress, "training", last * size, step * size, unit=" tokens") as advance,
     ):
-        while step < last:
-            run.one_step(is_last=step + 1 == last)
-            step += 1
-            advance(size)
+        try:
+            while step < last:
+                run.one_step(is_last=step + 1 == last)
+                step += 1
+                advance(size)
+        except KeyboardInterrupt:
+            saved = run.checkpoints.steps()
+            goes_on = f"the same command goes on from step {saved[-1]}" if saved else "nothing saved"
+            raise KeyboardInterrupt(goes_on) from None
     return Finished(run.checkpoints.path(step), step, run.loss, run.validation_loss)
 
 

@@ -30,8 +30,6 @@ from alibi_train import Settings, read_settings, train
 from alibi_train.records import read_log
 from parity_tests.compare import assert_bitwise, assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 TRAINING = AGREEMENTS["float64 training"].relative
 FLOOR = 1e-3  # the bias of keys changes nothing: its gradient is only rounding
 MODEL = {"num_layers": 1, "d_model": 12, "num_heads": 3, "dropout": 0.0, "slopes": "learned"}
@@ -185,13 +183,14 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
     """The newest, every so many, and the best; each opens and generates."""
     settings = _settings(
         tmp_path,
-        training={"steps": 9, "learning_rate": 0.05},
+        training={"steps": 9, "learning_rate": 3.0, "warmup_steps": 0},
         run={"save_every": 1, "evaluate_every": 1, "keep_last": 2, "keep_every": 4},
     )
     train(settings, tmp_path / "run")
     log = read_log(tmp_path / "run")
     losses = {line["step"]: line["validation_loss"] for line in log if "validation_loss" in line}
     best = min(losses, key=lambda step: losses[step])
+    assert best not in (4, 8, 9), "nothing is seen of the best"
     there = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert there == sorted({f"step-{step:08}" for step in (4, 8, 9, best)})
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
@@ -299,6 +298,10 @@ def test_settings_that_are_refused(sections: Any, message: str, tmp_path: Path) 
         Settings.from_dict(sections, tmp_path)
 
 
+def _interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Settings from a file, changes from the command line, a tokenizer trained on the text."""
     _settings(tmp_path)
@@ -318,6 +321,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert checkpoint.config.vocab_size == 300
     assert checkpoint.config.max_len == 16
     assert main(["generate", found["folder"], "--prompt=3 times", "--max-new-tokens=3"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alibi_train.running._Run, "one_step", _interrupted)
+        assert main([*arguments, "--set=training.steps=3", "--json"]) == 2
+        assert main([*arguments, *changes[:1], "--until=1"]) == 0
+        assert main([*arguments, "--output", str(tmp_path / "other")]) == 130
+    assert "interrupted; nothing saved" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 2
     assert "training.steps is 3, was 2" in capsys.readouterr().err
     for change, message in (("training", "is no change"), ("a.b=1", "unknown section 'a'")):
