@@ -19,8 +19,6 @@ from alibi_convert.tensors import as_numpy, as_torch
 from alibi_spec.budgets import BUDGETS
 from parity_tests.compare import assert_bitwise, assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 BATCH, HEADS, SEQ, HEAD_DIM = 2, 3, 270, 6
 SLOPES = alibi_spec.slopes(HEADS)
 Attention = Any  # a partial of one of the two functions below

@@ -24,8 +24,6 @@ from alibi_spec.cache import Cache, bucket
 from parity_tests.cases import CONFIGS, SEQ, draw_inputs, draw_mask, draw_parameters
 from parity_tests.compare import assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 # Those whose attention differs; the rest of a model does not know of a cache.
 DISTINCT = ("lm-tied", "odd-heads", "bare", "own-slopes", "grouped", "rounded-bias")
 CHUNKS = (0, 149, 150, SEQ - 1, SEQ)  # twice a chunk and a single query, of two shapes in all

@@ -39,7 +39,6 @@ from parity_tests.cases import CONFIGS, draw_parameters, each_config
 from parity_tests.checkpoints import CONFIG, OURS, assert_holds, make_folder, write
 from parity_tests.compare import assert_bitwise
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 PAIRS = [(source, target) for source in OURS for target in OURS]
 
 

@@ -42,7 +42,6 @@ from parity_tests.small_models import (
     torch_model,
 )
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 FLOAT32 = BUDGETS["float32", "cpu"]
 
 

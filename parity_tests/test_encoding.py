@@ -20,8 +20,6 @@ from alibi_spec.pooling import POOLINGS, pooled
 from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.compare import assert_bitwise, assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 RNG = np.random.default_rng(0)
 SEQUENCES = [RNG.integers(0, 101, length).tolist() for length in (5, 40, 1, 41, 5, 12)]
 

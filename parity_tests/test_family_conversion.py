@@ -30,7 +30,6 @@ from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise
 from parity_tests.families import redraw
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 FLOAT64 = BUDGETS["float64", "cpu"].forward
 SIZES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 24, "n_layer": 2, "n_head": 3},

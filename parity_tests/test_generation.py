@@ -38,8 +38,6 @@ from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.families import redraw
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 VOCAB, PROMPT_LEN = 101, 30
 CONFIG = dataclasses.replace(CONFIGS["lm-tied"], num_layers=1)
 PROMPTS = np.random.default_rng(0).integers(0, VOCAB, (3, PROMPT_LEN))

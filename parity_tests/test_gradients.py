@@ -6,7 +6,6 @@ from functools import cache
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 from alibi_spec import reference_forward
 from alibi_spec.budgets import BUDGETS
@@ -26,7 +25,6 @@ from parity_tests.implementations import (
     present,
 )
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 TORCH_CPU = IMPLEMENTATIONS[0]
 
 

@@ -44,7 +44,6 @@ from parity_tests.torch_calls import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 forward_mode = pytest.mark.filterwarnings(  # torch's own
     "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
 )

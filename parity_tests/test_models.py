@@ -21,8 +21,6 @@ from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.small_models import BARE, CONFIG, MASK, TOKENS, flax_model, torch_model
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 @pytest.mark.parametrize(
     "rates",

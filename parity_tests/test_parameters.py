@@ -24,8 +24,6 @@ from alibi_spec import ALiBiConfig, parameter_table, slopes
 from parity_tests.cases import CONFIGS, each_config
 from parity_tests.compare import assert_bitwise
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 @each_config
 def test_table_is_both_backends(config_name: str) -> None:

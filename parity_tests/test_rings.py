@@ -28,8 +28,6 @@ from alibi_torch import cache as torch_cache
 from alibi_torch.kernels import certificate as torch_certificate
 from parity_tests.compare import assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 SEQ = 503
 BASE = ALiBiConfig(
     num_layers=2, d_model=24, num_heads=3, slopes=(1.5, 0.6, 0.9), vocab_size=31, max_len=64
