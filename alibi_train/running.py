@@ -91,7 +91,9 @@ def train(
                 advance(size)
         except KeyboardInterrupt:
             saved = run.checkpoints.steps()
-            goes_on = f"the same command goes on from step {saved[-1]}" if saved else "nothing saved"
+            goes_on = (
+                f"the same command goes on from step {saved[-1]}" if saved else "nothing saved"
+            )
             raise KeyboardInterrupt(goes_on) from None
     return Finished(run.checkpoints.path(step), step, run.loss, run.validation_loss)
 

@@ -45,8 +45,6 @@ from parity_tests.optimizer_states import (
 
 STEPS = 3
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 # Numbers that float32 holds: what optax injects has the params' dtype.
 BETAS = {"lr": 2.0**-9, "betas": (0.75, 0.875)}

@@ -20,7 +20,6 @@ from alibi_spec.budgets import BUDGETS
 from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.compare import assert_gradients_within, assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 FLOAT32, FLOAT64 = BUDGETS["float32", "cpu"], BUDGETS["float64", "cpu"]
 
 DECODER = ALiBiConfig(num_layers=1, d_model=30, num_heads=5, vocab_size=23)

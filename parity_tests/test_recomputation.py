@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -17,7 +16,6 @@ from alibi_spec import ALiBiConfig
 from parity_tests.compare import assert_bitwise
 from parity_tests.small_models import TOKENS
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 CONFIGS = {
     layers: ALiBiConfig(num_layers=layers, d_model=30, num_heads=5, vocab_size=23)
     for layers in (1, 3)

@@ -40,7 +40,6 @@ from alibi_spec.training import (
 from parity_tests.cases import draw_parameters
 from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 SUMS = AGREEMENTS["float64 sums"].relative
 BATCH, SEQ, VOCAB = 8, 12, 23
 

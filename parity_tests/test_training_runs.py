@@ -183,7 +183,7 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
     """The newest, every so many, and the best; each opens and generates."""
     settings = _settings(
         tmp_path,
-        training={"steps": 9, "learning_rate": 3.0, "warmup_steps": 0},
+        training={"steps": 9, "learning_rate": 1.0, "schedule": "constant"},
         run={"save_every": 1, "evaluate_every": 1, "keep_last": 2, "keep_every": 4},
     )
     train(settings, tmp_path / "run")
@@ -321,12 +321,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert checkpoint.config.vocab_size == 300
     assert checkpoint.config.max_len == 16
     assert main(["generate", found["folder"], "--prompt=3 times", "--max-new-tokens=3"]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alibi_train.running._Run, "one_step", _interrupted)
-        assert main([*arguments, "--set=training.steps=3", "--json"]) == 2
-        assert main([*arguments, *changes[:1], "--until=1"]) == 0
-        assert main([*arguments, "--output", str(tmp_path / "other")]) == 130
-    assert "interrupted; nothing saved" in capsys.readouterr().err
+    other = ["train", str(file), f"--output={tmp_path / 'other'}"]
+    for until, message in ((None, "nothing saved"), (1, "the same command goes on from step 1")):
+        if until is not None:
+            assert main([*other, f"--until={until}"]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(alibi_train.running._Run, "one_step", _interrupted)
+            assert main(other) == 130
+        assert f"interrupted; {message}" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 2
     assert "training.steps is 3, was 2" in capsys.readouterr().err
     for change, message in (("training", "is no change"), ("a.b=1", "unknown section 'a'")):
