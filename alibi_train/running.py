@@ -108,7 +108,7 @@ class _Run:
         backend: str,
         start: State,
         data: _Data,
-        origin: Origin | None,
+        origin: Origin,
         device: str | None,
     ) -> None:
         dtype, options = np.dtype(settings.run.dtype), settings.run
@@ -216,13 +216,13 @@ class _Data:
     tokens: int
 
     @classmethod
-    def of(cls, settings: Settings, config: ALiBiConfig, origin: Origin | None) -> _Data:
+    def of(cls, settings: Settings, config: ALiBiConfig, origin: Origin) -> _Data:
         data, recipe = settings.data, settings.recipe
         is_masked = recipe.objective == "masked_lm"
         if is_masked and data.mask_token_id is None:
             raise ValueError("objective masked_lm needs data.mask_token_id")
         vocab_size, encode = require_vocabulary(config.vocab_size), None
-        file = tokenizer_file(settings, origin)
+        file = _tokenizer_file(settings, origin)
         if file is not None:
             tokenizer = load_tokenizer(file.parent)
             encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
@@ -241,20 +241,20 @@ class _Data:
         return cls(train, validation, len(train.rows.documents.tokens))
 
 
-def tokenizer_file(settings: Settings, origin: Origin | None) -> Path | None:
-    """The tokenizer of a run: the one that is named, or else the checkpoint's; None is bytes."""
+def _tokenizer_file(settings: Settings, origin: Origin) -> Path | None:
+    """The tokenizer of a run: the one that is named, or that of its origin; None is bytes."""
     named = settings.data.tokenizer
     if named == BYTES:
         return None
     if named is not None:
         path = settings.path(named)
         return path / TOKENIZER_FILE if path.is_dir() else path
-    if origin is None or TOKENIZER_FILE not in origin.companions:
+    if TOKENIZER_FILE not in origin.companions:
         return None
     return origin.path / TOKENIZER_FILE
 
 
-def _start(settings: Settings, folder: Path) -> tuple[State, Origin | None]:
+def _start(settings: Settings, folder: Path) -> tuple[State, Origin]:
     """What the run begins with, and where its other files come from."""
     newest = Checkpoints(folder, settings.run).newest()
     if newest is not None:
@@ -264,7 +264,9 @@ def _start(settings: Settings, folder: Path) -> tuple[State, Origin | None]:
         checkpoint = open_checkpoint(settings.source)
         state = State(checkpoint.config, checkpoint.tensors, None, progress)
         return state, origin_of(checkpoint)
-    file, origin, vocab_size = tokenizer_file(settings, None), None, 256
+    trained = (TOKENIZER_FILE,) if (folder / TOKENIZER_FILE).is_file() else ()
+    origin, vocab_size = Origin(folder, trained, {}), 256
+    file = _tokenizer_file(settings, origin)
     if file is not None:
         origin = Origin(file.parent, (TOKENIZER_FILE,), {})
         vocab_size = load_tokenizer(file.parent).get_vocab_size()

@@ -60,7 +60,8 @@ class Data(Options):
     tokenizer: str | None = option(
         None,
         or_none(TEXT),
-        '"bytes", or the path of a tokenizer.json; None is that of the checkpoint, or bytes.',
+        '"bytes", or the path of a tokenizer.json; None is that of the checkpoint, or the one in '
+        "the run's folder, or bytes.",
     )
     end_token_id: int | None = option(
         None,

@@ -10,19 +10,23 @@ from alibi_train.documents import files_of, texts_of
 from alibi_train.settings import Settings
 
 
-def train_tokenizer(settings: Settings, folder: Path, size: int) -> Path:
-    """The file of a byte-level BPE tokenizer; one that is in the folder already stays.
+def train_tokenizer(settings: Settings, folder: Path, size: int) -> None:
+    """Write a byte-level BPE tokenizer into the folder; one that is there already stays.
 
     Args:
         folder: of the run.
         size: tokens, at least the 256 bytes.
 
     Raises:
-        ValueError: a size below 256, files that are no texts, or tokenizers is not installed.
+        ValueError: a size below 256, settings that name a tokenizer or a checkpoint, files that are
+            no texts, or tokenizers is not installed.
     """
+    named = settings.data.tokenizer or settings.checkpoint
+    if named is not None:
+        raise ValueError(f"the settings name a tokenizer already: that of {named}; train none")
     file = folder / TOKENIZER_FILE
     if file.exists():
-        return file
+        return
     if size < 256:
         raise ValueError(f"a tokenizer of {size} tokens is too small; expected at least 256")
     require("tokenizers", "train", "training a tokenizer")
@@ -39,4 +43,3 @@ def train_tokenizer(settings: Settings, folder: Path, size: int) -> Path:
     draft = file.with_name(f"{file.name}.new")
     tokenizer.save(str(draft))
     draft.replace(file)
-    return file

@@ -33,13 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     Most of the time of the tests is compilation, and most programs are needed by several modules in
     several processes: workers, and what tests start. These find the folder in their environment.
     In `make test` it takes a third of the time: LLVM does not optimise, and loops are not emitted
-    through MLIR. XLA's own passes stay; `make test-all` compiles as users do.
+    through MLIR. XLA's own passes stay; `make test-all` and `make test-gpu` compile as users do.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker
         return
     folder = tempfile.TemporaryDirectory(prefix="alibi-compiled-")
     config.add_cleanup(folder.cleanup)
-    is_short_run = config.option.markexpr == "not slow"
+    is_short_run = config.option.markexpr == "not slow" and not config.option.keyword
     for option, value in (
         ("jax_compilation_cache_dir", folder.name),
         ("jax_persistent_cache_min_compile_time_secs", 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -103,6 +104,23 @@ def test_a_run_goes_on_in_the_other_backend(
     exact = _weights(whole["torch"])
     for name, array in _weights(finished.folder).items():
         assert_within(array, exact[name], TRAINING, name, dtype="float64", floor=FLOOR)
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_here_and_a_hundred_there(tmp_path: Path) -> None:
+    """Both orders, and two hundred in either backend: four times the same model."""
+    training = {"steps": 200, "warmup_steps": 20}
+    settings = _settings(tmp_path, training=training, run={"dtype": "float64"})
+    ends = {}
+    for first, second in itertools.product(["torch", "flax"], repeat=2):
+        folder = tmp_path / f"{first}-{second}"
+        train(settings, folder, first, until=100)
+        ends[first, second] = _weights(train(settings, folder, second).folder)
+    exact = ends.pop(("torch", "torch"))
+    for which, weights in ends.items():
+        for name, array in weights.items():
+            what = f"{which}: {name}"
+            assert_within(array, exact[name], TRAINING, what, dtype="float64", floor=FLOOR)
 
 
 @pytest.mark.parametrize("backend", ["torch", "flax"])
@@ -321,6 +339,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert checkpoint.config.vocab_size == 300
     assert checkpoint.config.max_len == 16
     assert main(["generate", found["folder"], "--prompt=3 times", "--max-new-tokens=3"]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")  # and goes on there, without the flag
+    arguments = ["train", str(file), f"--output={tmp_path / 'moved'}"]
+    assert main([*arguments, "--set=training.steps=2", "--json"]) == 0
+    arguments.append("--train-tokenizer=300")
     other = ["train", str(file), f"--output={tmp_path / 'other'}"]
     for until, message in ((None, "nothing saved"), (1, "the same command goes on from step 1")):
         if until is not None:
@@ -331,7 +353,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert f"interrupted; {message}" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 2
     assert "training.steps is 3, was 2" in capsys.readouterr().err
-    for change, message in (("training", "is no change"), ("a.b=1", "unknown section 'a'")):
+    for change, message in (
+        ("training", "is no change"),
+        ("a.b=1", "unknown section 'a'"),
+        ("data.tokenizer='bytes'", "name a tokenizer already: that of bytes"),
+    ):
         assert main([*arguments, f"--set={change}"]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not TOML"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from alibi_cli.arguments import add_backend_option, count, path
 from alibi_cli.exit_codes import OK
@@ -51,10 +50,13 @@ def run(options: argparse.Namespace) -> int:
         ValueError: settings or data that do not fit, or a loss that is not finite.
         CheckpointError: a checkpoint that is broken or cannot be written.
     """
+    from alibi_convert.machine import require
     from alibi_train import read_settings, train
     from alibi_train.records import plot_log
 
     settings = read_settings(options.settings, options.set)
+    if not options.no_plot:
+        require("matplotlib", "train", "drawing the loss (or pass --no-plot)")
     if settings.run.dtype == "float64" and options.backend == "flax":
         import jax
 
@@ -62,8 +64,7 @@ def run(options: argparse.Namespace) -> int:
     if options.train_tokenizer is not None:
         from alibi_train.vocabulary import train_tokenizer
 
-        file = train_tokenizer(settings, options.output, options.train_tokenizer)
-        settings = replace(settings, data=replace(settings.data, tokenizer=str(file.absolute())))
+        train_tokenizer(settings, options.output, options.train_tokenizer)
     finished = train(
         settings,
         options.output,
