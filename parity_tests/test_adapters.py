@@ -25,6 +25,7 @@ from alibi_convert.formats.safetensors import write_safetensors
 from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import as_torch
 from alibi_spec.budgets import BUDGETS
+from alibi_verify import verify_steps
 from parity_tests import test_family_bloom, test_family_falcon, test_family_mpt
 from parity_tests.adapters import SETTINGS, Arrays, draw, embedding, linear, whole, write_adapter
 from parity_tests.checkpoints import truncate
@@ -586,7 +587,8 @@ def test_a_conversion_says_what_it_merged(
     tensors = CASES["bloom"].tensors | CASES["embedding"].tensors
     PEERS["bloom"](HEADS).save_pretrained(tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", tensors)
-    report = convert(tmp_path / "base", tmp_path / "out", adapter=adapter)
+    # After a cast all implementations run the source, each with the adapter.
+    report = convert(tmp_path / "base", tmp_path / "out", dtype="bfloat16", adapter=adapter)
     assert report.verified
     assert report.verification["logits"]["against"] == "transformers' bloom"
     assert set(report.verification["logits"]["errors"]) == {"alibi_torch", "alibi_flax"}
@@ -598,6 +600,8 @@ def test_a_conversion_says_what_it_merged(
         "scalings": [1.5],
         "untied": "lm_head.weight",
     }
+    first = next(verify_steps(tmp_path / "base", tmp_path / "out", adapter=adapter))
+    assert first.passed, first.measured
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["adapter"] == report.adapter
     assert len(record["source_sha256"]["adapter_model.safetensors"]) == 64

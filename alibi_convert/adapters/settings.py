@@ -90,13 +90,13 @@ def read_settings(values: Mapping[str, Any], origin: str) -> Settings:
         raise CheckpointError(
             f"{origin} has peft_type {values.get('peft_type')!r}, expected 'LORA'; {MERGE}"
         )
-    reader = _Reader(values, origin)
-    initial = reader.take("init_lora_weights", True, lambda _: True, "")
+    initial = values.get("init_lora_weights", True)
     if initial not in _INITIAL_VALUES:
         raise CheckpointError(
             f"{origin} has init_lora_weights {initial!r}, by which the base's weights may have "
             f"changed; save the adapter with path_initial_model_for_weight_conversion, or {MERGE}"
         )
+    reader = _Reader(values, origin)
     settings = Settings(
         rank=reader.take("r", 8, _is_rank, "a positive integer"),
         alpha=reader.take("lora_alpha", 8, _is_number, "a number"),
@@ -112,11 +112,9 @@ def read_settings(values: Mapping[str, Any], origin: str) -> Settings:
     )
     reader.take("lora_bias", False, _is_flag, "true or false")  # its tensors say where
     reader.require_rest_off()
-    for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
+    names = [each for each in (settings.targets, settings.excluded) if isinstance(each, str)]
+    for pattern in (*settings.rank_pattern, *settings.alpha_pattern, *names):
         _require_bounded(pattern, origin)
-    for pattern in (settings.targets, settings.excluded):
-        if isinstance(pattern, str):
-            _require_bounded(pattern, origin)
     return settings
 
 
@@ -125,7 +123,7 @@ class _Reader:
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
         self._origin = origin
-        known = _NEUTRAL | {"peft_type"}
+        known = _NEUTRAL | {"peft_type", "init_lora_weights"}
         self._rest = {name: value for name, value in values.items() if name not in known}
 
     def take(self, name: str, default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
