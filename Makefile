@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all bench bench-attention bench-inference test-gpu bench-gpu lint types mutants clean
+.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference test-gpu bench-gpu lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,10 @@ demo: setup  ## train, convert, verify and plot on real text
 
 test: setup  ## the parity tests
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
+
+test-clients: setup  ## other libraries on the families' models: adapters that peft trains
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	$(BIN)/pytest parity_tests/clients
 
 test-all: setup mutants  ## the parity tests, the longer proofs and the planted faults
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-aot,gpu-aot]'

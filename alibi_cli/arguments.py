@@ -116,6 +116,11 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=int, help="of a folder of orbax's CheckpointManager (default: the latest)"
     )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="LoRA that peft saved, to be merged: a folder, or org/name on the hub",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -127,6 +132,7 @@ def source_options(options: argparse.Namespace) -> dict[str, Any]:
         "ignore_keys": options.ignore_key,
         "revision": options.revision,
         "step": options.step,
+        "adapter": options.adapter,
     }
 
 

@@ -47,6 +47,7 @@ def inspection_lines(contents: Mapping[str, Any]) -> Iterator[str]:
     for name, tensor in contents["tensors"].items():
         yield f"  {name:{width}}  {tensor['dtype']:9} {tensor['shape']}"
     yield from _wrappers(contents["wrappers"])
+    yield from _adapter(contents["adapter"])
     for name, reason in contents["derived"].items():
         yield f"  {name:{width}}  dropped: {reason}"
     yield from _ignored(contents["ignored"])
@@ -65,6 +66,7 @@ def plan_lines(planned: Plan) -> Iterator[str]:
         dtype = row.dtype if row.dtype == row.source_dtype else f"{row.source_dtype} -> {row.dtype}"
         origin = "" if row.sources == (name,) else f"  from {', '.join(row.sources)}"
         yield f"  {name:{width}}  {dtype} {list(row.shape)} {row.nbytes:,} bytes{origin}"
+    yield from _adapter(planned.adapter)
     yield from _optimizer(planned.optimizer)
     yield from _differences(planned.dropped, planned.folded)
     yield from _ignored(planned.ignored)
@@ -88,6 +90,7 @@ def report_lines(report: Report) -> Iterator[str]:
     )
     yield f"{report.tensors} tensors, {report.nbytes:,} bytes, {report.seconds:.1f} s"
     yield from _wrappers(report.wrappers)
+    yield from _adapter(report.adapter)
     yield from _optimizer(report.optimizer)
     yield from _differences(report.dropped, report.folded)
     yield from _ignored(report.ignored)
@@ -140,6 +143,17 @@ def filled_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _wrappers(wrappers: Sequence[str]) -> Iterator[str]:
     if wrappers:
         yield f"  removed from the names: {', '.join(wrappers)}"
+
+
+def _adapter(adapter: Mapping[str, Any]) -> Iterator[str]:
+    if adapter:
+        scalings = ", ".join(f"{each:g}" for each in adapter["scalings"]) or "none"
+        yield (
+            f"adapter {adapter['path']} (of {adapter['base']!r}): added to {adapter['added']} "
+            f"tensors, in place of {adapter['replaced']}; scaling {scalings}"
+        )
+        if adapter["untied"] is not None:
+            yield f"  {adapter['untied']} is no longer the token embedding"
 
 
 def _optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from alibi_convert import formats
+from alibi_convert.adapters import Adapter, Merged, merge, open_adapter
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import (
     FAMILIES,
@@ -51,6 +52,7 @@ class Checkpoint:
         files: those with the configuration and the weights, by name.
         source: as it was given, or which one it was of several revisions, or of orbax's steps.
         optimizer: the state of the optimizer that trained it, where its parameters are ours.
+        merged: the adapter that was merged into it, and what became of its tensors.
     """
 
     path: Path
@@ -67,6 +69,12 @@ class Checkpoint:
     files: Mapping[str, Path] = field(default_factory=dict)
     source: str = ""
     optimizer: Beside | None = None
+    merged: Merged | None = None
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """What reports say of the adapter, as plain JSON values; empty where there is none."""
+        return {} if self.merged is None else self.merged.to_dict()
 
 
 class Reading(TypedDict, total=False):
@@ -77,6 +85,7 @@ class Reading(TypedDict, total=False):
     ignore_keys: Collection[str]
     step: int | None
     revision: str | None
+    adapter: str | os.PathLike[str] | None
 
 
 def open_checkpoint(
@@ -87,6 +96,7 @@ def open_checkpoint(
     ignore_keys: Collection[str] = (),
     step: int | None = None,
     revision: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
@@ -101,9 +111,12 @@ def open_checkpoint(
             leads into an object.
         step: of a folder of orbax's CheckpointManager; None is the latest.
         revision: branch, tag or commit on the hub.
+        adapter: a folder that peft saved, or its id on the hub: LoRA of a family's model, which is
+            merged into it tensor by tensor as they are read.
 
     Raises:
-        CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed.
+        CheckpointError: missing, foreign, truncated or incomplete; or a pickle, not allowed; or an
+            adapter that cannot be merged exactly.
     """
     place = resolve(path, allow_pt, revision, needs_weights=True)
     if not os.path.exists(place):  # unlike Path.exists, False for names that no file can have
@@ -114,16 +127,19 @@ def open_checkpoint(
         return _settle(place, carried, _as_config(config, Tensors({}), ignored))
 
     opened = formats.read(place, Asked(allow_pt, step, settle))
+    found = None if adapter is None else open_adapter(resolve(adapter, allow_pt), allow_pt)
     given = str(path) if revision is None else f"{path}@{revision}"
     return replace(
-        _recognised(opened, config, ignored),
+        _recognised(opened, config, ignored, found),
         source=str(opened.path) if opened.format == "orbax" else given,
-        files=opened.files,
+        files={**opened.files, **({} if found is None else found.files)},
         wrappers=opened.wrappers,
     )
 
 
-def _recognised(opened: Opened, given: GivenConfig | None, ignored: frozenset[str]) -> Checkpoint:
+def _recognised(
+    opened: Opened, given: GivenConfig | None, ignored: frozenset[str], adapter: Adapter | None
+) -> Checkpoint:
     """The model of a known family or of ours, from what a format has read."""
     path, tensors = opened.path, opened.tensors
     source = Source(opened.foreign, tensors, ignored)
@@ -133,9 +149,14 @@ def _recognised(opened: Opened, given: GivenConfig | None, ignored: frozenset[st
     family = _family(source) if opened.carried is None else None
     if family is not None:
         config = _as_config(given, family.renamed(tensors), ignored)
-        found = _from_family(family, path, opened.format, config, source)
+        found = _from_family(family, path, opened.format, config, source, adapter)
     elif source.config is not None:
         raise _unknown_family(str(path), source.config)
+    elif adapter is not None:
+        raise CheckpointError(
+            f"{path} has our names of tensors, {adapter.path} those of the model that peft saw; "
+            "open the family's checkpoint that this one was made of"
+        )
     else:
         _require_floats(path, tensors)
         config = _settle(path, opened.carried, _as_config(given, tensors, ignored))
@@ -220,9 +241,16 @@ def _require_layers(path: Path, config: ALiBiConfig, tensors: Tensors) -> None:
 
 
 def _from_family(
-    family: Family, path: Path, kind: str, given: ALiBiConfig | None, source: Source
+    family: Family,
+    path: Path,
+    kind: str,
+    given: ALiBiConfig | None,
+    source: Source,
+    adapter: Adapter | None,
 ) -> Checkpoint:
     source = replace(source, tensors=family.renamed(source.tensors))
+    merged = None if adapter is None else merge(adapter, family, source)
+    source = source if merged is None else merged.source
     config = _settle(path, family.read_config(source), given)
     _require_layers(path, config, source.tensors)
     found = import_tensors(family, config, source)
@@ -234,6 +262,7 @@ def _from_family(
         folded=found.folded,
         foreign_config=source.config,
         ignored=_found(source),
+        merged=merged,
     )
 
 

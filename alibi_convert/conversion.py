@@ -65,7 +65,8 @@ def convert(
         strict_values: refuse NaN and infinity, instead of reporting them.
         resume: keep the shards that the same conversion had finished when it was killed.
         progress: show each phase and how far it is on the standard error stream.
-        reading: as for `open_checkpoint`: config, allow_pt, ignore_keys, step, revision.
+        reading: as for `open_checkpoint`: config, allow_pt, ignore_keys, step, revision,
+            adapter.
 
     Raises:
         CheckpointError: the source is broken, the destination exists, a cast overflows, the disk
@@ -251,6 +252,7 @@ def _report(
         nbytes=values.tensors.nbytes,
         dropped=dict(optimizer.dropped),
         optimizer=optimizer.to_dict(),
+        adapter=source.adapter,
         folded=dict(source.folded),
         ignored=dict(source.ignored),
         wrappers=list(source.wrappers),

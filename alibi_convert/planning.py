@@ -65,7 +65,7 @@ class Plan:
         tensors: by canonical name.
         stored: shape of every tensor as the destination names it and lays it out.
         files: names of the tensors, as the destination names them, in each file.
-        dropped, optimizer, folded, ignored: as in `Report`.
+        dropped, optimizer, adapter, folded, ignored: as in `Report`.
         nbytes: of all tensors in the destination.
         peak_memory_bytes: estimated need of the conversion.
         free_disk_bytes: where the destination would be, if the file system says.
@@ -82,6 +82,7 @@ class Plan:
     files: dict[str, list[str]]
     dropped: dict[str, str]
     optimizer: dict[str, Any]
+    adapter: dict[str, Any]
     folded: dict[str, str]
     ignored: dict[str, Any]
     nbytes: int
@@ -130,7 +131,8 @@ def plan(
         stored = form.stored(checkpoint.config, wanted)
     except CheckpointError as error:
         problems.append(Problem(str(error), "choose another format", stops=True))
-    headers = [*wanted.headers.values(), *stored.headers.values()]
+    merged = Tensors({}) if checkpoint.merged is None else checkpoint.merged.added
+    headers = [header for each in (wanted, stored, merged) for header in each.headers.values()]
     peak = _peak_memory(form, headers, wanted.nbytes)
     problems += [*_disk_problems(place, wanted.nbytes + optimizer.nbytes), *_memory_problems(peak)]
     problems += [*_library_problems(target.format), *_cast_problems(checkpoint, dtype)]
@@ -147,6 +149,7 @@ def plan(
         files=shard_names(stored.headers, target.max_shard_bytes) if sharded else single,
         dropped=dict(optimizer.dropped),
         optimizer=optimizer.to_dict(),
+        adapter=checkpoint.adapter,
         folded=dict(checkpoint.folded),
         ignored=dict(checkpoint.ignored),
         nbytes=wanted.nbytes,

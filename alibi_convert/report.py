@@ -23,6 +23,8 @@ class Report:
         dropped: tensors of the source that are not needed, with the reason.
         optimizer: of the state that was carried along, kind, step, and how many parameters have
             which moments; empty where there was none.
+        adapter: its path and the model that it names, how many tensors it was added to or stands in
+            for, the scalings, and the output layer that it untied; empty where there was none.
         folded: tensors that were computed from those of the source, with the reason.
         ignored: keys of the foreign configuration that were ignored, with their values.
         wrappers: keys and prefixes of training that were removed from the names.
@@ -47,6 +49,7 @@ class Report:
     nbytes: int
     dropped: dict[str, str] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, Any] = field(default_factory=dict)
     wrappers: list[str] = field(default_factory=list)
@@ -90,6 +93,7 @@ def inspect(
             name: {"shape": list(header.shape), "dtype": str(header.dtype)}
             for name, header in headers.items()
         },
+        "adapter": checkpoint.adapter,
         "derived": dict(checkpoint.derived),
         "ignored": dict(checkpoint.ignored),
         "wrappers": list(checkpoint.wrappers),

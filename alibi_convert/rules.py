@@ -20,6 +20,7 @@ from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.parameters import pattern_shape
 
 _SHOWN = 8  # names listed per kind of mistake
+_AXIS = r"\([^)]*\)|\w+"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ class Rule:
         if self.pattern:
             return pattern_shape(self.pattern.split("->")[0], self._sizes)
         return self._stacked_shape
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the foreign matrix is the canonical one with its two axes exchanged."""
+        source, _, target = self.pattern.partition("->")
+        axes = re.findall(_AXIS, source)
+        return len(axes) == 2 and re.findall(_AXIS, target) == axes[::-1]
 
     def extract(self, tensor: np.ndarray, index: int) -> np.ndarray:
         """The canonical tensor number `index`; a view where that is possible."""
@@ -276,11 +284,11 @@ def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequ
         f"{len(misshapen)} of the wrong shape (of {len(expected)})"
     ]
     lines += _listed(
-        f"  missing     {name}  {_shape(expected[name])}{_nearest(name, unexpected)}"
+        f"  missing     {name}  {_shape(expected[name])}{nearest(name, unexpected)}"
         for name in missing
     )
     lines += _listed(
-        f"  unexpected  {name}  {_shape(found[name])}{_nearest(name, missing)}"
+        f"  unexpected  {name}  {_shape(found[name])}{nearest(name, missing)}"
         for name in unexpected
     )
     lines += _listed(
@@ -301,9 +309,10 @@ def _shape(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _nearest(name: str, candidates: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, candidates, n=1)
-    return f"   nearest: {nearest[0]}" if nearest else ""
+def nearest(name: str, candidates: Sequence[str]) -> str:
+    """What a name may have been meant to be, to follow it in an error; or nothing."""
+    found = difflib.get_close_matches(name, candidates, n=1)
+    return f"   nearest: {found[0]}" if found else ""
 
 
 def _shape_reason(found: Sequence[int], expected: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.progress import Advance, ignore
-from alibi_convert.tensors import LazyTensor, Tensors, as_bits
+from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_bits
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Watched:
 
         def read() -> np.ndarray:
             if dtype != header.dtype:
-                return _gather(stream(), header.shape, dtype)
+                return gather(stream(), header.shape, dtype)
             for _ in stream():  # examined; nothing to keep
                 pass
             return header.read()
@@ -136,15 +136,16 @@ def cast_tensor(source: LazyTensor, dtype: np.dtype) -> LazyTensor:
     """One tensor in another dtype, cast when it is read."""
 
     def stream() -> Iterator[np.ndarray]:
-        return (_cast(chunk, dtype) for chunk in source.chunks())
+        return (round_once(chunk, dtype) for chunk in source.chunks())
 
     def read() -> np.ndarray:
-        return _gather(stream(), source.shape, dtype)
+        return gather(stream(), source.shape, dtype)
 
     return LazyTensor(source.shape, dtype, read, stream)
 
 
-def _gather(chunks: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def gather(chunks: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The whole tensor from its pieces."""
     array = np.empty(math.prod(shape), dtype)
     start = 0
     for chunk in chunks:
@@ -153,9 +154,20 @@ def _gather(chunks: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtyp
     return array.reshape(shape)
 
 
-def _cast(chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def round_once(chunk: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The chunk in another dtype, each element rounded once, to the nearest, ties to even."""
+    if (chunk.dtype, dtype) == (DTYPES["float64"], DTYPES["bfloat16"]):
+        chunk = _rounded_to_odd(chunk)  # ml_dtypes rounds to float32, and then again
     with np.errstate(over="ignore"):
         return chunk.astype(dtype, copy=False)
+
+
+def _rounded_to_odd(chunk: np.ndarray) -> np.ndarray:
+    """Float32, towards zero, with the last bit set where anything was lost: safe to round again."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        nearest = chunk.astype(np.float32)
+        is_beyond, is_inexact = np.abs(nearest) > np.abs(chunk), nearest != chunk
+    return ((nearest.view(np.uint32) - is_beyond) | is_inexact).view(np.float32)
 
 
 def _look(name: str, chunk: np.ndarray, dtype: np.dtype, seen: Seen) -> np.ndarray:
@@ -163,8 +175,8 @@ def _look(name: str, chunk: np.ndarray, dtype: np.dtype, seen: Seen) -> np.ndarr
     nonfinite = count_nonfinite(chunk)
     seen.nonfinite += nonfinite
     if dtype.itemsize > chunk.itemsize or dtype == chunk.dtype:  # wider floats hold narrower ones
-        return _cast(chunk, dtype)
-    rounded = _cast(chunk, dtype)
+        return round_once(chunk, dtype)
+    rounded = round_once(chunk, dtype)
     if count_nonfinite(rounded) > nonfinite:
         where = np.flatnonzero(np.isfinite(chunk) & ~np.isfinite(rounded))[0]
         raise CheckpointError(

@@ -163,7 +163,8 @@ def _flax_outputs(
 def _options(checkpoint: Checkpoint) -> dict[str, Any]:
     """How to open it again: a foreign checkpoint holds its own configuration."""
     config = checkpoint.config if checkpoint.family == OURS else None
-    return {"config": config, "allow_pt": True}
+    adapter = None if checkpoint.merged is None else checkpoint.merged.adapter.path
+    return {"config": config, "allow_pt": True, "adapter": adapter}
 
 
 def _inputs(config: ALiBiConfig, padding: str) -> tuple[np.ndarray, np.ndarray]:

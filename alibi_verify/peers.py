@@ -12,7 +12,7 @@ from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.families import Family, Source, family_named
 from alibi_convert.formats.shards import read_tensors
 from alibi_convert.machine import is_installed
-from alibi_convert.tensors import Tensors
+from alibi_convert.tensors import Tensors, as_torch
 
 
 def why_no_peer(checkpoint: Checkpoint) -> str | None:
@@ -58,7 +58,7 @@ def _misunderstood(checkpoint: Checkpoint, family: Family) -> str | None:
     errors = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
     try:
         theirs = transformers.AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
+            checkpoint.path, local_files_only=True, trust_remote_code=False, **_untied(checkpoint)
         )
         config = family.read_config(
             Source(theirs.to_dict(), Tensors({}), frozenset(checkpoint.ignored))
@@ -72,7 +72,8 @@ def _misunderstood(checkpoint: Checkpoint, family: Family) -> str | None:
         return "transformers reads another configuration in this folder"
     expected = {name for name, _ in model.named_parameters()}
     named = {name for origin in checkpoint.origins.values() for name in origin}
-    stored = read_tensors(checkpoint.path, allow_pt=True)
+    merged = () if checkpoint.merged is None else checkpoint.merged.changed
+    stored = {*read_tensors(checkpoint.path, allow_pt=True), *merged}
     if not (expected <= named <= {*stored, *(f"transformer.{name}" for name in stored)}):
         return "transformers does not know these names of tensors"
     return None
@@ -91,8 +92,20 @@ def _load(checkpoint: Checkpoint, dtype: Any) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_untied(checkpoint),
         )
-    return loaded[0]
+    model = loaded[0]
+    if checkpoint.merged is not None:
+        parameters = model.state_dict()
+        for name, array in checkpoint.merged.changed.items():
+            parameters[name].copy_(as_torch(array))
+    return model
+
+
+def _untied(checkpoint: Checkpoint) -> dict[str, bool]:
+    """The option of transformers for a base whose head an adapter has made a layer of its own."""
+    is_untied = checkpoint.merged is not None and checkpoint.merged.untied is not None
+    return {"tie_word_embeddings": False} if is_untied else {}
 
 
 @contextmanager

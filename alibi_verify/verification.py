@@ -78,8 +78,8 @@ def verify(
             comparison of activations; None draws three random sequences past `max_len`.
         new_tokens: length of the greedy continuation that must agree.
         seed: of all random numbers.
-        reading: config, allow_pt, ignore_keys, step and revision, as for `open_checkpoint`; the
-            last two apply only to `source`.
+        reading: config, allow_pt, ignore_keys, step, revision and adapter, as for
+            `open_checkpoint`; the last three apply only to `source`.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
@@ -102,7 +102,9 @@ def verify_steps(
     ours = open_checkpoint(source, **reading)
     theirs = ours
     if other is not None:
-        theirs = open_checkpoint(other, **{**reading, "step": None, "revision": None})
+        theirs = open_checkpoint(
+            other, **{**reading, "step": None, "revision": None, "adapter": None}
+        )
     budget, rounded, note = _BUDGET, None, ""
     if other is not None:
         found = relation(ours, theirs)

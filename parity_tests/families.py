@@ -75,22 +75,22 @@ def peer_logits(model: torch.nn.Module) -> np.ndarray:
     return as_numpy(output.logits)
 
 
-def our_logits(folder: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
+def our_logits(folder: Path, dtype: str = "float32", **reading: Any) -> dict[str, np.ndarray]:
     """Both backends' logits for `batch()`, straight from a family's folder; in float64 the
     specification's too.
     """
     tokens, mask = batch()
-    ours = alibi_torch.ALiBiLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    ours = alibi_torch.ALiBiLM.from_pretrained(folder, dtype=getattr(torch, dtype), **reading)
     with torch.no_grad():
-        found = as_numpy(ours(torch.from_numpy(tokens), torch.from_numpy(mask)))
-    model, params = alibi_flax.from_pretrained(folder, dtype=dtype)
+        found = as_numpy(ours.eval()(torch.from_numpy(tokens), torch.from_numpy(mask)))
+    model, params = alibi_flax.from_pretrained(folder, dtype=dtype, **reading)
     apply = jax.jit(lambda *args: model.apply({"params": args[0]}, *args[1:]))
     logits = {
         "torch": found,
         "flax": np.asarray(apply(params, jnp.asarray(tokens), jnp.asarray(mask))),
     }
     if dtype == "float64":
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, **reading)
         exact = reference_forward(checkpoint.config, checkpoint.tensors, tokens, mask)
         logits["reference"] = exact["logits"]
     return logits

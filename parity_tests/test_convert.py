@@ -31,6 +31,7 @@ from alibi_convert.formats import FORMATS
 from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
+from alibi_convert.values import round_once
 from alibi_convert.writing.layout import sidecar
 from alibi_spec import ALiBiConfig, parameter_table
 from alibi_spec.budgets import BUDGETS
@@ -141,6 +142,24 @@ def test_casts_report_their_rounding(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lm_head\.weight holds 70000\.0, beyond the range"):
         convert(tmp_path / "large", tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()
+
+
+def test_casts_round_once() -> None:
+    """Float64 next to the middle of two bfloat16s, where a stop at float32 goes the wrong way."""
+    rng = np.random.default_rng(0)
+    middles = (2 * rng.integers(128, 256, 512) + 1) * 2.0 ** rng.integers(-140, 110, 512)
+    exact = np.concatenate([middles, *(middles * (1 + sign * 2.0**-40) for sign in (1, -1))])
+    exact = np.concatenate([exact, -exact, rng.standard_normal(512), [0.0, -0.0, np.inf, np.nan]])
+    guess = exact.astype(ml_dtypes.bfloat16).view(np.uint16)
+    near = (guess[:, None] + np.array([-1, 0, 1])).astype(np.uint16).view(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):
+        errors = np.abs(near.astype(np.float64) - exact[:, None])
+    best = np.lexsort((near.view(np.uint16) % 2, errors), axis=1)[:, :1]
+    expected = np.take_along_axis(near, best, axis=1)[:, 0]
+    expected[-4:] = exact[-4:].astype(ml_dtypes.bfloat16)
+    assert_bitwise(round_once(exact, expected.dtype), expected, "rounded")
+    beyond = np.full(1, 3.4e38)
+    assert_bitwise(round_once(beyond, expected.dtype), beyond.astype(expected.dtype), "infinity")
 
 
 def test_dtypes_of_loaded_models(tmp_path: Path) -> None:

@@ -122,9 +122,12 @@ def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], Any], message:
         ("transformer.h.0.mlp.dense_h_to_4h.weight_scale", "is quantised"),
         (
             "base_model.model.h.0.query_key_value.lora_A.weight",
-            "holds an adapter .*; merge it into",
+            "holds an adapter .*; open its base model with adapter=",
         ),
-        ("base_model.model.wte.lora_embedding_B.default", "holds an adapter .*; merge it into"),
+        (
+            "base_model.model.wte.lora_embedding_B.default",
+            "holds an adapter .*; open its base model with adapter=",
+        ),
     ],
 )
 def test_what_holds_no_model_as_it_is(tmp_path: Path, name: str, message: str) -> None:
@@ -143,7 +146,9 @@ def test_adapters_without_their_model(tmp_path: Path) -> None:
     for config in (None, "{}"):
         if config is not None:
             (folder / "config.json").write_text(config)
-        with pytest.raises(CheckpointError, match=r"only an adapter, for 'org/bloom'; merge it"):
+        with pytest.raises(
+            CheckpointError, match=r"only an adapter, for 'org/bloom'; open that .*--adapter"
+        ):
             open_checkpoint(folder)
 
 

@@ -19,6 +19,7 @@ from alibi_convert.families.family import (
     Source,
     export_tensors,
     import_tensors,
+    same_tensor,
     settle_ties,
     tied_head,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "export_tensors",
     "family_named",
     "import_tensors",
+    "same_tensor",
     "settle_ties",
     "tied_head",
 ]

@@ -159,13 +159,14 @@ class Family:
         """
         headers: dict[str, LazyTensor] = {}
         for name, header in tensors.headers.items():
-            current = self._current_name(name)
+            current = self.current_name(name)
             if current in headers:
                 raise CheckpointError(f"{name} is there under an older name too; remove one")
             headers[current] = header
         return Tensors(headers)
 
-    def _current_name(self, name: str) -> str:
+    def current_name(self, name: str) -> str:
+        """The name that `rows` use for a tensor."""
         for pattern, replacement in self.aliases:
             found = re.fullmatch(pattern, name)
             name = found.expand(replacement) if found else name
@@ -269,7 +270,7 @@ def _dropped(derived: tuple[Derived, ...], tensors: Tensors) -> Iterator[tuple[s
 
 
 def _require_same(name: str, other: str, tensors: Tensors) -> None:
-    if not _same(tensors.headers[name], tensors.headers[other]):
+    if not same_tensor(tensors.headers[name], tensors.headers[other]):
         raise CheckpointError(
             f"{name} and {other} must be the same tensor, since the configuration ties them, and "
             "differ; untie them in config.json if they are meant to"
@@ -284,7 +285,8 @@ def _require_floats(fold: Fold, tensors: Tensors) -> None:
             )
 
 
-def _same(first: LazyTensor, second: LazyTensor) -> bool:
+def same_tensor(first: LazyTensor, second: LazyTensor) -> bool:
+    """Whether two tensors hold the same bits."""
     return (first.shape, first.dtype) == (second.shape, second.dtype) and all(
         np.array_equal(as_bits(mine), as_bits(other))
         for mine, other in paired_chunks(first.chunks(), second.chunks())

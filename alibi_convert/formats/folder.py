@@ -9,16 +9,18 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json
 from alibi_convert.formats.config_file import config_json, parse_config
 from alibi_convert.formats.format import Asked, Beside, Format, Opened
-from alibi_convert.formats.names import MERGE
 from alibi_convert.formats.orbax import recognises as is_orbax
 from alibi_convert.formats.safetensors import write_safetensors
 from alibi_convert.formats.shards import read_weights, write_tensors
 from alibi_convert.rules import check_shapes
 from alibi_convert.tensors import Tensors
-from alibi_convert.writing.layout import CONFIG_FILE, OPTIMIZER_FILE, is_weight_file
+from alibi_convert.writing.layout import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    OPTIMIZER_FILE,
+    is_weight_file,
+)
 from alibi_spec import ALiBiConfig, parameter_table
-
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def recognises(path: Path) -> bool:
@@ -61,9 +63,12 @@ def _optimizer(folder: Path) -> Beside | None:
 
 def _require_model(folder: Path) -> None:
     """Raise CheckpointError, naming the base model, for a folder that holds only an adapter."""
-    if (folder / _ADAPTER_CONFIG).exists() and not any(map(is_weight_file, folder.iterdir())):
-        base = read_json(folder / _ADAPTER_CONFIG).get("base_model_name_or_path")
-        raise CheckpointError(f"{folder} holds only an adapter, for {base!r}; {MERGE}")
+    if (folder / ADAPTER_CONFIG_FILE).exists() and not any(map(is_weight_file, folder.iterdir())):
+        base = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder} holds only an adapter, for {base!r}; open that model with adapter= of this "
+            "folder (--adapter)"
+        )
 
 
 def write(

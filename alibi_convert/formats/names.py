@@ -20,12 +20,13 @@ _ANYWHERE = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 MERGE = "merge it into its base model first (peft: model.merge_and_unload(), then save_pretrained)"
+_ADAPT = f"open its base model with adapter= of the adapter's folder (--adapter), or {MERGE}"
 _DEQUANTISE = (
     "save it dequantised first (transformers: from_pretrained, model.dequantize(), save_pretrained)"
 )
 # A pattern of names; what such a checkpoint is, to follow its path; the way out.
 _KINDS = (
-    (r"\.lora_(embedding_)?(A|B|magnitude_vector)\b", "holds an adapter", MERGE),
+    (r"\.lora_(embedding_)?(A|B|magnitude_vector)\b", "holds an adapter", _ADAPT),
     (r"\.(qweight|qzeros|g_idx)$", "is quantised by GPTQ or AWQ", _DEQUANTISE),
     (
         r"\.(SCB|weight_format|(absmax|quant_map|quant_state\.\w+))$",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parity_tests.meta.faults import (
+    adapters,
     command,
     comparison,
     conversion,
@@ -29,6 +30,7 @@ FAULTS = (
     *conversion.FAULTS,
     *files.FAULTS,
     *families.FAULTS,
+    *adapters.FAULTS,
     *optimizer.FAULTS,
     *comparison.FAULTS,
     *command.FAULTS,

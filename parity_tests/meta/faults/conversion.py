@@ -27,6 +27,13 @@ FAULTS = (
         "test_hub.py -k 'fetched or revisions'",
     ),
     Mutant(
+        "float64 is rounded to bfloat16 by way of float32",
+        "alibi_convert/values.py",
+        "chunk = _rounded_to_odd(chunk)",
+        "chunk = chunk.astype(np.float32)",
+        "test_convert.py -k round_once",
+    ),
+    Mutant(
         "memory that the process is not allowed counts as available",
         "alibi_convert/machine.py",
         ', (resource.RLIMIT_DATA, "VmData")):',
