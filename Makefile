@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference test-gpu bench-gpu lint types mutants clean
+.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training test-gpu bench-gpu lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,10 @@ bench-attention: setup  ## attention of both backends beside its peers, on the C
 bench-inference: setup  ## reading and continuing prompts beside transformers and CTranslate2, on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.inference
+
+bench-training: setup  ## steps of training beside transformers and jaketae/alibi, on the CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.training
 
 # No set-up: a machine with a GPU has its own builds of torch and jax; PYTHON is where they are.
 test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of PYTHON

@@ -400,7 +400,7 @@ def test_much_damage_in_other_formats(case: Any) -> None:
     check_other(*case)
 
 
-@hypothesis.settings(deadline=None, max_examples=500)
+@hypothesis.settings(deadline=None, max_examples=250)
 @hypothesis.given(DAMAGES)
 def test_damaged_checkpoints(damages: list[Damage]) -> None:
     check(damages)

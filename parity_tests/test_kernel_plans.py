@@ -67,7 +67,7 @@ def _check(
         assert (found.last <= exact.last + 1).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     hostility=st.sampled_from(["none", "giant key", "huge", "equal keys", "wild query", "zeros"]),
     causal=st.booleans(),
@@ -180,7 +180,7 @@ def test_plans_of_nothing(batch: int, query_len: int, is_masked: bool, causal: b
             assert getattr(plan, name).dtype == getattr(other, name).dtype, name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     query_len=st.integers(1, 150),
     offset=st.integers(0, 60),

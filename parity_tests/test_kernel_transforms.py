@@ -246,7 +246,7 @@ def _loss_of(length: int) -> tuple[Any, Any]:
     return loss, params
 
 
-@pytest.mark.parametrize("length", [SHORT, LONG])
+@pytest.mark.parametrize("length", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
 def test_checkify_finds_nothing(length: int) -> None:
     """No NaN, no division by 0 and no index out of bounds on the way, in padding neither."""
     loss, params = _loss_of(length)

@@ -56,7 +56,7 @@ SHAPES = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
     causal=st.booleans(),
