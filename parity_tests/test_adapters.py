@@ -42,7 +42,6 @@ from parity_tests.peers import published
 from parity_tests.peers.btlm import shapes as btlm_shapes
 from parity_tests.test_family_btlm import SMALL as SMALL_BTLM
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 LIMIT = BUDGETS["float32", "cpu"].forward
 HEADS, DIM = 5, 30
 PEERS: dict[str, Callable[..., PreTrainedModel]] = {

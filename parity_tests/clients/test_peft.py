@@ -22,7 +22,6 @@ from parity_tests.adapters import SETTINGS
 from parity_tests.families import assert_same_logits, batch, our_logits, peer_logits
 
 pytestmark = [
-    pytest.mark.usefixtures("quickly_compiled"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # peft's, about tied embeddings
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # transformers', about its use by peft
 ]
