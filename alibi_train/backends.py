@@ -49,7 +49,12 @@ def trainer(
         tensors: canonical names, torch layout, in the dtype that is trained in.
         optimizer: None before the first step.
         device: of torch; None is a GPU where there is one.
+
+    Raises:
+        ValueError: another backend.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not known; expected one of {BACKENDS}")
     if backend == "torch":
         return _TorchTrainer(config, recipe, tensors, optimizer, device)
     return _FlaxTrainer(config, recipe, tensors, optimizer)

@@ -52,14 +52,14 @@ class Rows:
     def __getitem__(self, index: Any) -> dict[str, Integer[np.ndarray, " length"]]:
         start = int(index) * self.length
         end = start + self.length + self.has_next
-        tokens = np.asarray(self.documents.tokens[start:end]).astype(np.int32)
+        tokens = np.asarray(self.documents.tokens[start:end])
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             outside = start + int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
             raise ValueError(
                 f"token {self.documents.tokens[outside]}, number {outside} of the data, is not in "
                 f"the vocabulary of {self.vocab_size}"
             )
-        row = {"tokens": tokens}
+        row = {"tokens": tokens.astype(np.int32)}
         if len(self.documents.ends) > 1:
             position = np.arange(start, end)
             document = np.searchsorted(self.documents.ends, position, side="right")

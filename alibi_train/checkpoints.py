@@ -115,8 +115,6 @@ class Checkpoints:
 
     def _write(self, state: State) -> None:
         folder = self.path(state.progress["step"])
-        if folder.exists():  # of a run that went this far before
-            return
         optimizer = None if state.optimizer is None else as_file(state.optimizer)
         nbytes = state.tensors.nbytes + (0 if optimizer is None else optimizer[0].nbytes)
         with replacing(folder, nbytes=nbytes) as draft:
@@ -165,6 +163,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{folder} has no {TRAINING_FILE}; expected a checkpoint of a run")
     progress = read_json(file)
-    if type(progress.get("step")) is not int:
-        raise CheckpointError(f"{file} has no step; expected what `alibi train` wrote")
+    absent = {"step", "position", "validation_loss", "settings", "tokens"} - progress.keys()
+    if absent or type(progress["step"]) is not int:
+        lacks = ", ".join(sorted(absent or {"step"}))
+        raise CheckpointError(f"{file} lacks {lacks}; expected what `alibi train` wrote")
     return progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,10 @@ def files_of(patterns: Sequence[str], folder: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        names = sorted(glob.glob(str(folder / pattern), recursive=True))
-        files = [Path(name) for name in names if Path(name).is_file()]
+        path = os.path.expanduser(pattern)
+        named = [path] if (folder / path).is_file() else []  # its name may look like a pattern
+        names = named or sorted(glob.glob(path, root_dir=folder, recursive=True))
+        files = [folder / name for name in names if (folder / name).is_file()]
         if not files:
             raise ValueError(f"{pattern!r} in {folder} names no file")
         found |= dict.fromkeys(files)
@@ -105,7 +108,8 @@ def _text(file: Path) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_decoded(file).splitlines(), 1):
+    # Not splitlines(): a JSON text may hold other ends of lines than this one.
+    for number, line in enumerate(_decoded(file).removesuffix("\n").split("\n"), 1):
         try:
             text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError):

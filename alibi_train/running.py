@@ -18,13 +18,13 @@ from alibi_convert.tensors import Tensors
 from alibi_convert.tokenizer import TOKENIZER_FILE
 from alibi_convert.writing.origin import Origin, origin_of
 from alibi_spec import ALiBiConfig
-from alibi_spec.checks import require_vocabulary
+from alibi_spec.checks import check_count, require_vocabulary
 from alibi_spec.parameters import initial_parameters
 from alibi_spec.training import Metrics
 from alibi_train.backends import Trainer, trainer
 from alibi_train.batches import Batches, Rows
 from alibi_train.checkpoints import Checkpoints, State
-from alibi_train.documents import files_of, read_documents
+from alibi_train.documents import Encode, files_of, read_documents
 from alibi_train.records import Records
 from alibi_train.settings import BYTES, Settings, differences
 
@@ -71,7 +71,10 @@ def train(
             that does not fit them; a loss that is not finite.
         CheckpointError: a broken checkpoint, or one that cannot be written.
     """
-    last = min(until or settings.recipe.steps, settings.recipe.steps)
+    last = settings.recipe.steps
+    if until is not None:
+        check_count("until", until)
+        last = min(until, last)
     folder.mkdir(parents=True, exist_ok=True)
     start, origin = _start(settings, folder)
     data = _Data.of(settings, start.config, origin)
@@ -124,13 +127,13 @@ class _Run:
             self.batches.set_state(start.progress["position"])
         self.checkpoints = Checkpoints(folder, options, origin)
         self.records = Records(folder, self.step, options.tensorboard)
-        self.clock = _Clock(settings.recipe.batch_size * settings.data.length)
+        self.clock = _Clock(settings.recipe.batch_size * settings.data.length, self.step)
         self.unread: Metrics | None = None
 
     def one_step(self, is_last: bool) -> None:
         """Take a step; tell, evaluate and save where it is time."""
         metrics, options = self.trainer.step(next(self.batches)), self.settings.run
-        self._read()  # of the step before, which is done by now: the device is never waited for
+        self._read()  # of the step before: reading this one would keep the device waiting
         self.step, self.unread = self.step + 1, metrics
         if is_last or self.step % options.log_every == 0:
             values = self._read() or {}
@@ -189,14 +192,15 @@ class _Clock:
 
     Attributes:
         size: tokens of a step.
+        step, time: when it was.
     """
 
     size: int
-    step: int | None = None
+    step: int
     time: float = field(default_factory=monotonic)
 
     def speed(self, step: int) -> float:
-        before, self.step = (self.step or 0), step
+        before, self.step = self.step, step
         started, self.time = self.time, monotonic()
         return (step - before) * self.size / (self.time - started)
 
@@ -221,11 +225,9 @@ class _Data:
         is_masked = recipe.objective == "masked_lm"
         if is_masked and data.mask_token_id is None:
             raise ValueError("objective masked_lm needs data.mask_token_id")
-        vocab_size, encode = require_vocabulary(config.vocab_size), None
+        vocab_size = require_vocabulary(config.vocab_size)
         file = _tokenizer_file(settings, origin)
-        if file is not None:
-            tokenizer = load_tokenizer(file.parent)
-            encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        encode = None if file is None else _encode_of(file.parent)
 
         def batches(patterns: Sequence[str]) -> Batches:
             files = files_of(patterns, settings.folder)
@@ -241,6 +243,12 @@ class _Data:
         return cls(train, validation, len(train.rows.documents.tokens))
 
 
+def _encode_of(folder: Path) -> Encode:
+    """The tokens of a text, without special ones, by the tokenizer of a folder."""
+    tokenizer = load_tokenizer(folder)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def _tokenizer_file(settings: Settings, origin: Origin) -> Path | None:
     """The tokenizer of a run: the one that is named, or that of its origin; None is bytes."""
     named = settings.data.tokenizer
@@ -248,7 +256,10 @@ def _tokenizer_file(settings: Settings, origin: Origin) -> Path | None:
         return None
     if named is not None:
         path = settings.path(named)
-        return path / TOKENIZER_FILE if path.is_dir() else path
+        file = path / TOKENIZER_FILE if path.is_dir() else path
+        if file.name != TOKENIZER_FILE:
+            raise ValueError(f"data.tokenizer={named!r} is not called {TOKENIZER_FILE}; rename it")
+        return file
     if TOKENIZER_FILE not in origin.companions:
         return None
     return origin.path / TOKENIZER_FILE

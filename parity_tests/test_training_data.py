@@ -51,6 +51,19 @@ def test_documents_of_every_kind_of_file(pattern: str, dtype: str, tmp_path: Pat
     assert found.ends.tolist() == np.cumsum([len(each) for each in expected]).tolist()
 
 
+def test_names_and_lines_that_look_like_others(tmp_path: Path) -> None:
+    """A name with brackets is no pattern; a text may hold what ends lines elsewhere."""
+    folder = tmp_path / "run [1]"
+    folder.mkdir()
+    text = "one\u2028two\x0bthree\x85four"
+    lines = json.dumps({"text": text}, ensure_ascii=False)
+    (folder / "a[1].jsonl").write_text(f"{lines}\n{lines}\n", encoding="utf-8")
+    files = files_of(["a[1].jsonl", "*.jsonl"], folder)
+    assert files == [folder / "a[1].jsonl"]
+    found = read_documents(files, None, None, "uint16")
+    assert bytes(np.asarray(found.tokens, np.uint8)) == 2 * text.encode()
+
+
 def test_texts_by_a_tokenizer(tmp_path: Path) -> None:
     _write(tmp_path)
     files = files_of(["0.txt", "?.txt"], tmp_path)
@@ -87,6 +100,9 @@ def test_arrays_that_are_refused(tmp_path: Path) -> None:
     short = Documents.of([np.arange(8)])
     with pytest.raises(ValueError, match="8 tokens, fewer than a sequence needs: 9; give more"):
         Rows(short, 8, 256, has_next=True)
+    wide = Rows(Documents.of([np.array([1, 2**32 + 5, 3])]), 3, 256, has_next=False)
+    with pytest.raises(ValueError, match="token 4294967301, number 1 of the data, is not in the"):
+        wide[0]  # and is not cut to 5
     outside = Rows(Documents.of([np.array([1, 2, 3, 4, 5, 256, 7])]), 3, 256, has_next=False)
     with pytest.raises(ValueError, match="token 256, number 5 of the data, is not in the vocab"):
         outside[1]

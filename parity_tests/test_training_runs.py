@@ -308,12 +308,35 @@ def test_another_run_in_the_folder(tmp_path: Path) -> None:
         ({"data": {"lenght": 1}}, r"unknown option 'lenght' in the section \[data\]; .* length"),
         ({"run": {"save_every": 0}}, "save_every=0 is not valid; expected an integer of at least"),
         ({"model": {"checkpoint": "x", "d_model": 3}}, "has a checkpoint and d_model"),
+        ({"model": {"checkpoint": "x"}, "data": {"tokenizer": "y"}}, "which has its own; leave"),
         ({"model": {"n_head": 3}}, "unknown option 'n_head' .* did you mean num_heads"),
     ],
 )
 def test_settings_that_are_refused(sections: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.from_dict(sections, tmp_path)
+
+
+def test_arguments_that_are_refused(tmp_path: Path) -> None:
+    """Nothing is trained by another backend, tokenizer or number of steps than was meant."""
+    (tmp_path / "other.json").write_text("{}")
+    other = _settings(tmp_path, data={"tokenizer": "other.json"})
+    for settings, arguments, message in (
+        (_settings(tmp_path), {"backend": "jax"}, "backend='jax' is not known; expected one of"),
+        (_settings(tmp_path), {"until": 0}, "until=0"),
+        (other, {}, "data.tokenizer='other.json' is not called tokenizer.json; rename it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(settings, tmp_path / "run", **arguments)
+
+
+def test_speed_is_that_of_the_steps_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of those before a run went on."""
+    times = iter([2.0, 2.5])
+    monkeypatch.setattr(alibi_train.running, "monotonic", lambda: next(times))
+    clock = alibi_train.running._Clock(size=10, step=500, time=0.0)
+    assert clock.speed(502) == 10.0
+    assert clock.speed(504) == 40.0
 
 
 def _interrupted(*_: Any, **__: Any) -> None:

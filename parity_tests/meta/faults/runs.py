@@ -106,4 +106,32 @@ FAULTS = (
         "]",
         f"{_RUNS} same_bits",
     ),
+    Mutant(
+        "a token beyond 32 bits is cut to one of the vocabulary",
+        "alibi_train/batches.py",
+        "tokens = np.asarray(self.documents.tokens[start:end])",
+        "tokens = np.asarray(self.documents.tokens[start:end]).astype(np.int32)",
+        f"{_DATA} arrays_that",
+    ),
+    Mutant(
+        "a text with other ends of lines is torn",
+        "alibi_train/documents.py",
+        '.removesuffix("\\n").split("\\n")',
+        ".splitlines()",
+        f"{_DATA} look_like_others",
+    ),
+    Mutant(
+        "a name with brackets is taken for a pattern",
+        "alibi_train/documents.py",
+        "named = [path] if (folder / path).is_file() else []",
+        "named = []",
+        f"{_DATA} look_like_others",
+    ),
+    Mutant(
+        "the speed counts the steps before a run went on",
+        "alibi_train/running.py",
+        "before, self.step = self.step, step",
+        "before, self.step = 0, step",
+        f"{_RUNS} speed_is",
+    ),
 )
