@@ -122,6 +122,8 @@ class Checkpoints:
             self._bring(draft)
             text = json.dumps(state.progress, indent=2)
             (draft / TRAINING_FILE).write_text(text, encoding="utf-8")
+        for left in self.folder.glob(f".step-*{_REMOVED}"):  # by a process that was killed
+            shutil.rmtree(left)
         for step in self._superfluous():
             removed = self.path(step).with_name(f".{self.path(step).name}{_REMOVED}")
             self.path(step).rename(removed)  # it is gone whole, also if the process is killed now

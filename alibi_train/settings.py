@@ -133,8 +133,8 @@ class Settings:
             raise ValueError(f"[model] has a checkpoint and {', '.join(model)}; expected only one")
         if checkpoint is not None and "tokenizer" in data:
             raise ValueError(
-                "data.tokenizer and a checkpoint, which has its own; leave the tokenizer out, or put "
-                "a tokenizer.json into the checkpoint's folder"
+                "data.tokenizer and a checkpoint, which has its own; leave the tokenizer out, or "
+                "put a tokenizer.json into the checkpoint's folder"
             )
         ALiBiConfig.refuse_unknown(model)
         return cls(
