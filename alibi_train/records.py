@@ -31,7 +31,9 @@ class Records:
         self.file = folder / LOG_FILE
         known = [line for line in read_log(folder) if line["step"] <= step]
         lines = [json.dumps(line) + "\n" for line in known]
-        self.file.write_text("".join(lines), encoding="utf-8")
+        draft = self.file.with_name(f"{LOG_FILE}.new")  # a kill leaves one or the other
+        draft.write_text("".join(lines), encoding="utf-8")
+        draft.replace(self.file)
         self._board: Any = None
         if tensorboard:
             require("tensorboardX", "train", "writing TensorBoard's files")

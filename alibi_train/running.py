@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -11,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alibi_convert import load_tokenizer
+from alibi_convert import CheckpointError, load_tokenizer
 from alibi_convert.checkpoint import open_checkpoint
 from alibi_convert.progress import progress_bar
 from alibi_convert.tensors import Tensors
@@ -76,29 +79,29 @@ def train(
         check_count("until", until)
         last = min(until, last)
     folder.mkdir(parents=True, exist_ok=True)
-    start, origin = _start(settings, folder)
-    data = _Data.of(settings, start.config, origin)
-    _require_same(settings, data, start, folder)
-    run = _Run(settings, folder, backend, start, data, origin, device)
-    size = settings.recipe.batch_size * settings.data.length
-    step = run.step
-    with (
-        run.checkpoints.open(),
-        run.records.open(),
-        progress_bar(progress, "training", last * size, step * size, unit=" tokens") as advance,
-    ):
+    with _alone(folder):
+        start, origin = _start(settings, folder)
+        data = _Data.of(settings, start.config, origin)
+        _require_same(settings, data, start, folder)
+        run = _Run(settings, folder, backend, start, data, origin, device)
+        run.up_to(last, progress)
+    return Finished(run.checkpoints.path(run.step), run.step, run.loss, run.validation_loss)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError while another process trains in this folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            while step < last:
-                run.one_step(is_last=step + 1 == last)
-                step += 1
-                advance(size)
-        except KeyboardInterrupt:
-            saved = run.checkpoints.steps()
-            goes_on = (
-                f"the same command goes on from step {saved[-1]}" if saved else "nothing saved"
-            )
-            raise KeyboardInterrupt(goes_on) from None
-    return Finished(run.checkpoints.path(step), step, run.loss, run.validation_loss)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another run is training in {folder}; wait for it or choose another folder"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 class _Run:
@@ -129,6 +132,24 @@ class _Run:
         self.records = Records(folder, self.step, options.tensorboard)
         self.clock = _Clock(settings.recipe.batch_size * settings.data.length, self.step)
         self.unread: Metrics | None = None
+
+    def up_to(self, last: int, progress: bool) -> None:
+        """Take the steps that are left.
+
+        Raises:
+            KeyboardInterrupt: when interrupted, with how the run goes on.
+        """
+        size, done = self.clock.size, self.step
+        bar = progress_bar(progress, "training", last * size, done * size, unit=" tokens")
+        with self.checkpoints.open(), self.records.open(), bar as advance:
+            try:
+                for step in range(done + 1, last + 1):
+                    self.one_step(is_last=step == last)
+                    advance(size)
+            except KeyboardInterrupt:
+                saved = self.checkpoints.steps()
+                there = f"the same command goes on from step {saved[-1]}" if saved else None
+                raise KeyboardInterrupt(there or "nothing saved") from None
 
     def one_step(self, is_last: bool) -> None:
         """Take a step; tell, evaluate and save where it is time."""

@@ -284,6 +284,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert train(settings, tmp_path / "run").step == 8
 
 
+def test_two_runs_at_once_in_a_folder(tmp_path: Path) -> None:
+    settings, one_step = _settings(tmp_path), alibi_train.running._Run.one_step
+
+    def step(run: Any, is_last: bool) -> None:
+        if run.step == 1:
+            with pytest.raises(CheckpointError, match=r"another run is training in .*run; wait"):
+                train(settings, tmp_path / "run")
+        one_step(run, is_last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alibi_train.running._Run, "one_step", step)
+        assert train(settings, tmp_path / "run", until=2).step == 2
+    assert train(settings, tmp_path / "run").step == 8
+
+
 def test_another_run_in_the_folder(tmp_path: Path) -> None:
     """Every difference is named; what a run keeps and tells may change."""
     train(_settings(tmp_path), tmp_path / "run", until=1)

@@ -134,4 +134,11 @@ FAULTS = (
         "before, self.step = 0, step",
         f"{_RUNS} speed_is",
     ),
+    Mutant(
+        "two runs train in one folder",
+        "alibi_train/running.py",
+        "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        f"{_RUNS} at_once",
+    ),
 )
