@@ -24,7 +24,7 @@ def token_log_probabilities(
 ) -> Float[Array, "batch targets"]:
     """log p of every token but the first, given those before it: float32 (float64).
 
-    Logits are never held for more than a few positions at a time.
+    The last token is not read. Logits are never held for more than a few positions at a time.
 
     Raises:
         ValueError: as for the model's own call; an encoder, or fewer than two tokens.
@@ -42,7 +42,8 @@ def _scored(
     attention_mask: AttentionMask | None,
 ) -> Float[Array, "batch targets"]:
     def scored(model: ALiBiLM) -> Float[Array, "batch targets"]:
-        hidden = model.transformer(model.embed(tokens), attention_mask)
+        mask = None if attention_mask is None else attention_mask[:, :-1]
+        hidden = model.transformer(model.embed(tokens[:, :-1]), mask)
         found = []
         for start in range(0, tokens.shape[1] - 1, CHUNK):
             targets = tokens[:, start + 1 : start + 1 + CHUNK]

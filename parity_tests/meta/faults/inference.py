@@ -239,8 +239,22 @@ FAULTS = (
     Mutant(
         "a target's likelihood is that of the token before it",
         "alibi_torch/scoring.py",
-        "tokens[:, start + 1 : start + 1 + CHUNK].long()",
-        "tokens[:, start : start + CHUNK].long()[:, : tokens.shape[1] - 1 - start]",
+        "tokens[:, start + 1 : start + 1 + CHUNK]",
+        "tokens[:, start : start + CHUNK][:, : tokens.shape[1] - 1 - start]",
+        "test_scoring.py -k references",
+    ),
+    Mutant(
+        "the last token, which predicts nothing, is read and counts as a key",
+        "alibi_torch/scoring.py",
+        "model.embed(tokens[:, :-1]), mask)",
+        "model.embed(tokens), attention_mask)",
+        "test_scoring.py -k references",
+    ),
+    Mutant(
+        "the last token, which predicts nothing, is read and counts as a key in Flax",
+        "alibi_flax/scoring.py",
+        "model.embed(tokens[:, :-1]), mask)",
+        "model.embed(tokens), attention_mask)",
         "test_scoring.py -k references",
     ),
     Mutant(
