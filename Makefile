@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training test-gpu bench-gpu lint types mutants clean
+.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training extrapolate test-gpu bench-gpu lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,10 @@ bench-inference: setup  ## reading and continuing prompts beside transformers an
 bench-training: setup  ## steps of training beside transformers and jaketae/alibi, on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.training
+
+extrapolate: setup  ## how far beyond their training length models of any positions read, on the CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[extrapolate]'
+	$(BIN)/alibi extrapolate --output docs/extrapolation --overwrite
 
 # No set-up: a machine with a GPU has its own builds of torch and jax; PYTHON is where they are.
 test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of PYTHON

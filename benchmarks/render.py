@@ -120,6 +120,28 @@ def training(backend: str) -> str:
     return table(("training step", "positions", "s", "MB"), rows)
 
 
+def trainers() -> str:
+    """A step of training of every peer: time, memory, and the share of the products in ours."""
+    rows = _read("training")["rows"]
+    found = {(row["peer"], row["model"], row["seq"]): row for row in rows}
+    cases = list(dict.fromkeys(key[1:] for key in found))
+
+    def cell(peer: str, case: tuple[str, int]) -> str:
+        row = found.get((peer, *case))
+        if row is None:
+            return "–"
+        if row["peak_extra_bytes"] is None:
+            return f"{row['seconds']:.2f}"
+        return f"{row['seconds']:.2f} / {_number(row['peak_extra_bytes'], 1e-6)}"
+
+    lines = [
+        [peer, *(cell(peer, case) for case in cases)]
+        for peer in dict.fromkeys(key[0] for key in found)
+    ]
+    header = (f"{model}, {seq:,}" for model, seq in cases)
+    return f"{table(('a step, s / MB', *header), lines)}\n{origin('training')}"
+
+
 def inference() -> str:
     """Time of continuing and of reading prompts, of every peer."""
     results = _read("inference")
@@ -182,9 +204,9 @@ def demo() -> str:
     return f"{table(header, rows)}\n{origin}\n"
 
 
-def demo_rates() -> str:
-    """Loss of the demo's models at the training length, by learning rate."""
-    rows = _read("demo_rates")["rows"]
+def rates(experiment: str) -> str:
+    """Loss of an experiment's models at the training length, by learning rate."""
+    rows = _read(f"rates_{experiment}")["rows"]
     rates = sorted({row["learning_rate"] for row in rows})
     found = {
         (row["positions"], row["learning_rate"]): next(iter(row["bits_per_byte"].values()))
@@ -195,16 +217,68 @@ def demo_rates() -> str:
     return table(("bits per byte at a learning rate of", *(f"{rate:g}" for rate in rates)), lines)
 
 
+def extrapolation(windows: str) -> str:
+    """Loss of every kind of positions and training length L, read at L to 16 L."""
+    curves = [curve for curve in _extrapolation()["curves"] if curve["windows"] == windows]
+    lines = []
+    for curve in curves:
+        spread = curve["spread"].values()
+        cells = [
+            f"{mean:.3f} ± {each:.3f}"
+            for mean, each in zip(curve["mean"].values(), spread, strict=True)
+        ]
+        cells += ["–"] * (5 - len(cells))
+        lines.append([curve["positions"], str(curve["training_length"]), *cells])
+    return table(("bits per byte", "L", "read at L", "2 L", "4 L", "8 L", "16 L"), lines)
+
+
+def growth() -> str:
+    """By how much the loss grows from L to 16 L: the mean, and the range of all seeds."""
+    curves = _extrapolation()["curves"]
+    lengths = list(dict.fromkeys(curve["training_length"] for curve in curves))
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for curve in curves:
+        by_length = list(curve["bits_per_byte"].values())
+        if len(by_length) > 1:
+            grown = [last - first for first, last in zip(by_length[0], by_length[-1], strict=True)]
+            mean = sum(grown) / len(grown)
+            cell = f"{mean:+.3f} ({min(grown):+.3f} … {max(grown):+.3f})"
+            key = (curve["positions"], curve["windows"])
+            found.setdefault(key, {})[curve["training_length"]] = cell
+    lines = ([*key, *(cells[length] for length in lengths)] for key, cells in found.items())
+    header = ("bits per byte at 16 L, less those at L", "windows")
+    return table((*header, *(f"L = {length}" for length in lengths)), lines)
+
+
+def experiment() -> str:
+    """How the experiment was run."""
+    results = _extrapolation()
+    facts = results["experiment"]
+    names = ("steps", "step_bytes", "layers", "width", "heads", "seeds", "excerpts")
+    options = ", ".join(f"{name} {facts[name]}" for name in names)
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in facts["learning_rates"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"[results.json](extrapolation/results.json): {results['date']}, {results['machine']}, "
+        f"{results['cpu_minutes']:.0f} minutes of one core; {versions}; "
+        f"{facts['text']}; {options}; learning rates: {rates}.\n"
+    )
+
+
 FIGURES: dict[str, Callable[..., str]] = {
     "attention": attention,
     "conversion": conversion,
     "demo": demo,
-    "demo_rates": demo_rates,
+    "experiment": experiment,
+    "extrapolation": extrapolation,
     "goals": goals,
+    "growth": growth,
     "inference": inference,
     "origin": origin,
     "other_inputs": other_inputs,
     "products": products,
+    "rates": rates,
+    "trainers": trainers,
     "training": training,
 }
 
@@ -228,6 +302,11 @@ def main() -> None:
         if after != before:
             path.write_text(after, encoding="utf-8")
             print(path.relative_to(ROOT))
+
+
+def _extrapolation() -> dict[str, Any]:
+    path = ROOT / "docs" / "extrapolation" / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ COMMANDS = {
     "windows": "windows",
     "plot-windows": "plot_windows",
     "demo": "demo",
+    "extrapolate": "extrapolate",
 }
 
 

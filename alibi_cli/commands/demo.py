@@ -41,6 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, convert, verify, measure, draw."""
-    from alibi_cli.demo import run as run_demo
+    from alibi_cli.experiments.demo import run as run_demo
 
     return OK if run_demo(options) else MISMATCH

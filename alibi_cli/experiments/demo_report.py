@@ -4,67 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from alibi_cli.demo.training import LEARNING_RATES
+from alibi_cli.experiments.curves import COLOURS, Curve, origin
 from alibi_convert.writing.atomic import replacing
 from alibi_verify import Check
 
 OPTIONS = ("steps", "length", "batch", "layers", "width", "heads", "seed", "seeds")
-VERSIONS = ("torch", "jax", "flax", "numpy", "python")
-COLOURS = {"ALiBi": "#0b6e99", "rotary": "#4b8b3b", "sinusoidal": "#c2571a"}
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Held-out loss of the models with one kind of positions, in one backend.
-
-    Attributes:
-        positions: "ALiBi", "rotary" or "sinusoidal".
-        backend: "PyTorch" or "Flax".
-        lengths: of the sequences.
-        bits_per_byte: of the model of each seed, at each length.
-    """
-
-    positions: str
-    backend: str
-    lengths: list[int]
-    bits_per_byte: list[list[float]]
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Over the seeds, at each length."""
-        return np.mean(self.bits_per_byte, axis=0)
-
-    @property
-    def spread(self) -> np.ndarray:
-        """Standard deviation over the seeds, at each length; 0 for one seed."""
-        if len(self.bits_per_byte) == 1:
-            return np.zeros(len(self.lengths))
-        return np.std(self.bits_per_byte, axis=0, ddof=1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """By length, as plain JSON values."""
-
-        def by_length(values: Sequence[Any]) -> dict[int, Any]:
-            return dict(zip(self.lengths, values, strict=True))
-
-        return {
-            "positions": self.positions,
-            "backend": self.backend,
-            "mean": by_length(self.mean.tolist()),
-            "spread": by_length(self.spread.tolist()),
-            "bits_per_byte": by_length(np.transpose(self.bits_per_byte).tolist()),
-        }
+PACKAGES = ("torch", "jax", "flax", "numpy")
 
 
 def table_lines(curves: Sequence[Curve]) -> Iterator[str]:
@@ -75,7 +27,7 @@ def table_lines(curves: Sequence[Curve]) -> Iterator[str]:
         cells = zip(curve.mean, curve.spread, strict=True)
         texts = [f"{mean:.4f} ± {spread:.4f}" for mean, spread in cells]
         line = "".join(f"{text:>16}" for text in texts)
-        yield f"  {curve.positions:<12}{curve.backend:<10}{line}"
+        yield f"  {curve.names['positions']:<12}{curve.names['backend']:<10}{line}"
 
 
 def draw(curves: Sequence[Curve], training_length: int, seeds: int, path: Path) -> None:
@@ -87,15 +39,15 @@ def draw(curves: Sequence[Curve], training_length: int, seeds: int, path: Path) 
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for curve in curves:
-        colour = COLOURS[curve.positions]
+        colour = COLOURS[curve.names["positions"]]
         style: dict[str, Any] = (
             {"marker": "o", "linewidth": 1.8}
-            if curve.backend == "PyTorch"
+            if curve.names["backend"] == "PyTorch"
             else {"marker": "x", "linestyle": "none", "markersize": 11, "markeredgewidth": 1.8}
         )
-        label = f"{curve.positions}, {curve.backend}"
+        label = f"{curve.names['positions']}, {curve.names['backend']}"
         axes.plot(curve.lengths, curve.mean, color=colour, label=label, **style)
-        if curve.backend == "PyTorch":
+        if curve.names["backend"] == "PyTorch":
             low, high = np.min(curve.bits_per_byte, axis=0), np.max(curve.bits_per_byte, axis=0)
             axes.fill_between(curve.lengths, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.axvline(training_length, color="grey", linewidth=1, linestyle=":")
@@ -116,21 +68,16 @@ def draw(curves: Sequence[Curve], training_length: int, seeds: int, path: Path) 
 def write_report(
     path: Path,
     options: argparse.Namespace,
+    learning_rates: Mapping[str, float],
     source: str,
     checks: Sequence[Check],
     curves: Sequence[Curve],
 ) -> None:
     """Every figure, with machine, versions and date."""
-    report = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            name: platform.python_version() if name == "python" else version(name)
-            for name in VERSIONS
-        },
+    report = origin(PACKAGES) | {
         "text": source,
         "options": {name: getattr(options, name) for name in OPTIONS},
-        "learning_rates": LEARNING_RATES,
+        "learning_rates": dict(learning_rates),
         "checks": [asdict(check) for check in checks],
         "bits_per_byte": [curve.to_dict() for curve in curves],
     }

@@ -11,6 +11,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from alibi_cli.experiments.positions import (
+    ALIBI,
+    ROTARY,
+    SINUSOIDAL,
+    config_for,
+    model_config,
+)
 from alibi_cli.rendering import check_line, print_lines
 from alibi_convert import convert, torch_to_flax
 from alibi_convert.machine import require
@@ -18,10 +27,14 @@ from alibi_convert.writing.atomic import check_destination
 from alibi_verify import Check, verify_steps
 
 if TYPE_CHECKING:
-    from alibi_cli.demo.text import Text
+    from alibi_cli.experiments.texts import Text
 
 FOLDER, FLAX_FILE = "alibi", "alibi.msgpack"
 REPORT, PICTURE = "report.json", "extrapolation.png"
+FACTORS = (1, 2, 4, 8)  # times the training length
+# Kinds of positions, with the best rate of `benchmarks.learning_rates` by the loss at the training
+# length.
+LEARNING_RATES = {ALIBI: 1.2e-2, ROTARY: 3e-3, SINUSOIDAL: 6e-3}
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -34,36 +47,40 @@ def run(options: argparse.Namespace) -> bool:
     """
     for module, extra in (("torch", "torch"), ("flax", "flax"), ("matplotlib", "demo")):
         require(module, extra, "the demo")
-    require("tqdm", "demo", "the demo")
+    import torch
+    from tqdm import tqdm
+
     import alibi_flax
-    from alibi_cli.demo.measuring import in_flax, in_torch
-    from alibi_cli.demo.positions import ALIBI, POSITIONS, config_for, model_config
-    from alibi_cli.demo.report import Curve, draw, table_lines, write_report
-    from alibi_cli.demo.text import read_text
-    from alibi_cli.demo.training import LEARNING_RATES, Task, Training, train
+    from alibi_cli.experiments import flax_models, torch_models
+    from alibi_cli.experiments.curves import Curve
+    from alibi_cli.experiments.demo_report import draw, table_lines, write_report
+    from alibi_cli.experiments.texts import read_text
+    from alibi_cli.experiments.training import Training, in_processes, trained_weights
     from alibi_torch import ALiBiLM
 
     config = model_config(options.layers, options.width, options.heads, options.length)
-    text = read_text(options.text, options.length)
+    lengths = [options.length * factor for factor in FACTORS]
+    text = read_text(options.text, lengths[-1])
     output: Path = options.output
     _check_output(output, options.overwrite)
     print(
-        f"text: {text.source}, {len(text.training):,} bytes to learn from, "
-        f"{len(text.held_out):,} held out"
+        f"text: {text.source}, {text.training_bytes:,} bytes to learn from, "
+        f"{text.excerpts.size:,} held out"
     )
 
     print(f"\ntraining at length {options.length}", flush=True)
-    training = Training(config, text.training, options.steps, options.batch)
-    tasks = [
-        Task(kind, seed, LEARNING_RATES[kind])
-        for kind in POSITIONS
+    jobs = [
+        (Training(kind, seed, rate, config, options.steps, options.batch), text.documents)
+        for kind, rate in LEARNING_RATES.items()
         for seed in range(options.seed, options.seed + options.seeds)
     ]
-    trained = train(training, tasks, options.processes)
-    models = {
-        kind: [model for model, task in zip(trained, tasks, strict=True) if task.positions == kind]
-        for kind in POSITIONS
-    }
+    weights = in_processes(trained_weights, jobs, options.processes)
+    weights = iter(tqdm(weights, total=len(jobs), unit="model"))
+    models: dict[str, list[ALiBiLM]] = {kind: [] for kind in LEARNING_RATES}
+    for (training, _), arrays in zip(jobs, weights, strict=True):
+        model = torch_models.new_model(config, training.positions)
+        model.load_state_dict({name: torch.from_numpy(each) for name, each in arrays.items()})
+        models[training.positions].append(model.eval())
 
     print("\nconverting and verifying")
     models[ALIBI][0].save_pretrained(output / FOLDER, overwrite=options.overwrite)
@@ -73,19 +90,21 @@ def run(options: argparse.Namespace) -> bool:
     print("\nheld-out bits per byte")
     curves = []
     for kind, of_seeds in models.items():
-        held_out = (kind, text.evaluated, text.lengths)
-        losses = [in_torch(model, *held_out) for model in of_seeds]
-        curves.append(Curve(kind, "PyTorch", text.lengths, losses))
-        measured = in_flax(config, *held_out)
+        losses = [
+            [torch_models.bits_per_byte(model, text.excerpts, each, each) for each in lengths]
+            for model in of_seeds
+        ]
+        curves.append(Curve({"positions": kind, "backend": "PyTorch"}, lengths, losses))
+        measured = flax_models.bits_per_byte(config, kind)
         its_config = config_for(kind, config)
         params = [torch_to_flax(model.state_dict(), its_config) for model in of_seeds]
         if kind == ALIBI:
             params[0] = alibi_flax.from_pretrained(output / FLAX_FILE)[1]
-        losses = [measured(each) for each in params]
-        curves.append(Curve(kind, "Flax", text.lengths, losses))
+        losses = [[measured(tree, text.excerpts, each) for each in lengths] for tree in params]
+        curves.append(Curve({"positions": kind, "backend": "Flax"}, lengths, losses))
     print_lines(table_lines(curves))
     draw(curves, options.length, options.seeds, output / PICTURE)
-    write_report(output / REPORT, options, text.source, checks, curves)
+    write_report(output / REPORT, options, LEARNING_RATES, text.source, checks, curves)
     passed = all(check.passed for check in checks)
     print(f"\nresults in {output}: {REPORT}, {PICTURE}, {FOLDER}/, {FLAX_FILE}")
     print("every check passed" if passed else "a check FAILED")
@@ -108,7 +127,7 @@ def _convert_and_verify(output: Path, text: Text, options: argparse.Namespace) -
     folder, flax_file = output / FOLDER, output / FLAX_FILE
     report = convert(folder, flax_file, overwrite=options.overwrite)
     print(f"  {folder} -> {flax_file}: {report.tensors} tensors")
-    sample = text.held_out[: 3 * 2 * options.length].reshape(3, -1)
+    sample = text.excerpts[:3, : 2 * options.length].astype(np.int64)
     checks = []
     for check in verify_steps(folder, flax_file, inputs=sample, seed=options.seed):
         checks.append(check)
