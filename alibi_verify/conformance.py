@@ -248,15 +248,15 @@ def _error(case: Case, name: str, found: Arrays, budget: Budget) -> tuple[float,
 
 def _logits_error(case: Case, name: str, found: np.ndarray) -> float:
     """Relative to the q·k part (`alibi_spec.budgets.activation_errors`)."""
-    layer = name.removesuffix("biased_logits") or "layers.0."
-    parts = case.inputs if case.level == "bias" else case.expected
-    prefix = "" if case.level == "bias" else layer
-    exact = {f"{layer}{part}": parts[f"{prefix}{part}"] for part in ("query", "key")}
-    exact = {key: array.astype(np.float64) for key, array in exact.items()}
-    whole = f"{layer}biased_logits"
-    exact[whole] = case.expected[name].astype(np.float64)
+    layer = name.removesuffix("biased_logits")  # nothing at the level of bias
+    arrays = {**case.inputs, **case.expected}
+    exact = {
+        f"layer.{part}": arrays[f"{layer}{part}"].astype(np.float64)
+        for part in ("query", "key", "biased_logits")
+    }
     config = ALiBiConfig.from_dict(case.options["config"])
-    return activation_errors(config, {whole: found}, exact)[whole]
+    errors = activation_errors(config, {"layer.biased_logits": found}, exact)
+    return errors["layer.biased_logits"]
 
 
 def _update_error(case: Case, name: str, found: np.ndarray) -> float:
