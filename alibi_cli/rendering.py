@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from alibi_convert import Plan, Report
     from alibi_verify import Check
+    from alibi_verify.conformance import Conformance, Outcome
 
 COMPARED = 10  # vectors, at most, that are compared with one another
 
@@ -31,6 +32,22 @@ def print_lines(lines: Iterator[str]) -> None:
 def check_line(check: Check) -> str:
     """One check of a verification: whether it passed, and what was measured."""
     return f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.measured}"
+
+
+def outcome_line(outcome: Outcome) -> str:
+    """One case of the kit: whether it passed, and what was measured."""
+    words = {"ok": "ok  ", "failed": "FAIL", "refused": "-   "}
+    return f"{words[outcome.status]} {outcome.case}: {outcome.found}"
+
+
+def conformance_lines(result: Conformance) -> Iterator[str]:
+    """What an implementation can claim."""
+    yield f"{result.implementation}, {result.dtype} on {result.device}"
+    by_verdict: dict[str, list[str]] = {}
+    for level, verdict in result.levels.items():
+        by_verdict.setdefault(verdict, []).append(level)
+    for verdict, levels in by_verdict.items():
+        yield f"  {verdict}: {', '.join(levels)}"
 
 
 def inspection_lines(contents: Mapping[str, Any]) -> Iterator[str]:

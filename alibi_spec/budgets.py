@@ -121,6 +121,10 @@ AGREEMENTS: Mapping[str, Agreement] = {
         "u = 2^-24: twenty steps of 3e-3 round a weight of 2 twenty times, in the worst case by "
         "20 · 2 u = 2.4e-6 of 0.06, which is 4e-5; gradients err less.",
     ),
+    "kit": Agreement(
+        2.0**-23,
+        "u = 2^-24: two float64 results that differ by far less can be rounded to neighbours.",
+    ),
     "rounding": Agreement(1e-6, "x'/x - 1 errs by u = 2^-53, 2e-9 of the 2^-24 that it measures."),
     "optimizer": Agreement(
         1e-12,

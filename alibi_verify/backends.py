@@ -31,9 +31,9 @@ class TorchBackend:
 
     def exact_logits(self, case: ExactAttention) -> Array:
         """Biased logits of the attention layer of `case`, float32."""
-        model = self._model(case.config, case.parameters, "float32")
+        model = self.model(case.config, case.parameters, "float32")
         logits = model.layers[0].attn.biased_logits(
-            self._put(case.inputs), attention_mask=self._put(case.attention_mask)
+            self.put(case.inputs), attention_mask=self.put(case.attention_mask)
         )
         return as_numpy(logits)
 
@@ -45,10 +45,10 @@ class TorchBackend:
 
         import alibi_torch
 
-        model = self._model(config, tensors, dtype)
+        model = self.model(config, tensors, dtype)
         with torch.no_grad():
             values = alibi_torch.trace(
-                model, self._inputs(config, inputs, dtype), self._put(attention_mask)
+                model, self._inputs(config, inputs, dtype), self.put(attention_mask)
             )
         return {name: as_numpy(value) for name, value in values.items()}
 
@@ -62,9 +62,9 @@ class TorchBackend:
         dtype: str,
     ) -> dict[str, Array]:
         """Gradient of Σ cotangent · output with respect to every parameter."""
-        model = self._model(config, tensors, dtype)
-        output = model(self._inputs(config, inputs, dtype), self._put(attention_mask))
-        output.backward(self._put(cotangent).to(output.dtype))
+        model = self.model(config, tensors, dtype)
+        output = model(self._inputs(config, inputs, dtype), self.put(attention_mask))
+        output.backward(self.put(cotangent).to(output.dtype))
         return {name: as_numpy(parameter.grad) for name, parameter in model.named_parameters()}
 
     def generate(
@@ -73,10 +73,10 @@ class TorchBackend:
         """Greedy continuation in float32."""
         import alibi_torch
 
-        model = self._model(config, tensors, "float32")
-        return as_numpy(alibi_torch.generate(model, self._put(prompt), max_new_tokens).tokens)
+        model = self.model(config, tensors, "float32")
+        return as_numpy(alibi_torch.generate(model, self.put(prompt), max_new_tokens).tokens)
 
-    def _model(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
+    def model(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
         import torch
 
         import alibi_torch
@@ -89,10 +89,10 @@ class TorchBackend:
     def _inputs(self, config: ALiBiConfig, inputs: Array, dtype: str) -> Any:
         import torch
 
-        tensor = self._put(inputs)
+        tensor = self.put(inputs)
         return tensor.to(getattr(torch, dtype)) if config.vocab_size is None else tensor
 
-    def _put(self, array: Mask) -> Any:
+    def put(self, array: Mask) -> Any:
         return None if array is None else as_torch(array).to(self.device)
 
 
@@ -106,10 +106,10 @@ class FlaxBackend:
     def exact_logits(self, case: ExactAttention) -> Array:
         import jax.numpy as jnp
 
-        model = self._model(case.config, "float32")
-        with self._settings():
+        model = self.model(case.config, "float32")
+        with self.settings():
             logits = model.apply(
-                {"params": self._params(case.config, case.parameters, "float32")},
+                {"params": self.params(case.config, case.parameters, "float32")},
                 jnp.asarray(case.inputs),
                 attention_mask=jnp.asarray(case.attention_mask),
                 method=lambda model, x, **mask: model.layers[0].attn.biased_logits(x, **mask),
@@ -121,12 +121,12 @@ class FlaxBackend:
     ) -> dict[str, Array]:
         import alibi_flax
 
-        with self._settings():
+        with self.settings():
             values = alibi_flax.trace(
-                self._model(config, dtype),
-                self._params(config, tensors, dtype),
+                self.model(config, dtype),
+                self.params(config, tensors, dtype),
                 self._inputs(config, inputs, dtype),
-                self._put(attention_mask),
+                self.put(attention_mask),
             )
         return {name: np.asarray(value) for name, value in values.items()}
 
@@ -141,15 +141,15 @@ class FlaxBackend:
     ) -> dict[str, Array]:
         import jax
 
-        model = self._model(config, dtype)
+        model = self.model(config, dtype)
 
         def output(params: Any) -> Any:
             placed = self._inputs(config, inputs, dtype)
-            return model.apply({"params": params}, placed, self._put(attention_mask))
+            return model.apply({"params": params}, placed, self.put(attention_mask))
 
-        with self._settings():
-            value, pullback = jax.vjp(output, self._params(config, tensors, dtype))
-            (gradients,) = pullback(self._put(cotangent).astype(value.dtype))
+        with self.settings():
+            value, pullback = jax.vjp(output, self.params(config, tensors, dtype))
+            (gradients,) = pullback(self.put(cotangent).astype(value.dtype))
         return canonical_tensors(gradients, config)
 
     def generate(
@@ -157,20 +157,20 @@ class FlaxBackend:
     ) -> Array:
         import alibi_flax
 
-        with self._settings():
-            params = self._params(config, tensors, "float32")
-            model = self._model(config, "float32")
-            generated = alibi_flax.generate(model, params, self._put(prompt), max_new_tokens)
+        with self.settings():
+            params = self.params(config, tensors, "float32")
+            model = self.model(config, "float32")
+            generated = alibi_flax.generate(model, params, self.put(prompt), max_new_tokens)
         return np.asarray(generated.tokens)
 
-    def _model(self, config: ALiBiConfig, dtype: str) -> Any:
+    def model(self, config: ALiBiConfig, dtype: str) -> Any:
         import alibi_flax
 
         bare = config.vocab_size is None
         model_class = alibi_flax.ALiBiTransformer if bare else alibi_flax.ALiBiLM
         return model_class(config, dtype=dtype, param_dtype=dtype)
 
-    def _params(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
+    def params(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
         import jax
         import jax.numpy as jnp
 
@@ -181,16 +181,16 @@ class FlaxBackend:
         return flax_tree(Tensors.of(tensors), config, placed)
 
     def _inputs(self, config: ALiBiConfig, inputs: Array, dtype: str) -> Any:
-        array = self._put(inputs)
+        array = self.put(inputs)
         return array.astype(dtype) if config.vocab_size is None else array
 
-    def _put(self, array: Mask) -> Any:
+    def put(self, array: Mask) -> Any:
         import jax.numpy as jnp
 
         return None if array is None else jnp.asarray(array)
 
     @contextmanager
-    def _settings(self) -> Iterator[None]:
+    def settings(self) -> Iterator[None]:
         import jax
 
         device = jax.devices(self.device)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -61,6 +62,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=[each.name for each in IMPLEMENTATIONS],
         help="fail unless this implementation can run here",
     )
+    parser.addoption(
+        "--implementation",
+        metavar="module:factory",
+        help="run only the conformance kit, against this implementation",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --implementation no other file is read."""
+    if config.getoption("--implementation") is None or collection_path.is_dir():
+        return None
+    return True if collection_path.name != "test_conformance.py" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--implementation") is not None:
+        items[:] = [item for item in items if item.name == "test_the_given_implementation"]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -1,7 +1,7 @@
 """The backends and devices under test. What is absent is named in the summary, with the reason.
 
 A third implementation joins by one more row in `IMPLEMENTATIONS`: anything with the methods of
-`alibi_verify.backends.Backend`.
+`alibi_verify.backends.Backend`. One that has less is held against the kit (test_conformance.py).
 """
 
 from __future__ import annotations

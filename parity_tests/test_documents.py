@@ -60,7 +60,9 @@ def test_pages_with_examples() -> None:
     assert pages <= set(WITH_EXAMPLES)
 
 
-@pytest.mark.parametrize("document", [*PAGES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document", [*PAGES, "CONTRIBUTING.md", "alibi_spec/conformance/README.md"]
+)
 def test_links_and_paths(document: str) -> None:
     """Every relative link, its section, and every make target that is named, exists."""
     text = (ROOT / document).read_text(encoding="utf-8")

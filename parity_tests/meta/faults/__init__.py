@@ -6,6 +6,7 @@ from parity_tests.meta.faults import (
     adapters,
     command,
     comparison,
+    conformance,
     conversion,
     families,
     files,
@@ -33,5 +34,6 @@ FAULTS = (
     *adapters.FAULTS,
     *optimizer.FAULTS,
     *comparison.FAULTS,
+    *conformance.FAULTS,
     *command.FAULTS,
 )
