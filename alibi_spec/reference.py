@@ -242,10 +242,15 @@ class Reference:
         self, x: Float64[np.ndarray, "batch seq embed"], index: int
     ) -> Float64[np.ndarray, "batch seq embed"]:
         """One residual block."""
-        x = self._residual(x, index, "attn", self.attention)
-        x = self._residual(x, index, "ffn", self.feed_forward)
+        x = self._residual(self.attended(x, index), index, "ffn", self.feed_forward)
         self.trace[f"layers.{index}"] = x
         return x
+
+    def attended(
+        self, x: Float64[np.ndarray, "batch seq embed"], index: int
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """The first half of a block: the residual stream after attention."""
+        return self._residual(x, index, "attn", self.attention)
 
     def output(
         self, x: Float64[np.ndarray, "batch seq embed"]

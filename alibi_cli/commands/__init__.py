@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "plan",
     "convert": "convert",
     "verify": "verify",
+    "parity": "parity",
     "train": "train",
     "generate": "generate",
     "score": "score",
