@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from alibi_convert import Plan, Report
-    from alibi_verify import Check
+    from alibi_verify import Check, Parity, Run, Skipped
     from alibi_verify.conformance import Conformance, Outcome
 
 COMPARED = 10  # vectors, at most, that are compared with one another
+_LISTED = 20  # tensors, at most, in which checkpoints differ
+_BRANCHES = ("biased_logits", "attn", "ffn")  # of a layer, before its result
 
 
 def print_json(value: Any) -> None:
@@ -132,6 +134,87 @@ def report_lines(report: Report) -> Iterator[str]:
         yield from _outputs(report.verification["logits"])
     else:
         yield "not read back"
+
+
+def checkpoint_difference_lines(parity: Parity) -> Iterator[str]:
+    """In what the configuration and the parameters of B differ from those of A."""
+    if parity.ours is parity.theirs:
+        return
+    for name, (ours, theirs) in parity.settings.items():
+        yield f"  {name} = {theirs!r}, in A {ours!r}"
+    found = parity.parameters
+    every, ours = len(parity.ours.tensors), parity.ours.path
+    yield f"  {len(found)} of {every} parameters differ from those of A, {ours}"
+    width = max(map(len, found), default=0)
+    for name, each in list(found.items())[:_LISTED]:
+        yield (
+            f"    {name:{width}}  {each.elements:,} of {each.size:,} elements, "
+            f"by {each.largest:.1e} at most"
+        )
+    if len(found) > _LISTED:
+        yield f"    and {len(found) - _LISTED} more"
+
+
+def run_lines(run: Run) -> Iterator[str]:
+    """What one implementation computed: the errors of its tensors, and why they are too large."""
+    worst = max(run.errors, key=lambda name: run.errors[name])
+    measured = f"worst {run.errors[worst]:.1e} ({worst}), {run.budget:g} is allowed"
+    yield f"{'ok  ' if run.passed else 'FAIL'} {run.name}, {run.dtype}: {measured}"
+    yield f"       layer{''.join(f'{name:>15}' for name in (*_BRANCHES, 'result'))}"
+    for stage in run.by_stage:
+        result = f"layers.{stage}" if stage.isdigit() else stage
+        names = (*(f"{result}.{branch}" for branch in _BRANCHES), result)
+        yield f"  {stage:>10}{''.join(f'{_error(run, name):>15}' for name in names)}".rstrip()
+    if run.first is not None:
+        place = run.places[run.first]
+        where = [f"row {place.row}", f"position {place.position}"]
+        where += [] if place.key is None else [f"key {place.key}"]
+        where += [] if place.head is None else [f"head {place.head}"]
+        yield f"  first past its budget: {run.first}, most at {', '.join(where)}"
+        yield from _causes(run)
+    if run.gradients:
+        name = max(run.gradients, key=lambda name: run.gradients[name])
+        yield (
+            f"  gradients of {len(run.gradients)} parameters: worst {run.gradients[name]:.1e} "
+            f"({name}), {run.gradient_budget:g} is allowed"
+        )
+    if run.first_gradient is not None:
+        yield f"  first gradient past its budget, from the end: {run.first_gradient}"
+
+
+def _error(run: Run, name: str) -> str:
+    """The error of a tensor, marked if it is past the budget."""
+    if name not in run.errors:
+        return "- "
+    error = run.errors[name]
+    return f"{error:.1e}{' ' if error <= run.budget else '!'}"
+
+
+def _causes(run: Run) -> Iterator[str]:
+    causes = run.causes
+    if "embedding" not in run.errors:
+        yield "  cause: not sought, where only logits are seen"
+    elif not causes:
+        yield "  cause: no known mistake explains it"
+    elif not causes[0].reproduces:
+        yield f"  cause: like {causes[0].words}"
+        yield f"    (with this mistake the deviations are {causes[0].reduction:,.0f} times smaller)"
+    else:
+        yield f"  cause: {causes[0].words} (with this mistake: {causes[0].error:.1e})"
+        for each in causes[1:]:
+            yield f"    or: {each.words} ({each.error:.1e})"
+
+
+def parity_summary_lines(runs: Sequence[Run], skipped: Sequence[Skipped]) -> Iterator[str]:
+    """How many passed, and what was not run."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in skipped:
+        reasons.setdefault((each.name, each.reason), []).append(each.dtype or "")
+    for (name, reason), dtypes in reasons.items():
+        of_dtypes = "" if dtypes == [""] else f" in {', '.join(dtypes)}"
+        yield f"not run: {name}{of_dtypes} ({reason})"
+    passed = sum(run.passed for run in runs)
+    yield f"{passed} of {len(runs)} runs within their budgets"
 
 
 def vector_lines(vectors: np.ndarray, output: Path | None) -> Iterator[str]:

@@ -21,8 +21,8 @@ def trace(
     """Run the model and return its intermediates, in order of computation.
 
     Returns:
-        Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
-        "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
+        "embedding"; per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn"
+        and "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
         model with a head. Names and values are those of `alibi_spec.reference_forward`.
 
     Raises:
@@ -31,8 +31,11 @@ def trace(
     values: dict[str, Float[Array, "..."]] = {}
 
     def record(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        is_call = context.method_name == "__call__"
+        if is_call and isinstance(context.module, ALiBiTransformer):
+            values["embedding"] = args[0]
         output = call(*args, **kwargs)
-        if context.method_name != "__call__":
+        if not is_call:
             return output
         module: nn.Module = context.module
         name = ".".join(part.replace("layers_", "layers.") for part in module.path)

@@ -141,15 +141,16 @@ def relative_error(
 
     Infinite elements must be equal; a NaN or a misplaced infinity gives inf.
     """
-    finite = np.isfinite(exact)
-    if not np.array_equal(np.where(finite, 0.0, exact), np.where(finite, 0.0, actual)):
-        return float("inf")
-    deviation = np.abs(np.where(finite, actual, 0.0) - np.where(finite, exact, 0.0))
-    if not np.isfinite(deviation).all():
-        return float("inf")
-    magnitude = max(float(np.abs(exact[finite]).max(initial=0.0)), floor)
-    largest = float(deviation.max(initial=0.0))
-    return largest / magnitude if magnitude else (0.0 if largest == 0 else float("inf"))
+    return float(relative_deviations(actual, exact, floor).max(initial=0.0))
+
+
+def relative_deviations(
+    actual: Num[np.ndarray, "*shape"], exact: Float64[np.ndarray, "*shape"], floor: float = 0.0
+) -> Float64[np.ndarray, "*shape"]:
+    """What `relative_error` is the largest of."""
+    deviations = _deviations(actual, exact)
+    magnitudes = np.abs(np.where(np.isfinite(exact), exact, 0.0))
+    return _over(deviations, max(float(magnitudes.max(initial=0.0)), floor))
 
 
 def activation_errors(
@@ -162,33 +163,56 @@ def activation_errors(
     Errors of biased logits are relative to their q·k part: relative to the bias, which grows with
     the sequence, any error would look small.
     """
-    errors = {}
-    for name in exact:
-        if name not in found:
-            continue
-        if name.endswith(".biased_logits"):
-            layer = name.removesuffix(".biased_logits")
-            key = shared_heads(exact[f"{layer}.key"], config.num_heads)
-            scores = config.scale * (exact[f"{layer}.query"] @ key.swapaxes(-1, -2))
-            errors[name] = _logits_error(found[name], exact[name], scores)
-        else:
-            errors[name] = relative_error(found[name].astype(np.float64), exact[name])
-    return errors
+    return {
+        name: float(activation_deviations(config, name, found[name], exact).max(initial=0.0))
+        for name in exact
+        if name in found
+    }
 
 
-def _logits_error(
+def activation_deviations(
+    config: ALiBiConfig,
+    name: str,
+    found: Num[np.ndarray, "..."],
+    exact: Mapping[str, Float64[np.ndarray, "..."]],
+) -> Float64[np.ndarray, "..."]:
+    """What the error of one intermediate is the largest of, element by element."""
+    if not name.endswith(".biased_logits"):
+        return relative_deviations(found.astype(np.float64), exact[name])
+    layer = name.removesuffix(".biased_logits")
+    key = shared_heads(exact[f"{layer}.key"], config.num_heads)
+    scores = config.scale * (exact[f"{layer}.query"] @ key.swapaxes(-1, -2))
+    return _deviations_of_logits(found, exact[name], scores)
+
+
+def _deviations_of_logits(
     found: Float[np.ndarray, "batch heads seq seq"],
     exact: Float64[np.ndarray, "batch heads seq seq"],
     scores: Float64[np.ndarray, "batch heads seq seq"],
-) -> float:
-    """Largest deviation, beyond one rounding of the sum, over the largest visible score."""
+) -> Float64[np.ndarray, "batch heads seq seq"]:
+    """Deviations beyond one rounding of the sum, over the largest visible score."""
     visible = np.isfinite(exact)
-    if not np.array_equal(visible, np.isfinite(found)) or np.isnan(found).any():
-        return float("inf")
-    deviation = np.abs(np.where(visible, found, 0.0) - np.where(visible, exact, 0.0))
     rounding = np.where(visible, np.abs(exact), 0.0) * float(np.finfo(found.dtype).eps)
-    excess = float(np.maximum(deviation - rounding, 0.0).max())
-    return excess / float(np.abs(np.where(visible, scores, 0.0)).max()) if excess else 0.0
+    excess = np.maximum(_deviations(found, exact) - rounding, 0.0)
+    return _over(excess, float(np.abs(np.where(visible, scores, 0.0)).max()))
+
+
+def _deviations(
+    found: Num[np.ndarray, "*shape"], exact: Float64[np.ndarray, "*shape"]
+) -> Float64[np.ndarray, "*shape"]:
+    """The distance of each element; infinite where either is not finite and they are not equal."""
+    finite = np.isfinite(found) & np.isfinite(exact)
+    distance = np.abs(np.where(finite, found, 0.0) - np.where(finite, exact, 0.0))
+    return np.where(finite | (found == exact), distance, np.inf)
+
+
+def _over(
+    deviations: Float64[np.ndarray, "*shape"], magnitude: float
+) -> Float64[np.ndarray, "*shape"]:
+    """Deviations divided by a magnitude; those from nothing but zeros are infinite, if any."""
+    if magnitude:
+        return deviations / magnitude
+    return np.where(deviations == 0, 0.0, np.inf)
 
 
 def gradient_floor(gradients: Mapping[str, Float64[np.ndarray, "..."]]) -> float:

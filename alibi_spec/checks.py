@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from alibi_spec.training import Recipe
 
 
+class RefusalError(ValueError):
+    """An implementation of attention that cannot compute a call, with the reason."""
+
+    def __init__(self, implementation: str, reason: str, able: Sequence[str]) -> None:
+        super().__init__(
+            f"implementation={implementation!r} cannot compute this: {reason}; "
+            f"expected one of {('auto', *able)}"
+        )
+        self.reason = reason
+
+
 def require_vocabulary(vocab_size: int | None) -> int:
     """`vocab_size`, or ValueError when an `ALiBiLM` is built without one."""
     if vocab_size is None:

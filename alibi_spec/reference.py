@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,119 +184,226 @@ def reference_forward(
     missing = [row.name for row in parameter_table(config) if row.name not in parameters]
     if missing:
         raise ValueError(f"{len(missing)} parameters are missing, first {missing[0]}")
-    prefix = "" if config.vocab_size is None else "transformer."
     key_len = inputs.shape[1]
     if cache is not None:
         check_cache(config, cache.visible.shape[0], inputs.shape[0])
         attention_mask, key_len = cache.mask(attention_mask, key_len), key_len + cache.length
     slope_factor = interpolation(config, interpolated_len or key_len)
-    fixed_slopes = model_slopes(config) * np.float32(slope_factor)
-    activation = ACTIVATION_FUNCTIONS[config.activation]
-    trace: dict[str, Float64[np.ndarray, "..."]] = {}
+    model = Reference(config, parameters, slope_factor, attention_mask, segment_ids, cache)
+    x = model.embedding(inputs, token_type_ids)
+    for index in range(config.num_layers):
+        x = model.block(x, index)
+    x = model.output(x)
+    if config.vocab_size is not None and config.head != "none":
+        model.logits(x)
+    return model.trace
 
-    def weight(name: str) -> Float64[np.ndarray, "..."]:
-        return parameters[name].astype(np.float64)
 
-    def linear(x: np.ndarray, module: str, has_bias: bool = True) -> np.ndarray:
-        y = x @ weight(f"{module}.weight").T
-        return y + weight(f"{module}.bias") if has_bias else y
+@dataclass
+class Reference:
+    """The stages of `reference_forward`, one method each; what each computes is in `trace`.
 
-    def norm(x: np.ndarray, module: str) -> np.ndarray:
-        if config.norm == "rms":
-            return rms_norm(x, weight(f"{module}.weight"), config.norm_eps)
-        shift = weight(f"{module}.bias") if config.norm_bias else 0.0
-        return layer_norm(x, weight(f"{module}.weight"), shift, config.norm_eps)
+    A subclass can alter a stage, to see what a mistake in it would do.
 
-    def projection(x: np.ndarray, module: str, name: str) -> np.ndarray:
-        projected = linear(x, f"{module}.{name}", config.attention_bias)
+    Attributes:
+        config, parameters, attention_mask, segment_ids, cache: as for `reference_forward`.
+        slope_factor: what interpolation makes of the slopes (SPEC.md §2.1).
+        trace: what `reference_forward` returns, as far as it has been computed.
+    """
+
+    config: ALiBiConfig
+    parameters: Mapping[str, Num[np.ndarray, "..."]]
+    slope_factor: float = 1.0
+    attention_mask: AttentionMask | None = None
+    segment_ids: Integer[np.ndarray, "batch seq"] | None = None
+    cache: Cache | None = None
+    trace: dict[str, Float64[np.ndarray, "..."]] = field(default_factory=dict, init=False)
+
+    def embedding(
+        self,
+        inputs: Num[np.ndarray, "batch seq *d_model"],
+        token_type_ids: Integer[np.ndarray, "batch seq"] | None = None,
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """The input of the first block."""
+        config = self.config
+        if config.vocab_size is None:
+            x = inputs.astype(np.float64)
+        else:
+            x = self.weight("token_embedding.weight", inputs) * config.embedding_scale
+            if config.type_vocab_size is not None:
+                types = np.zeros_like(inputs) if token_type_ids is None else token_type_ids
+                x = x + self.weight("token_type_embedding.weight", types)
+            if config.embedding_norm:
+                x = self.norm(x, "embedding_norm")
+        self.trace["embedding"] = x
+        return x
+
+    def block(
+        self, x: Float64[np.ndarray, "batch seq embed"], index: int
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """One residual block."""
+        x = self._residual(self.attended(x, index), index, "ffn", self.feed_forward)
+        self.trace[f"layers.{index}"] = x
+        return x
+
+    def attended(
+        self, x: Float64[np.ndarray, "batch seq embed"], index: int
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """The first half of a block: the residual stream after attention."""
+        return self._residual(x, index, "attn", self.attention)
+
+    def output(
+        self, x: Float64[np.ndarray, "batch seq embed"]
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """Hidden states after the last block, and the final norm."""
+        if self.config.final_norm:
+            x = self.norm(x, f"{self._prefix}final_norm")
+        self.trace["output"] = x
+        return x
+
+    def logits(
+        self, x: Float64[np.ndarray, "batch seq embed"]
+    ) -> Float64[np.ndarray, "batch seq vocab"]:
+        """What the head makes of hidden states."""
+        config = self.config
+        if config.head == "masked_lm":
+            activation = ACTIVATION_FUNCTIONS[config.activation]
+            x = self.norm(activation(self.linear(x, "head_transform")), "head_norm")
+        head = "token_embedding" if config.tie_embeddings else "lm_head"
+        logits = self.linear(x, head, has_bias=False) * config.logit_scale
+        if config.head == "masked_lm":
+            logits = logits + self.weight("head_bias")
+        if config.adaptive_cutoffs is not None:
+            clusters = self.linear(x, "cluster_head", has_bias=False) * config.logit_scale
+            logits = adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
+        self.trace["logits"] = logits
+        return logits
+
+    def attention(
+        self, x: Float64[np.ndarray, "batch seq embed"], index: int
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """The residual branch of attention."""
+        config, trace, layer = self.config, self.trace, f"layers.{index}"
+        module = f"{self._prefix}{layer}.attn"
+        for name in ("query", "key", "value"):
+            trace[f"{layer}.{name}"] = self._projection(x, module, name)
+        if self.cache is not None:
+            before = {"key": self.cache.keys[index], "value": self.cache.values[index]}
+            for name, array in before.items():
+                trace[f"{layer}.{name}"] = np.concatenate([array, trace[f"{layer}.{name}"]], 2)
+        query, key = trace[f"{layer}.query"], trace[f"{layer}.key"]
+        trace[f"{layer}.biased_logits"] = self.biased_logits(query, key, index)
+        trace[f"{layer}.probabilities"] = masked_softmax(trace[f"{layer}.biased_logits"])
+        value = shared_heads(trace[f"{layer}.value"], config.num_heads)
+        probabilities = self.factor(trace[f"{layer}.probabilities"], "attention")
+        attended = probabilities @ self.factor(value, "attention")
+        attended = attended.swapaxes(1, 2).reshape(x.shape)
+        if config.output_projection:
+            attended = self.linear(attended, f"{module}.output", config.attention_bias)
+        trace[f"{layer}.attn"] = attended
+        if config.attention_output_norm:
+            return self.norm(x + attended, f"{self._prefix}{layer}.attn_output_norm")
+        return attended
+
+    def feed_forward(
+        self, x: Float64[np.ndarray, "batch seq embed"], index: int
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        """The residual branch of the feed-forward layers."""
+        config, layer = self.config, f"layers.{index}"
+        module = f"{self._prefix}{layer}.ffn"
+        activation = ACTIVATION_FUNCTIONS[config.activation]
+        hidden = self.linear(x, f"{module}.fc1", config.ffn_bias)
+        if config.gated_ffn:
+            hidden = hidden * activation(self.linear(x, f"{module}.gate", config.ffn_bias))
+        else:
+            hidden = activation(hidden)
+        self.trace[f"{layer}.ffn"] = self.linear(hidden, f"{module}.fc2", config.ffn_bias)
+        return self.trace[f"{layer}.ffn"]
+
+    def biased_logits(
+        self,
+        query: Float64[np.ndarray, "batch heads seq head_dim"],
+        key: Float64[np.ndarray, "batch kv_heads key_len head_dim"],
+        index: int,
+    ) -> Float64[np.ndarray, "batch heads seq key_len"]:
+        """The logits of attention in one block."""
+        return biased_logits(
+            self.factor(query, "attention"),
+            self.factor(key, "attention"),
+            self.slopes(index),
+            causal=self.config.causal,
+            scale=self.config.scale,
+            attention_mask=self.attention_mask,
+            segment_ids=self.segment_ids,
+            distance=self.config.distance,
+        )
+
+    def slopes(self, index: int) -> Float[np.ndarray, " heads"]:
+        """The slopes of one block."""
+        if self.config.slopes == "learned":
+            slopes = self.weight(f"{self._prefix}layers.{index}.attn.slopes")
+            return slopes * self.slope_factor
+        return (model_slopes(self.config) * np.float32(self.slope_factor))[index]
+
+    def norm(
+        self, x: Float64[np.ndarray, "*batch width"], module: str
+    ) -> Float64[np.ndarray, "*batch width"]:
+        """A norm of the kind of the model."""
+        weight = self.weight(f"{module}.weight")
+        if self.config.norm == "rms":
+            return rms_norm(x, weight, self.config.norm_eps)
+        shift = self.weight(f"{module}.bias") if self.config.norm_bias else 0.0
+        return layer_norm(x, weight, shift, self.config.norm_eps)
+
+    def linear(
+        self, x: Float64[np.ndarray, "*batch width"], module: str, has_bias: bool = True
+    ) -> Float64[np.ndarray, "*batch features"]:
+        """A linear map."""
+        weight = self.factor(self.weight(f"{module}.weight"), "linear")
+        y = self.factor(x, "linear") @ weight.T
+        return y + self.weight(f"{module}.bias") if has_bias else y
+
+    def factor(
+        self,
+        x: Float64[np.ndarray, "*axes"],
+        product: str,  # noqa: ARG002
+    ) -> Float64[np.ndarray, "*axes"]:
+        """What enters a product of matrices, "linear" or "attention": here, as it is."""
+        return x
+
+    def weight(
+        self, name: str, rows: Integer[np.ndarray, "batch seq"] | None = None
+    ) -> Float64[np.ndarray, "..."]:
+        """A parameter, or some rows of it."""
+        array = self.parameters[name]
+        return (array if rows is None else array[rows]).astype(np.float64)
+
+    def _projection(
+        self, x: Float64[np.ndarray, "batch seq embed"], module: str, name: str
+    ) -> Float64[np.ndarray, "batch any_heads seq head_dim"]:
+        config = self.config
+        projected = self.linear(x, f"{module}.{name}", config.attention_bias)
         if config.qkv_clip is not None:
             projected = projected.clip(-config.qkv_clip, config.qkv_clip)
         if config.qk_norm and name != "value":
-            projected = norm(projected, f"{module}.{name}_norm")
+            projected = self.norm(projected, f"{module}.{name}_norm")
         batch, seq, _ = projected.shape
         return projected.reshape(batch, seq, -1, config.head_dim).swapaxes(1, 2)
 
-    def slopes(layer: str) -> np.ndarray:
-        if config.slopes == "learned":
-            return weight(f"{prefix}{layer}.attn.slopes") * slope_factor
-        return fixed_slopes[int(layer.removeprefix("layers."))]
+    def _residual(
+        self,
+        x: Float64[np.ndarray, "batch seq embed"],
+        index: int,
+        name: str,
+        branch: Callable[..., Any],
+    ) -> Float64[np.ndarray, "batch seq embed"]:
+        placement = self.config.norm_placement
+        module = f"{self._prefix}layers.{index}.{name}_norm"
+        if placement == "post":
+            return self.norm(x + branch(x, index), module)
+        normed = self.norm(x, module)
+        return (normed if placement == "pre_residual" else x) + branch(normed, index)
 
-    def attention(x: np.ndarray, layer: str) -> np.ndarray:
-        module = f"{prefix}{layer}.attn"
-        for name in ("query", "key", "value"):
-            trace[f"{layer}.{name}"] = projection(x, module, name)
-        if cache is not None:
-            index = int(layer.removeprefix("layers."))
-            for name, before in (("key", cache.keys[index]), ("value", cache.values[index])):
-                trace[f"{layer}.{name}"] = np.concatenate([before, trace[f"{layer}.{name}"]], 2)
-        trace[f"{layer}.biased_logits"] = biased_logits(
-            trace[f"{layer}.query"],
-            trace[f"{layer}.key"],
-            slopes(layer),
-            causal=config.causal,
-            scale=config.scale,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            distance=config.distance,
-        )
-        trace[f"{layer}.probabilities"] = masked_softmax(trace[f"{layer}.biased_logits"])
-        value = shared_heads(trace[f"{layer}.value"], config.num_heads)
-        attended = (trace[f"{layer}.probabilities"] @ value).swapaxes(1, 2).reshape(x.shape)
-        if config.output_projection:
-            attended = linear(attended, f"{module}.output", config.attention_bias)
-        trace[f"{layer}.attn"] = attended
-        if config.attention_output_norm:
-            return norm(x + attended, f"{prefix}{layer}.attn_output_norm")
-        return attended
-
-    def feed_forward(x: np.ndarray, layer: str) -> np.ndarray:
-        module = f"{prefix}{layer}.ffn"
-        hidden = linear(x, f"{module}.fc1", config.ffn_bias)
-        if config.gated_ffn:
-            hidden = hidden * activation(linear(x, f"{module}.gate", config.ffn_bias))
-        else:
-            hidden = activation(hidden)
-        trace[f"{layer}.ffn"] = linear(hidden, f"{module}.fc2", config.ffn_bias)
-        return trace[f"{layer}.ffn"]
-
-    def residual(x: np.ndarray, layer: str, name: str, branch: Callable[..., Any]) -> np.ndarray:
-        module = f"{prefix}{layer}.{name}_norm"
-        if config.norm_placement == "post":
-            return norm(x + branch(x, layer), module)
-        normed = norm(x, module)
-        return (normed if config.norm_placement == "pre_residual" else x) + branch(normed, layer)
-
-    if config.vocab_size is None:
-        x = inputs.astype(np.float64)
-    else:
-        x = weight("token_embedding.weight")[inputs] * config.embedding_scale
-        if config.type_vocab_size is not None:
-            types = np.zeros_like(inputs) if token_type_ids is None else token_type_ids
-            x = x + weight("token_type_embedding.weight")[types]
-        if config.embedding_norm:
-            x = norm(x, "embedding_norm")
-    trace["embedding"] = x
-
-    for index in range(config.num_layers):
-        layer = f"layers.{index}"
-        x = residual(x, layer, "attn", attention)
-        x = residual(x, layer, "ffn", feed_forward)
-        trace[layer] = x
-
-    if config.final_norm:
-        x = norm(x, f"{prefix}final_norm")
-    trace["output"] = x
-    if config.vocab_size is None or config.head == "none":
-        return trace
-
-    if config.head == "masked_lm":
-        x = norm(activation(linear(x, "head_transform")), "head_norm")
-    head = "token_embedding" if config.tie_embeddings else "lm_head"
-    logits = linear(x, head, has_bias=False) * config.logit_scale
-    if config.head == "masked_lm":
-        logits = logits + weight("head_bias")
-    if config.adaptive_cutoffs is not None:
-        clusters = linear(x, "cluster_head", has_bias=False) * config.logit_scale
-        logits = adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
-    trace["logits"] = logits
-    return trace
+    @property
+    def _prefix(self) -> str:
+        return "" if self.config.vocab_size is None else "transformer."

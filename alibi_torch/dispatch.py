@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from alibi_spec.biases import default_scale
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
+    RefusalError,
     check_attention,
     check_attention_options,
     check_count,
@@ -162,10 +163,7 @@ def _chosen(call: Call, implementation: str) -> str:
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:
         able = [name for name, kernel in KERNELS.items() if kernel.refuses(call) is None]
-        raise ValueError(
-            f"implementation={implementation!r} cannot compute this: {reason}; "
-            f"expected one of {('auto', *able)}"
-        )
+        raise RefusalError(implementation, reason, able)
     return implementation
 
 

@@ -19,8 +19,8 @@ def trace(
     """Run the model and return its intermediates, in order of computation.
 
     Returns:
-        Per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn" and
-        "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
+        "embedding"; per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn"
+        and "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
         model with a head. Names and values are those of `alibi_spec.reference_forward`.
 
     Raises:
@@ -44,6 +44,11 @@ def trace(
         record(layer.ffn, f"layers.{index}.ffn")
         record(layer, f"layers.{index}")
     record(transformer, "output")
+
+    def before(module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG001
+        values["embedding"] = args[0]
+
+    handles.append(transformer.register_forward_pre_hook(before))
     try:
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
         result = model(inputs, attention_mask, **optional)

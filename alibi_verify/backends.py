@@ -29,6 +29,12 @@ class TorchBackend:
         self.device = device
         self.name = f"torch {device}"
 
+    def attention_implementations(self) -> tuple[str, ...]:
+        """What this backend has to compute attention with."""
+        import alibi_torch
+
+        return alibi_torch.attention_implementations()
+
     def exact_logits(self, case: ExactAttention) -> Array:
         """Biased logits of the attention layer of `case`, float32."""
         model = self.model(case.config, case.parameters, "float32")
@@ -38,14 +44,24 @@ class TorchBackend:
         return as_numpy(logits)
 
     def trace(
-        self, config: ALiBiConfig, tensors: Arrays, inputs: Array, attention_mask: Mask, dtype: str
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: Array,
+        attention_mask: Mask,
+        dtype: str,
+        implementation: str = "auto",
     ) -> dict[str, Array]:
-        """Every intermediate, with parameters and computation in `dtype`."""
+        """Every intermediate, with parameters and computation in `dtype`.
+
+        Raises:
+            RefusalError: this implementation of attention cannot compute the model's calls.
+        """
         import torch
 
         import alibi_torch
 
-        model = self.model(config, tensors, dtype)
+        model = self.model(config, tensors, dtype, implementation)
         with torch.no_grad():
             values = alibi_torch.trace(
                 model, self._inputs(config, inputs, dtype), self.put(attention_mask)
@@ -60,9 +76,10 @@ class TorchBackend:
         attention_mask: Mask,
         cotangent: Array,
         dtype: str,
+        implementation: str = "auto",
     ) -> dict[str, Array]:
         """Gradient of Σ cotangent · output with respect to every parameter."""
-        model = self.model(config, tensors, dtype)
+        model = self.model(config, tensors, dtype, implementation)
         output = model(self._inputs(config, inputs, dtype), self.put(attention_mask))
         output.backward(self.put(cotangent).to(output.dtype))
         return {name: as_numpy(parameter.grad) for name, parameter in model.named_parameters()}
@@ -76,13 +93,16 @@ class TorchBackend:
         model = self.model(config, tensors, "float32")
         return as_numpy(alibi_torch.generate(model, self.put(prompt), max_new_tokens).tokens)
 
-    def model(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
+    def model(
+        self, config: ALiBiConfig, tensors: Arrays, dtype: str, implementation: str = "auto"
+    ) -> Any:
         import torch
 
         import alibi_torch
 
         bare = config.vocab_size is None
-        model = (alibi_torch.ALiBiTransformer if bare else alibi_torch.ALiBiLM)(config)
+        model_class = alibi_torch.ALiBiTransformer if bare else alibi_torch.ALiBiLM
+        model = model_class(config, implementation=implementation)
         model.load_state_dict({name: as_torch(array) for name, array in tensors.items()})
         return model.to(self.device, getattr(torch, dtype)).eval()
 
@@ -103,6 +123,11 @@ class FlaxBackend:
         self.device = device
         self.name = f"flax {device}"
 
+    def attention_implementations(self) -> tuple[str, ...]:
+        import alibi_flax
+
+        return alibi_flax.attention_implementations()
+
     def exact_logits(self, case: ExactAttention) -> Array:
         import jax.numpy as jnp
 
@@ -117,13 +142,19 @@ class FlaxBackend:
         return np.asarray(logits)
 
     def trace(
-        self, config: ALiBiConfig, tensors: Arrays, inputs: Array, attention_mask: Mask, dtype: str
+        self,
+        config: ALiBiConfig,
+        tensors: Arrays,
+        inputs: Array,
+        attention_mask: Mask,
+        dtype: str,
+        implementation: str = "auto",
     ) -> dict[str, Array]:
         import alibi_flax
 
-        with self.settings():
+        with self.settings(dtype):
             values = alibi_flax.trace(
-                self.model(config, dtype),
+                self.model(config, dtype, implementation),
                 self.params(config, tensors, dtype),
                 self._inputs(config, inputs, dtype),
                 self.put(attention_mask),
@@ -138,16 +169,17 @@ class FlaxBackend:
         attention_mask: Mask,
         cotangent: Array,
         dtype: str,
+        implementation: str = "auto",
     ) -> dict[str, Array]:
         import jax
 
-        model = self.model(config, dtype)
+        model = self.model(config, dtype, implementation)
 
         def output(params: Any) -> Any:
             placed = self._inputs(config, inputs, dtype)
             return model.apply({"params": params}, placed, self.put(attention_mask))
 
-        with self.settings():
+        with self.settings(dtype):
             value, pullback = jax.vjp(output, self.params(config, tensors, dtype))
             (gradients,) = pullback(self.put(cotangent).astype(value.dtype))
         return canonical_tensors(gradients, config)
@@ -163,12 +195,12 @@ class FlaxBackend:
             generated = alibi_flax.generate(model, params, self.put(prompt), max_new_tokens)
         return np.asarray(generated.tokens)
 
-    def model(self, config: ALiBiConfig, dtype: str) -> Any:
+    def model(self, config: ALiBiConfig, dtype: str, implementation: str = "auto") -> Any:
         import alibi_flax
 
         bare = config.vocab_size is None
         model_class = alibi_flax.ALiBiTransformer if bare else alibi_flax.ALiBiLM
-        return model_class(config, dtype=dtype, param_dtype=dtype)
+        return model_class(config, dtype=dtype, param_dtype=dtype, implementation=implementation)
 
     def params(self, config: ALiBiConfig, tensors: Arrays, dtype: str) -> Any:
         import jax
@@ -190,11 +222,12 @@ class FlaxBackend:
         return None if array is None else jnp.asarray(array)
 
     @contextmanager
-    def settings(self) -> Iterator[None]:
+    def settings(self, dtype: str = "float32") -> Iterator[None]:
         import jax
 
-        device = jax.devices(self.device)[0]
-        with jax.default_device(device), jax.default_matmul_precision("highest"):
+        device, is_wide = jax.devices(self.device)[0], dtype == "float64"
+        settings = jax.default_device(device), jax.default_matmul_precision("highest")
+        with settings[0], settings[1], jax.enable_x64(is_wide or jax.config.read("jax_enable_x64")):
             yield
 
 

@@ -19,6 +19,7 @@ from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS, Budget, activation_errors, gradient_floor, relative_error
 from alibi_spec.exact import exact_attention
 from alibi_verify.backends import Backend, FlaxBackend, TorchBackend
+from alibi_verify.inputs import padding_of, random_inputs
 from alibi_verify.logits import output_errors
 from alibi_verify.peers import why_no_peer
 
@@ -123,7 +124,9 @@ def verify_steps(
         yield _against_its_own_library(foreign, plain if rounded is None else foreign)
     yield _exact_logits(ours.config, seed)
     rng = np.random.default_rng(seed)
-    inputs, attention_mask = _inputs(ours.config, inputs, rng)
+    if inputs is None:
+        inputs = random_inputs(ours.config, 3, min(ours.config.max_len + 64, 320), rng)
+    attention_mask = padding_of(*inputs.shape[:2])
     exact = reference_forward(ours.config, ours.tensors, inputs, attention_mask)
     yield _activations(TorchBackend(), ours, inputs, attention_mask, exact, _BUDGET)
     yield _activations(FlaxBackend(), theirs, inputs, attention_mask, exact, budget, note)
@@ -167,24 +170,6 @@ def _exact_logits(config: ALiBiConfig, seed: int) -> Check:
     return Check(
         "biased logits on exact inputs are those of the specification", not wrong, measured
     )
-
-
-def _inputs(
-    config: ALiBiConfig, inputs: np.ndarray | None, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and a mask that pads the first sequence on the left and the last on the right."""
-    if inputs is None:
-        batch, seq = 3, min(config.max_len + 64, 320)
-        if config.vocab_size is None:
-            inputs = rng.standard_normal((batch, seq, config.d_model))
-        else:
-            inputs = rng.integers(0, config.vocab_size, (batch, seq))
-    batch, seq = inputs.shape[:2]
-    attention_mask = np.ones((batch, seq), dtype=np.int64)
-    if batch > 1:
-        attention_mask[0, : seq // 5] = 0
-        attention_mask[-1, seq - seq // 4 :] = 0
-    return inputs, attention_mask
 
 
 def _activations(

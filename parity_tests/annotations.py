@@ -246,6 +246,7 @@ def _run_the_spec() -> None:
     pooled(trace["output"], MASK > 0)
     likeliest(trace["logits"][0], 3)
     budgets.activation_errors(config, trace, trace)
+    budgets.relative_error(trace["output"], trace["output"])
     budgets.gradient_floor(parameters)
     _draw_by_the_spec(trace["logits"][:, 0])
     _plan_by_the_spec()

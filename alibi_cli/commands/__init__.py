@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "plan",
     "convert": "convert",
     "verify": "verify",
+    "parity": "parity",
     "conformance": "conformance",
     "train": "train",
     "generate": "generate",

@@ -81,7 +81,7 @@ def test_within_sees_shapes_and_dtypes() -> None:
 
 def _exact_trace() -> dict[str, np.ndarray]:
     exact = {"layers.0": EXACT, "layers.1": EXACT, "output": EXACT}
-    return {"embedding": EXACT, "layers.0.query": EXACT} | exact  # shown by the reference only
+    return {"layers.0.key": EXACT, "layers.0.query": EXACT} | exact  # shown by the reference only
 
 
 def _found_trace() -> dict[str, np.ndarray]:
@@ -115,7 +115,7 @@ def test_trace_sees_missing_and_unknown_names(changes: dict[str, Any], message: 
         assert_trace_within(CONFIG, found, _exact_trace(), BUDGET, "float32", "names")
 
 
-@pytest.mark.parametrize("exact", [{}, {"embedding": EXACT}])
+@pytest.mark.parametrize("exact", [{}, {"layers.0.key": EXACT}])
 def test_trace_of_nothing_is_refused(exact: dict[str, np.ndarray]) -> None:
     with pytest.raises(AssertionError, match="nothing to compare"):
         assert_trace_within(CONFIG, {}, exact, BUDGET, "float32", "nothing")
