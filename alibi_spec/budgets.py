@@ -148,9 +148,7 @@ def relative_deviations(
     actual: Num[np.ndarray, "*shape"], exact: Float64[np.ndarray, "*shape"], floor: float = 0.0
 ) -> Float64[np.ndarray, "*shape"]:
     """What `relative_error` is the largest of."""
-    deviations = _deviations(actual, exact)
-    magnitudes = np.abs(np.where(np.isfinite(exact), exact, 0.0))
-    return _over(deviations, max(float(magnitudes.max(initial=0.0)), floor))
+    return _over(_deviations(actual, exact), _magnitude(exact, floor))
 
 
 def activation_errors(
@@ -191,19 +189,30 @@ def _deviations_of_logits(
     scores: Float64[np.ndarray, "batch heads seq seq"],
 ) -> Float64[np.ndarray, "batch heads seq seq"]:
     """Deviations beyond one rounding of the sum, over the largest visible score."""
-    visible = np.isfinite(exact)
-    rounding = np.where(visible, np.abs(exact), 0.0) * float(np.finfo(found.dtype).eps)
-    excess = np.maximum(_deviations(found, exact) - rounding, 0.0)
-    return _over(excess, float(np.abs(np.where(visible, scores, 0.0)).max()))
+    visible, excess = np.isfinite(exact), _deviations(found, exact)
+    rounding = np.abs(exact[visible]) * float(np.finfo(found.dtype).eps)
+    excess[visible] = np.maximum(excess[visible] - rounding, 0.0)
+    return _over(excess, float(np.abs(scores[visible]).max(initial=0.0)))
 
 
 def _deviations(
     found: Num[np.ndarray, "*shape"], exact: Float64[np.ndarray, "*shape"]
 ) -> Float64[np.ndarray, "*shape"]:
     """The distance of each element; infinite where either is not finite and they are not equal."""
-    finite = np.isfinite(found) & np.isfinite(exact)
-    distance = np.abs(np.where(finite, found, 0.0) - np.where(finite, exact, 0.0))
-    return np.where(finite | (found == exact), distance, np.inf)
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(found - exact)
+    if np.isfinite(distance).all():
+        return distance
+    # Equal infinities are NaN apart.
+    return np.where(found == exact, 0.0, np.where(np.isnan(distance), np.inf, distance))
+
+
+def _magnitude(exact: Float64[np.ndarray, "..."], floor: float) -> float:
+    """The largest finite one, or `floor`."""
+    largest = np.abs(exact).max(initial=0.0)
+    if not np.isfinite(largest):
+        largest = np.abs(exact[np.isfinite(exact)]).max(initial=0.0)
+    return max(float(largest), floor)
 
 
 def _over(

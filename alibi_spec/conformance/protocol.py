@@ -80,7 +80,7 @@ class Implementation(Protocol):
             inputs: tokens, or embeddings [batch, seq, d_model] without a vocabulary.
 
         Returns:
-            "logits", or "output" without a vocabulary; and whatever it has of
+            "logits", or "output" without a vocabulary; and whatever it has of "embedding",
             "layers.i.biased_logits", "layers.i.attn" and "layers.i.ffn" (the residual branches),
             "layers.i" and "output".
         """

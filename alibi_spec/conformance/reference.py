@@ -21,7 +21,7 @@ from alibi_spec.sampling import Sampling, drawn_tokens, processed, uniforms
 
 Array = np.ndarray
 Arrays = Mapping[str, np.ndarray]
-_LEFT_OUT = ("embedding", "value", "probabilities")  # follow from what is kept
+_LEFT_OUT = ("value", "probabilities")  # follow from what is kept
 
 
 class Reference:
