@@ -77,7 +77,7 @@ def test_logits_and_round_trip(case: str, tmp_path: Path) -> None:
     assert_peer_loads(FalconForCausalLM, exported, expected, attn_implementation="sdpa")
 
 
-@pytest.mark.parametrize("case", ["8", "12", "71"])
+@pytest.mark.parametrize("case", ["8", "12", pytest.param("71", marks=pytest.mark.slow)])
 def test_float64(case: str, tmp_path: Path) -> None:
     """Slopes and bias are those of bfloat16 in any dtype, so all head counts agree."""
     model = saved(case, tmp_path / "falcon").double()

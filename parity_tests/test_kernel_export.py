@@ -107,8 +107,15 @@ def _model() -> alibi_torch.ALiBiLM:
     return alibi_torch.ALiBiLM(config).double().eval()
 
 
-@pytest.mark.parametrize("traced_length", [100, 600])
-@pytest.mark.parametrize("is_masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    ("is_masked", "traced_length"),
+    [
+        (False, 100),
+        (True, 600),
+        pytest.param(False, 600, marks=pytest.mark.slow),
+        pytest.param(True, 100, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("module", [_Attention(), _model()], ids=["attention", "model"])
 def test_exports_for_any_length(module: Any, is_masked: bool, traced_length: int) -> None:
     def call(batch: int, length: int) -> tuple[torch.Tensor, ...]:

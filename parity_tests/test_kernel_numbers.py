@@ -130,11 +130,15 @@ def test_float64(kernel: Kernel, dropout: float, shape: str, masks: str, causal:
     + [
         (FLAX_BLOCKWISE, "float32", "long", "mask and segments", True, 0.0),
         (FLAX_BLOCKWISE, "bfloat16", "long", "mask and segments", False, 0.3),
+        (PALLAS_GPU, "float32", "long", "mask and segments", True, 0.3),
+        pytest.param(
+            *(PALLAS_TPU, "float32", "long", "mask and segments", True, 0.3),
+            marks=pytest.mark.slow,
+        ),
         *(
             case
             for kernel in (PALLAS_TPU, PALLAS_GPU)
             for case in (
-                (kernel, "float32", "long", "mask and segments", True, 0.3),
                 pytest.param(
                     *(kernel, "float32", "long", "mask and segments", False, 0.0),
                     marks=pytest.mark.slow,

@@ -134,7 +134,11 @@ def test_forked_processes_have_their_own_workers() -> None:
     subprocess.run(command, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("is_first", [True, False], ids=["first call", "later call"])
+@pytest.mark.parametrize(
+    "is_first",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["first call", "later call"],
+)
 def test_threads_outlive_the_main_one(is_first: bool) -> None:
     """Python ends the pools of its own library when the main thread does."""
     code = f"""
