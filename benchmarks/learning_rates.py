@@ -21,7 +21,10 @@ from alibi_cli.experiments.torch_models import bits_per_byte
 from alibi_cli.experiments.training import Training, in_processes, trained
 from benchmarks.compare import write
 
-RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+RATES = {
+    "demo": (3e-3, 6e-3, 1.2e-2, 2.4e-2),
+    "extrapolate": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+}
 LENGTH = 128  # of the models of the experiment
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,7 +38,7 @@ def of_demo() -> tuple[list[Training], Text]:
     trainings = [
         Training(kind, options.seed, rate, config, options.steps, options.batch)
         for kind in demo.LEARNING_RATES
-        for rate in RATES
+        for rate in RATES["demo"]
     ]
     return trainings, read_text(None, demo.FACTORS[-1] * options.length)
 
@@ -47,7 +50,7 @@ def of_experiment() -> tuple[list[Training], Text]:
     trainings = [
         Training(kind, 0, rate, config, cpu.steps, cpu.step_bytes // LENGTH)
         for kind in cpu.positions
-        for rate in RATES
+        for rate in RATES["extrapolate"]
     ]
     return trainings, read_documents(None, FACTORS[-1] * max(cpu.lengths), cpu.excerpts)
 
@@ -71,11 +74,11 @@ def main() -> None:
     losses = in_processes(measured, jobs, os.cpu_count() or 1)
     for training, loss in zip(trainings, losses, strict=True):
         names = {"positions": training.positions, "learning_rate": training.learning_rate}
-        rows.append(names | {"bits_per_byte": {training.config.max_len: loss}})
+        rows.append(names | {"bits_per_byte": loss})
         print(rows[-1], flush=True)
     first = trainings[0]
     facts = {"versions": {"torch": version("torch")}, "steps": first.steps, "text": text.source}
-    write(RESULTS / f"rates_{name}.json", facts | {"rows": rows})
+    write(RESULTS / f"rates_{name}.json", facts | {"length": first.config.max_len, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -208,10 +208,7 @@ def rates(experiment: str) -> str:
     """Loss of an experiment's models at the training length, by learning rate."""
     rows = _read(f"rates_{experiment}")["rows"]
     rates = sorted({row["learning_rate"] for row in rows})
-    found = {
-        (row["positions"], row["learning_rate"]): next(iter(row["bits_per_byte"].values()))
-        for row in rows
-    }
+    found = {(row["positions"], row["learning_rate"]): row["bits_per_byte"] for row in rows}
     kinds = dict.fromkeys(row["positions"] for row in rows)
     lines = ([kind, *(f"{found[kind, rate]:.3f}" for rate in rates)] for kind in kinds)
     return table(("bits per byte at a learning rate of", *(f"{rate:g}" for rate in rates)), lines)
