@@ -18,7 +18,7 @@ demo: setup  ## train, convert, verify and plot on real text
 	$(BIN)/alibi demo --output demo --overwrite
 
 test: setup  ## the parity tests
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
 test-clients: setup  ## other libraries on the families' models: adapters that peft trains
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
@@ -26,7 +26,7 @@ test-clients: setup  ## other libraries on the families' models: adapters that p
 
 test-all: setup mutants  ## the parity tests, the longer proofs and the planted faults
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu-aot,gpu-aot]'
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
 mutants: setup  ## plant faults one by one and see the tests catch each
 	$(BIN)/python -m parity_tests.meta.mutants

@@ -26,7 +26,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notes.write_text("mine")
     text = tmp_path / "text.txt"
     text.write_bytes(b"to be or not to be, that is the question. " * 400)
-    arguments = ["demo", *SMALL, "--seeds=2", "--processes=2", f"--output={output}"]
+    arguments = ["demo", *SMALL, "--seeds=2", f"--output={output}"]
     arguments.append(f"--text={text}")
     assert main(arguments) == 0
     printed = capsys.readouterr().out
