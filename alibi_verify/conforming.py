@@ -7,6 +7,7 @@ are those of `alibi_verify.backends`.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,45 @@ from alibi_verify.backends import Array, Arrays, FlaxBackend, Mask, TorchBackend
 Values = Mapping[str, Any]  # of a configuration or a recipe, as in JSON
 
 
-class _Backend:
+class _Backend(ABC):
     """What both backends answer alike."""
 
     dtype: str
     backend: Any  # of `alibi_verify.backends`
+
+    def biased_logits(
+        self,
+        config: Values,
+        query: Array,
+        key: Array,
+        slopes: Mask = None,
+        attention_mask: Mask = None,
+    ) -> Array:
+        slopes = _slopes(config, key, slopes)
+        return self._called("biased_logits", config, (query, key), slopes, attention_mask)
+
+    def attention(
+        self,
+        config: Values,
+        query: Array,
+        key: Array,
+        value: Array,
+        slopes: Mask = None,
+        attention_mask: Mask = None,
+    ) -> Array:
+        slopes = _slopes(config, key, slopes)
+        return self._called("attention", config, (query, key, value), slopes, attention_mask)
+
+    @abstractmethod
+    def _called(
+        self,
+        function: str,
+        config: Values,
+        arrays: tuple[Array, ...],
+        slopes: Array,
+        attention_mask: Mask,
+    ) -> Array:
+        """The result of one of the backend's functions of attention, heads before positions."""
 
     def forward(
         self, config: Values, parameters: Arrays, inputs: Array, attention_mask: Mask = None
@@ -64,37 +99,25 @@ class Torch(_Backend):
         self.name, self.dtype = "alibi_torch", dtype
         self.device = "gpu" if device == "cuda" else device
 
-    def biased_logits(
+    def _called(
         self,
+        function: str,
         config: Values,
-        query: Array,
-        key: Array,
-        slopes: Mask = None,
-        attention_mask: Mask = None,
+        arrays: tuple[Array, ...],
+        slopes: Array,
+        attention_mask: Mask,
     ) -> Array:
+        import torch
+
         import alibi_torch
 
-        slopes = self.backend.put(_slopes(config, key, slopes))
-        arrays: Any = (*self._floats(query, key), slopes)
-        mask = self.backend.put(attention_mask)
-        found = alibi_torch.biased_logits(*arrays, attention_mask=mask, **_options(config))
+        floats = [self.backend.put(each).to(getattr(torch, self.dtype)) for each in arrays]
+        found = getattr(alibi_torch, function)(
+            *(*floats, self.backend.put(slopes)),
+            attention_mask=self.backend.put(attention_mask),
+            **_options(config),
+        )
         return as_numpy(found)
-
-    def attention(
-        self,
-        config: Values,
-        query: Array,
-        key: Array,
-        value: Array,
-        slopes: Mask = None,
-        attention_mask: Mask = None,
-    ) -> Array:
-        import alibi_torch
-
-        slopes = self.backend.put(_slopes(config, key, slopes))
-        arrays: Any = (*self._floats(query, key, value), slopes)
-        mask = self.backend.put(attention_mask)
-        return as_numpy(alibi_torch.attention(*arrays, attention_mask=mask, **_options(config)))
 
     def decode(
         self,
@@ -161,11 +184,6 @@ class Torch(_Backend):
             "tokens": as_numpy(chosen_tokens(rows, seen, drawn, options)),
         }
 
-    def _floats(self, *arrays: Array) -> list[Any]:
-        import torch
-
-        return [self.backend.put(array).to(getattr(torch, self.dtype)) for array in arrays]
-
 
 class Flax(_Backend):
     """`alibi_flax` on one JAX device; as `Torch`."""
@@ -174,40 +192,25 @@ class Flax(_Backend):
         self.backend = FlaxBackend(device)
         self.name, self.dtype, self.device = "alibi_flax", dtype, device
 
-    def biased_logits(
+    def _called(
         self,
+        function: str,
         config: Values,
-        query: Array,
-        key: Array,
-        slopes: Mask = None,
-        attention_mask: Mask = None,
+        arrays: tuple[Array, ...],
+        slopes: Array,
+        attention_mask: Mask,
     ) -> Array:
+        """In the layout of Flax heads follow positions, but not in logits."""
         import alibi_flax
 
-        slopes = self.backend.put(_slopes(config, key, slopes))
-        arrays: Any = (*self._floats(query, key), slopes)
-        mask = self.backend.put(attention_mask)
-        with self.backend.settings():
-            found = alibi_flax.biased_logits(*arrays, attention_mask=mask, **_options(config))
-        return np.asarray(found)
-
-    def attention(
-        self,
-        config: Values,
-        query: Array,
-        key: Array,
-        value: Array,
-        slopes: Mask = None,
-        attention_mask: Mask = None,
-    ) -> Array:
-        import alibi_flax
-
-        slopes = self.backend.put(_slopes(config, key, slopes))
-        arrays: Any = (*self._floats(query, key, value), slopes)
-        mask = self.backend.put(attention_mask)
-        with self.backend.settings():
-            found = alibi_flax.attention(*arrays, attention_mask=mask, **_options(config))
-        return np.asarray(found).swapaxes(1, 2)
+        with self.backend.settings(self.dtype):
+            floats = [self.backend.put(each).swapaxes(1, 2).astype(self.dtype) for each in arrays]
+            found = getattr(alibi_flax, function)(
+                *(*floats, self.backend.put(slopes)),
+                attention_mask=self.backend.put(attention_mask),
+                **_options(config),
+            )
+        return np.asarray(found.swapaxes(1, 2) if function == "attention" else found)
 
     def decode(
         self,
@@ -227,7 +230,7 @@ class Flax(_Backend):
         call = jax.jit(lambda *part, cache: model.apply(variables, *part, cache=cache))
         cache, logits = alibi_flax.KVCache.empty(options, *inputs.shape, dtype=self.dtype), []
         for part in _parts(inputs, attention_mask, lengths):
-            with self.backend.settings():
+            with self.backend.settings(self.dtype):
                 found, cache = call(*map(self.backend.put, part), cache=cache)
             logits.append(np.asarray(found))
         return np.concatenate(logits, axis=1)
@@ -269,7 +272,7 @@ class Flax(_Backend):
 
         state = trainer.optimizer_state
         trainer.optimizer_state = jax.tree.map(resumed, state, is_leaf=has_count)
-        with self.backend.settings():
+        with self.backend.settings(self.dtype):
             metrics = trainer.step(_batch(inputs, targets, attention_mask))
         nodes = jax.tree.leaves(trainer.optimizer_state, is_leaf=has_count)
         adam: Any = next(node for node in nodes if isinstance(node, optax.ScaleByAdamState))
@@ -285,10 +288,6 @@ class Flax(_Backend):
             "logits": np.asarray(processed(rows, seen, options)),
             "tokens": np.asarray(chosen_tokens(rows, seen, drawn, options)),
         }
-
-    def _floats(self, *arrays: Array) -> list[Any]:
-        """In the layout of Flax, in which heads follow positions."""
-        return [self.backend.put(array).swapaxes(1, 2).astype(self.dtype) for array in arrays]
 
 
 def _options(config: Values) -> dict[str, Any]:

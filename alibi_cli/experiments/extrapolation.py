@@ -28,6 +28,7 @@ from alibi_cli.experiments.positions import (
     SINUSOIDAL,
     model_config,
 )
+from alibi_cli.rendering import print_json, print_lines
 from alibi_convert.files import read_json
 from alibi_convert.machine import require
 from alibi_convert.writing.atomic import replacing
@@ -53,7 +54,7 @@ class Experiment:
         lengths: of training, in bytes.
         seeds: models of each kind and length.
         steps: of training.
-        step_bytes: that are read in a step: as many for every length.
+        step_bytes: that are read in a step, in whole sequences: as many for every length.
         layers, width, heads: of the models.
         excerpts: documents that are read, at most.
         learning_rates: of each kind.
@@ -71,34 +72,30 @@ class Experiment:
     learning_rates: Mapping[str, float]
 
 
-PRESETS = {
-    # The rates are the best of `python -m benchmarks.learning_rates extrapolate`.
-    "cpu": Experiment(
-        positions=POSITIONS,
-        lengths=(64, 128, 256, 512),
-        seeds=3,
-        steps=1600,
-        step_bytes=1024,
-        layers=2,
-        width=64,
-        heads=4,
-        excerpts=8,
-        learning_rates=dict.fromkeys(POSITIONS, 1.2e-2) | {NONE: 6e-3},
-    ),
-    # No rates were tried for this size: all are those of models of it elsewhere.
-    "gpu": Experiment(
-        positions=POSITIONS,
-        lengths=(64, 128, 256, 512),
-        seeds=3,
-        steps=4000,
-        step_bytes=32_768,
-        layers=6,
-        width=384,
-        heads=6,
-        excerpts=24,
-        learning_rates=dict.fromkeys(POSITIONS, 1e-3),
-    ),
-}
+# The rates are the best of `python -m benchmarks.learning_rates extrapolate`.
+_CPU = Experiment(
+    positions=POSITIONS,
+    lengths=(64, 128, 256, 512),
+    seeds=3,
+    steps=1600,
+    step_bytes=1024,
+    layers=2,
+    width=64,
+    heads=4,
+    excerpts=8,
+    learning_rates=dict.fromkeys(POSITIONS, 1.2e-2) | {NONE: 6e-3},
+)
+_GPU = replace(
+    _CPU,
+    steps=4000,
+    step_bytes=32_768,
+    layers=6,
+    width=384,
+    heads=6,
+    excerpts=24,
+    learning_rates=dict.fromkeys(POSITIONS, 1e-3),  # no others were tried at this size
+)
+PRESETS = {"cpu": _CPU, "gpu": _GPU}
 
 
 @dataclass(frozen=True)
@@ -156,8 +153,8 @@ def run(options: argparse.Namespace) -> None:
     if not options.json:
         print(
             f"text: {text.source}, {text.training_bytes:,} bytes to learn from, "
-            f"{len(text.excerpts)} × {span:,} bytes held out\n{len(left)} of {len(jobs)} models to "
-            f"train",
+            f"{len(text.excerpts)} × {span:,} bytes held out\n"
+            f"{len(left)} of {len(jobs)} models to train",
             flush=True,
         )
     hidden = options.json or not sys.stderr.isatty()
@@ -176,10 +173,9 @@ def run(options: argparse.Namespace) -> None:
         new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.finish()
     if options.json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
         return
-    for line in table_lines(curves):
-        print(line)
+    print_lines(table_lines(curves))
     print(f"\nresults in {output}: {RESULTS}, {PICTURE}")
 
 
@@ -252,7 +248,7 @@ def curves_of(experiment: Experiment, models: Iterable[Mapping[str, Any]]) -> li
 def table_lines(curves: Sequence[Curve]) -> Iterator[str]:
     """Mean and spread of every curve."""
     for windows, several in itertools.groupby(curves, lambda curve: curve.names["windows"]):
-        yield f"\nbits per byte, windows {windows}, of bytes per window:"
+        yield f"\nbits per byte, windows {windows}; trained at L, read in windows of:"
         heads = "".join(f"{f'{factor} L' if factor > 1 else 'L':>16}" for factor in FACTORS)
         yield f"  {'positions':<22}{'L':>5}{heads}"
         for curve in several:
@@ -355,7 +351,7 @@ class _Progress:
         if not file.exists():
             return
         kept = read_json(file)
-        other = kept["identity"]
+        other = kept.get("identity", {})
         differing = [name for name in identity if identity[name] != other.get(name)]
         if not differing:
             self.models = kept["models"]
