@@ -47,6 +47,7 @@ def convert(
     strict_values: bool = False,
     resume: bool = False,
     progress: bool = False,
+    tx: Any = None,
     **reading: Unpack[Reading],
 ) -> Report:
     """Convert one checkpoint; nothing is left behind when it fails.
@@ -65,14 +66,16 @@ def convert(
         strict_values: refuse NaN and infinity, instead of reporting them.
         resume: keep the shards that the same conversion had finished when it was killed.
         progress: show each phase and how far it is on the standard error stream.
+        tx: the `optax.GradientTransformation` that goes on with the optimizer's state of the source
+            in .msgpack or orbax; None is the plain `optax.adamw`, `optax.sgd` or `optax.lion`.
         reading: as for `open_checkpoint`: config, allow_pt, ignore_keys, step, revision,
             adapter.
 
     Raises:
         CheckpointError: the source is broken, the destination exists, a cast overflows, the disk
-            is full, or the destination does not read back.
+            is full, the state of `tx` cannot be written, or the destination does not read back.
         MismatchError: both sides do not compute the same.
-        ValueError: unknown `to`, `dtype`, `verify` or `max_shard_size`.
+        ValueError: unknown `to`, `dtype`, `verify` or `max_shard_size`; `tx` is no transformation.
         KeyboardInterrupt: when interrupted; a folder's finished shards are kept for `resume`.
     """
     if verify not in VERIFY:
@@ -80,7 +83,7 @@ def convert(
     started = time.monotonic()
     target = settle(destination, to, dtype, max_shard_size)
     checkpoint = open_checkpoint(source, **reading)
-    optimizer = carried(checkpoint, target.format)
+    optimizer = carried(checkpoint, target.format, tx)
     nbytes = target.cast(checkpoint).tensors.nbytes + optimizer.nbytes
     task = _task(checkpoint, target)
     with building(target.path, overwrite, nbytes, task, resume) as (path, journal):

@@ -133,7 +133,7 @@ def plan(
         problems.append(Problem(str(error), "choose another format", stops=True))
     merged = Tensors({}) if checkpoint.merged is None else checkpoint.merged.added
     headers = [header for each in (wanted, stored, merged) for header in each.headers.values()]
-    peak = _peak_memory(form, headers, wanted.nbytes)
+    peak = _peak_memory(form, headers, wanted.nbytes + optimizer.nbytes)
     problems += [*_disk_problems(place, wanted.nbytes + optimizer.nbytes), *_memory_problems(peak)]
     problems += [*_library_problems(target.format), *_cast_problems(checkpoint, dtype)]
     single = {place.name: list(stored)}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +18,7 @@ from alibi_spec.budgets import (
     relative_error,
 )
 from alibi_spec.conformance import LEVELS, Case, read_cases
+from alibi_verify.factories import told
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -78,32 +75,6 @@ class Conformance:
             if case["error"] is not None and not np.isfinite(case["error"]):
                 case["error"] = None
         return {**asdict(self), "passed": self.passed, "outcomes": cases}
-
-
-def load_implementation(name: str) -> Any:
-    """The implementation that "module:factory" returns; modules of the current folder are found.
-
-    Raises:
-        ValueError: it has another form, or there is no such module or factory.
-    """
-    module_name, _, factory_name = name.partition(":")
-    if not module_name or not factory_name:
-        raise ValueError(f"{name!r} names no implementation; expected module:factory")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{module_name} cannot be imported from {os.getcwd()}: {error}") from error
-    except Exception as error:  # importing runs code that is not ours
-        raise ValueError(f"{module_name} cannot be imported: {_told(error)}") from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise ValueError(f"{module_name} has no factory {factory_name}; expected a function")
-    try:
-        return factory()
-    except Exception as error:
-        raise ValueError(f"{name} gives no implementation: {_told(error)}") from error
 
 
 def offered_levels(implementation: Any, levels: Iterable[str] | None = None) -> list[str]:
@@ -198,7 +169,7 @@ def outcome_of(implementation: Any, case: Case, budget: Budget) -> Outcome:
     except NotImplementedError as refusal:
         return _without_numbers(case, "refused", f"refused: {refusal}")
     except Exception as error:  # whatever a foreign implementation raises is its failure
-        return _without_numbers(case, "failed", f"raised {_told(error)}")
+        return _without_numbers(case, "failed", f"raised {told(error)}")
     found = returned if level.result is None else {level.result: returned}
     unlike = _unlike(case, found)
     if unlike is not None:
@@ -209,12 +180,6 @@ def outcome_of(implementation: Any, case: Case, budget: Budget) -> Outcome:
         for name, array in arrays.items()
     }
     return _judged(case, floats, budget)
-
-
-def _told(error: Exception) -> str:
-    """An error of foreign code, and where it was raised."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def _judged(case: Case, found: Arrays, budget: Budget) -> Outcome:

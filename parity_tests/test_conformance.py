@@ -37,10 +37,10 @@ from alibi_verify.conformance import (
     Conformance,
     Outcome,
     conformance,
-    load_implementation,
     outcome_of,
 )
 from alibi_verify.conforming import Flax, Torch
+from alibi_verify.factories import made_by
 from alibi_verify.programs import Program
 from parity_tests import third_party
 from parity_tests.compare import assert_bitwise, assert_within
@@ -365,13 +365,13 @@ def test_of_a_model_the_logits_are_enough() -> None:
 
 def test_implementations_that_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'json' names no implementation; expected module:fac"):
-        load_implementation("json")
+        made_by("json", "implementation")
     with pytest.raises(ValueError, match=r"nowhere cannot be imported from .*: No module"):
-        load_implementation("nowhere:x")
+        made_by("nowhere:x", "implementation")
     with pytest.raises(ValueError, match="json has no factory nothing; expected a function"):
-        load_implementation("json:nothing")
+        made_by("json:nothing", "implementation")
     with pytest.raises(ValueError, match=r"json:dumps gives no implementation: TypeError: "):
-        load_implementation("json:dumps")
+        made_by("json:dumps", "implementation")
     with pytest.raises(ValueError, match=r"dict has none of the kit's functions; expected some"):
         conformance({})
     with pytest.raises(ValueError, match="seeds does not offer the level cache; expected a func"):
@@ -553,7 +553,7 @@ def test_the_given_implementation(request: pytest.FixtureRequest) -> None:
     """`pytest --pyargs parity_tests --implementation module:factory`: one line for each failure."""
     given = request.config.getoption("--implementation")
     result: Conformance = conformance(
-        load_implementation(given or REFERENCE), None if given else QUICK
+        made_by(given or REFERENCE, "implementation"), None if given else QUICK
     )
     failures = [f"{each.case}: {each.found}" for each in result.outcomes if each.status == "failed"]
     assert not failures, "\n".join(failures)

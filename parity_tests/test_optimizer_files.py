@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from alibi_convert import (
     plan,
     save_optimizer,
     torch_to_flax,
+    torch_to_optax,
 )
 from alibi_convert.formats.safetensors import read_safetensors, write_safetensors
 from alibi_convert.formats.train_state import at
@@ -136,6 +138,90 @@ def test_flax_training_states(tmp_path: Path, kind: str, tx: str) -> None:
     assert report.optimizer["kind"] == ("sgd" if tx == "sgd" else "adam")
     found = open_optimizer(tmp_path / "folder")
     assert_same_state(to_optax(found, CONFIG, TX[tx]()), state.opt_state)
+    report = converted(source, tmp_path / "state.pt")  # with torch's defaults for its options
+    assert set(report.dropped) == {"step"}
+    copy = tmp_path / f"copy.{kind}"
+    report = convert(tmp_path / "folder", copy, tx=TX[tx](), **READING)
+    assert report.dropped == {}
+    assert_same_train_state(restored(copy, state), state)
+
+
+def restored(path: Path, like: TrainState) -> TrainState:
+    """What the libraries themselves read into a state of this structure."""
+    empty = jax.tree.map(jnp.zeros_like, like)
+    if path.suffix == ".msgpack":
+        return serialization.from_bytes(empty, path.read_bytes())
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "params", empty)
+
+
+def assert_same_train_state(actual: TrainState, expected: TrainState) -> None:
+    steps = {int(leaf) for leaf in jax.tree.leaves(expected.opt_state) if leaf.dtype == jnp.int32}
+    assert int(actual.step) == max(steps, default=0)
+    for part in ("params", "opt_state"):
+        found = jax.tree.map(jnp.asarray, getattr(actual, part))
+        assert_same_state(found, getattr(expected, part))
+
+
+@pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "SGD without momentum"])
+def test_from_torch_into_plain_training_states(tmp_path: Path, kind: str, name: str) -> None:
+    """Without tx= it is the state of optax's own optimizer, which goes on; and back to torch."""
+    model = alibi_torch.ALiBiLM(CONFIG)
+    made: Any = {
+        "AdamW": (lambda each: torch.optim.AdamW(each, lr=0.25), optax.adamw(0.25)),
+        "SGD": (lambda each: torch.optim.SGD(each, lr=0.25, momentum=0.5), optax.sgd(0.25, 0.5)),
+        "SGD without momentum": (lambda each: torch.optim.SGD(each, lr=0.25), optax.sgd(0.25)),
+    }[name]
+    optimizer, tx = made[0](model.parameters()), made[1]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    saved, source = optimizer.state_dict(), tmp_path / "last.pt"
+    torch.save({"model": model.state_dict(), "optimizer": saved}, source)
+    copy = tmp_path / f"copy.{kind}"
+    report = convert(source, copy, **READING)
+    lost = {"AdamW": "lr, betas, eps, weight_decay", "SGD": "lr, weight_decay, momentum"}
+    words = lost[name.split()[0]] + " of optimizer"
+    assert set(report.dropped) == {words}
+    assert "set them there" in report.dropped[words]
+    planned = plan(source, copy, overwrite=True, **READING)
+    assert (planned.dropped, planned.optimizer) == (report.dropped, report.optimizer)
+    like = TrainState.create(apply_fn=len, params=torch_to_flax(model.state_dict(), CONFIG), tx=tx)
+    state = restored(copy, like)
+    expected = torch_to_optax(saved, CONFIG, tx)
+    assert_same_state(jax.tree.map(jnp.asarray, state.opt_state), expected)
+    assert int(state.step) == (name == "AdamW")  # torch does not count the others'
+    back = to_torch(open_optimizer(copy, **READING), CONFIG, like=saved)
+    assert_same_dict(back, saved)
+
+
+def test_transformations_that_have_no_use(
+    tmp_path: Path,
+    trained: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, optimizer = trained
+    model.save_pretrained(tmp_path / "model")
+    tx: Any = optax.adamw(0.1)
+    with pytest.raises(CheckpointError, match="pt has no place for the state of tx; expected msg"):
+        convert(tmp_path / "model", tmp_path / "a.pt", tx=tx)
+    with pytest.raises(CheckpointError, match="tx cannot be written: the source holds none"):
+        convert(tmp_path / "model", tmp_path / "a.msgpack", tx=tx)
+    save_optimizer(tmp_path / "model", from_torch(optimizer.state_dict(), CONFIG))
+    with pytest.raises(CheckpointError, match="tx cannot be written: tx keeps moments of the kind"):
+        convert(tmp_path / "model", tmp_path / "a.msgpack", tx=optax.sgd(0.1, 0.9))
+    with pytest.raises(ValueError, match=r"tx is a int, expected an optax\.GradientTransf"):
+        convert(tmp_path / "model", tmp_path / "a.msgpack", tx=3)
+    assert not (tmp_path / "a.msgpack").exists()
+    (tmp_path / "my_training.py").write_text("import optax\ndef tx(): return optax.adamw(0.1)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert main(["convert", "model", "a.msgpack", "--tx", "my_training:tx"]) == 0
+    assert "optimizer: adam after 1 updates" in capsys.readouterr().out
+    assert main(["convert", "model", "b.msgpack", "--tx", "my_training:other"]) == 2
+    assert "my_training has no factory other; expected" in capsys.readouterr().err
 
 
 def test_what_cannot_be_carried(
@@ -152,8 +238,9 @@ def test_what_cannot_be_carried(
     saved = optimizer.state_dict()
     contents = {"model": model.state_dict(), "optimizer": saved}
     torch.save(contents, tmp_path / "last.pt")
-    report = converted(tmp_path / "last.pt", tmp_path / "params.msgpack")
-    assert report.dropped == {"optimizer": "an optimizer's state is written only to alibi and pt"}
+    report = converted(tmp_path / "last.pt", tmp_path / "model.safetensors")
+    reason = "an optimizer's state is written only to alibi, pt, msgpack and orbax"
+    assert report.dropped == {"optimizer": reason}
     torch.save(contents | {"other": saved}, tmp_path / "two.pt")
     report = converted(tmp_path / "two.pt", tmp_path / "two")
     assert set(report.dropped) == {"optimizer", "other"}

@@ -61,9 +61,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _opened(options: argparse.Namespace) -> AbstractContextManager[Any]:
-    from alibi_verify.conformance import load_implementation
+    from alibi_verify.factories import made_by
     from alibi_verify.programs import Program
 
     if options.command is not None:
         return Program(options.command)
-    return nullcontext(load_implementation(options.implementation))
+    return nullcontext(made_by(options.implementation, "implementation"))

@@ -42,12 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bits: read the result back; logits: run both sides too, between families (default); "
         "none: neither",
     )
+    parser.add_argument(
+        "--tx",
+        metavar="module:factory",
+        help="a function without arguments that returns the optax transformation that goes on with "
+        "the optimizer's state in .msgpack or orbax (default: optax's plain one of its kind)",
+    )
     add_source_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Convert, and print the report."""
+    """Convert, and print the report.
+
+    Raises:
+        ValueError: `--tx` names no transformation.
+    """
     from alibi_convert import convert
+    from alibi_verify.factories import made_by
 
     report = convert(
         options.source,
@@ -56,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         strict_values=options.strict_values,
         resume=options.resume,
         progress=not options.json and (options.progress or sys.stderr.isatty()),
+        tx=None if options.tx is None else made_by(options.tx, "transformation"),
         **target_options(options),
         **source_options(options),
     )

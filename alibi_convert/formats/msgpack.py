@@ -13,7 +13,7 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.files import open_regular, without_duplicates
 from alibi_convert.formats.config_file import read_sidecar, with_sidecar, write_sidecar
 from alibi_convert.formats.format import Asked, Beside, Format, Opened
-from alibi_convert.formats.train_state import at, find_params
+from alibi_convert.formats.train_state import at, beside_params, find_params
 from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, flax_tree
 from alibi_convert.tensors import Tensors
@@ -129,12 +129,17 @@ def read(path: Path, asked: Asked) -> Opened:
     )
 
 
-def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """Flax params, and their configuration in another file."""
+def write(
+    path: Path, config: ALiBiConfig, tensors: Tensors, optimizer: Any = None, **_: Any
+) -> dict[str, str]:
+    """Flax params, and their configuration in another file.
+
+    With an optimizer's state they are in the tree of a `TrainState`.
+    """
     require("flax", "flax", "writing .msgpack")
     from flax import serialization
 
-    path.write_bytes(serialization.msgpack_serialize(flax_tree(tensors, config)))
+    path.write_bytes(serialization.to_bytes(beside_params(flax_tree(tensors, config), optimizer)))
     write_sidecar(path, config)
     return {}
 

@@ -21,7 +21,7 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.files import read_json, read_whole, require_regular
 from alibi_convert.formats.config_file import config_json, read_config
 from alibi_convert.formats.format import Asked, Beside, Format, Opened, no_steps
-from alibi_convert.formats.train_state import Found, at, find_params, placed
+from alibi_convert.formats.train_state import Found, at, beside_params, find_params, placed
 from alibi_convert.machine import require
 from alibi_convert.rules import canonical_tensors, check_tree, flax_tree
 from alibi_convert.tensors import Tensors
@@ -226,15 +226,21 @@ def read(folder: Path, asked: Asked) -> Opened:
     return Opened("orbax", place, files, tensors, config, left=left, optimizer=optimizer)
 
 
-def write(path: Path, config: ALiBiConfig, tensors: Tensors, **_: Any) -> dict[str, str]:
-    """Flax params, and our config.json in the same folder."""
+def write(
+    path: Path, config: ALiBiConfig, tensors: Tensors, optimizer: Any = None, **_: Any
+) -> dict[str, str]:
+    """Flax params, and our config.json in the same folder.
+
+    With an optimizer's state they are in the tree of a `TrainState`.
+    """
     require("orbax.checkpoint", "flax", "writing orbax")
     import orbax.checkpoint as ocp
 
     path.mkdir()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute() / ORBAX_FOLDER, flax_tree(tensors, config))
+            tree = beside_params(flax_tree(tensors, config), optimizer)
+            checkpointer.save(path.absolute() / ORBAX_FOLDER, tree)
     except ValueError as error:  # tensorstore's, for a full disk, too
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:

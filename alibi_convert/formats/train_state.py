@@ -1,4 +1,4 @@
-"""Where the params are in what a Flax training run saves: with or without optimizer and step."""
+"""The tree that a Flax training run saves: the params, with or without optimizer and step."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def at(tree: Any, keys: Sequence[str]) -> Any:
     for key in keys:
         tree = tree[key]
     return tree
+
+
+def beside_params(params: Any, others: Mapping[str, Any] | None) -> Any:
+    """The params, or the tree of a `TrainState` that has them and these others."""
+    return params if others is None else {**others, _PARAMS: params}
 
 
 def find_params(tree: Any, path: Path) -> tuple[Found, dict[str, str]]:

@@ -51,6 +51,7 @@ _HYPERPARAMETERS: Mapping[str, tuple[str, int | None]] = {
     "weight_decay": ("weight_decay", None),
     "momentum": ("momentum", None),
 }
+SHARED_OPTIONS = tuple(dict.fromkeys(word for word, _ in _HYPERPARAMETERS.values()))
 _ONLY_IN_TORCH = {
     "maximize": "optax minimises; minimise the negative objective and set maximize=False",
     "dampening": "optax.trace has none; scale the gradients in tx and set dampening=0",
@@ -245,7 +246,10 @@ def to_optax(state: OptimizerState, config: ALiBiConfig, tx: Any) -> Any:
 
     Raises:
         CheckpointError: the transformation keeps other things than the state has.
+        ValueError: `tx` is no transformation.
     """
+    if not callable(getattr(tx, "init", None)):
+        raise ValueError(f"tx is a {type(tx).__name__}, expected an optax.GradientTransformation")
     check_state(state, config)
     _require_said(state)
     template = tx.init(_params(state, config))
@@ -278,7 +282,8 @@ def _require_said(state: OptimizerState) -> None:
     dtypes = {header.dtype for each in state.moments.values() for header in each.headers.values()}
     if np.dtype(np.float64) in dtypes and not jax.config.read("jax_enable_x64"):
         raise CheckpointError(
-            'the moments are float64; expected jax.config.update("jax_enable_x64", True) before'
+            'the moments are float64; expected jax.config.update("jax_enable_x64", True) before, '
+            "or JAX_ENABLE_X64=1 in the environment"
         )
 
 

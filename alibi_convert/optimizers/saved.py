@@ -1,11 +1,15 @@
-"""Optax states as flax and orbax save them: dicts and lists, told by the names of their fields."""
+"""Optax states as flax and orbax save them, in the tree of a `TrainState`.
+
+What is read is dicts and lists, in which states are told by the names of their fields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from alibi_convert.optimizers.optax_state import from_optax
+from alibi_convert.machine import require
+from alibi_convert.optimizers.optax_state import from_optax, to_optax
 from alibi_convert.optimizers.optax_tree import INNER, RECORD, STATES, Saved
 from alibi_convert.optimizers.state import OptimizerState
 from alibi_spec import ALiBiConfig
@@ -37,3 +41,27 @@ def recognised(node: Any) -> Any:
             }
             return Saved(name, values)
     return {key: recognised(child) for key, child in node.items()}
+
+
+def to_saved(state: OptimizerState, config: ALiBiConfig, tx: Any = None) -> dict[str, Any]:
+    """What a `TrainState` holds beside the params: its `step`, and its `opt_state` as `tx` has it.
+
+    Args:
+        tx: as for `to_optax`; None is `plain_tx`.
+
+    Raises:
+        CheckpointError: as for `to_optax`.
+    """
+    require("optax", "flax", "writing the state of an optimizer")
+    opt_state = to_optax(state, config, plain_tx(state) if tx is None else tx)
+    return {"step": state.step or 0, "opt_state": opt_state}
+
+
+def plain_tx(state: OptimizerState) -> Any:
+    """What most people train with, for a state of this kind: its rates are not in its state."""
+    import optax
+
+    if state.kind == "sgd":
+        keeps = state.names or any(group.options.get("momentum") for group in state.groups)
+        return optax.sgd(0.0, momentum=0.9 if keeps else None)
+    return {"adam": optax.adamw, "lion": optax.lion}[state.kind](0.0)
