@@ -15,7 +15,7 @@ from alibi_flax.generation import Generated, generate, stream
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
 from alibi_flax.scoring import token_log_probabilities
-from alibi_flax.sharding import partition_specs
+from alibi_flax.sharding import batch_sharding, parameter_sharding, partition_specs, shardings
 from alibi_flax.tracing import trace
 from alibi_flax.training import Trainer, adamw, clip_gradients, loss, train_step
 from alibi_spec import ALiBiConfig, Metrics, Recipe
@@ -35,6 +35,7 @@ __all__ = [
     "attention",
     "attention_implementations",
     "attention_plan",
+    "batch_sharding",
     "biased_logits",
     "clip_gradients",
     "encode",
@@ -43,8 +44,10 @@ __all__ = [
     "generate",
     "loss",
     "model_plans",
+    "parameter_sharding",
     "partition_specs",
     "save_pretrained",
+    "shardings",
     "stream",
     "token_log_probabilities",
     "trace",

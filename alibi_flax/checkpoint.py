@@ -10,13 +10,14 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.origin import origin_of, save_folder
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
+from alibi_flax.sharding import parameter_sharding
 from alibi_spec import Parameter
 
 
@@ -24,7 +25,7 @@ def from_pretrained(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    sharding: Sharding | Callable[[Parameter], Sharding] | None = None,
+    sharding: Mesh | Sharding | Callable[[Parameter], Sharding] | None = None,
     implementation: str = "auto",
     **reading: Unpack[Reading],
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
@@ -38,15 +39,16 @@ def from_pretrained(
             file, or the id of a folder on the Hugging Face hub.
         dtype: of the parameters, except learned slopes, which never become narrower than float32,
             and of the computation; None keeps the checkpoint's.
-        sharding: where parameters go: one sharding for all, or a function from a row of
-            `parameter_table`, whose `logical_axes` name the axes; None is JAX's default device.
+        sharding: where parameters go: a mesh, over which they are divided as `shardings` says, one
+            sharding for all, or a function from a row of `parameter_table`, whose `logical_axes`
+            name the axes; None is JAX's default device.
         implementation: of attention: "auto" or one of `attention_implementations()`.
         reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
     Raises:
         CheckpointError: a ValueError: missing, foreign, truncated or incomplete.
-        ValueError: float64 parameters while JAX has 64-bit numbers switched off, or an
-            implementation that is not known.
+        ValueError: float64 parameters while JAX has 64-bit numbers switched off, a mesh that does
+            not divide the parameters, or an implementation that is not known.
     """
     checkpoint = open_checkpoint(path, **reading)
     stored = {header.dtype for header in checkpoint.tensors.headers.values()}
@@ -58,14 +60,16 @@ def from_pretrained(
             "dtype=jnp.float32"
         )
 
+    place = _placing(sharding)
+
     def placed(row: Parameter, tensor: np.ndarray) -> jax.Array:
         view = flax_view(row, tensor)
         wanted = dtype
         if dtype is not None and row.is_wide:
             wanted = jnp.promote_types(dtype, jnp.float32)
-        if sharding is None:
+        if place is None:
             return jnp.array(view, wanted)
-        goal = sharding if isinstance(sharding, Sharding) else sharding(row)
+        goal = place(row)
 
         def part(index: Any) -> np.ndarray:
             return np.array(view[index], wanted, order="C")
@@ -83,6 +87,16 @@ def from_pretrained(
         origin=origin_of(checkpoint),
     )
     return model, params
+
+
+def _placing(
+    sharding: Mesh | Sharding | Callable[[Parameter], Sharding] | None,
+) -> Callable[[Parameter], Sharding] | None:
+    if isinstance(sharding, Mesh):
+        return lambda row: parameter_sharding(row, sharding)
+    if isinstance(sharding, Sharding):
+        return lambda _: sharding
+    return sharding
 
 
 def save_pretrained(

@@ -33,6 +33,7 @@ from alibi_flax.dispatch import (
     biased_logits,
 )
 from alibi_flax.kernels.call import has_values_on_host
+from alibi_flax.sharding import constrained
 from alibi_spec import ALiBiConfig, Parameter, model_slopes, parameter_table, slopes
 from alibi_spec.biases import interpolation
 from alibi_spec.checks import (
@@ -80,6 +81,14 @@ class RMSNorm(nn.RMSNorm):
     ) -> Float[Array, "*batch width"]:
         normed = super().__call__(x, mask=mask)
         return normed if self.dtype is not None else normed.astype(x.dtype)
+
+
+class Embed(nn.Embed):
+    """Linen's; on a mesh, every device looks up vectors of the whole width."""
+
+    def __call__(self, inputs: Integer[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        (embedding,) = promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        return jnp.take(constrained(embedding, "vocab", "features"), inputs, axis=0)
 
 
 class AttentionInputs(TypedDict):
@@ -374,9 +383,11 @@ class ALiBiTransformer(nn.Module):
                 raise ValueError("a cache is for inference; call the model with deterministic=True")
             cache = cache.grown(self.config, (batch, key_len), attention_mask)
             slope_factor = cache.slope_factor
+        x = constrained(x, "batch", "seq", "features")
         for layer in self.layers:
             x = layer(x, slope_factor, attention_mask, segment_ids, deterministic, cache)
             x, cache = (x, None) if cache is None else x
+            x = constrained(x, "batch", "seq", "features")
         x = self.final_norm(x) if self.config.final_norm else x
         return x if cache is None else cache.finished(x)
 
@@ -408,10 +419,10 @@ class ALiBiLM(nn.Module):
         width, dtypes = config.d_model, (self.dtype, self.param_dtype)
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = _initialisers(config, "token_embedding")
-        self.token_embedding = nn.Embed(vocab_size, width, **init, **options)
+        self.token_embedding = Embed(vocab_size, width, **init, **options)
         if config.type_vocab_size is not None:
             types, init = config.type_vocab_size, _initialisers(config, "token_type_embedding")
-            self.token_type_embedding = nn.Embed(types, width, **init, **options)
+            self.token_type_embedding = Embed(types, width, **init, **options)
         if config.embedding_norm:
             self.embedding_norm = _norm(config, *dtypes, "embedding_norm")
         self.dropout = nn.Dropout(config.embedding_dropout)

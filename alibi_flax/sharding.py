@@ -1,4 +1,4 @@
-"""How the parameters of a model can be divided over devices, by linen's logical axes.
+"""Parameters and activations on a mesh of devices, by the rules of `alibi_spec.sharding`.
 
 New params are plain arrays: linen's boxes, which hold axes, cannot be bridged to NNX without a
 mesh. So the axes are a separate tree, which also serves loaded params.
@@ -6,23 +6,91 @@ mesh. So the axes are a separate tree, which also serves loaded params.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alibi_spec import ALiBiConfig, parameter_table
+from alibi_spec import ALiBiConfig, Parameter, parameter_table
+from alibi_spec.sharding import Rules, batch_axes, devices_of, parameter_axes, resolved_rules
 
 
 def partition_specs(config: ALiBiConfig) -> dict[str, Any]:
     """The logical axes of every parameter, in a tree like that of the params.
 
-    `flax.linen.logical_to_mesh_sharding` makes shardings of them, by a mesh and rules. The names
-    are those of `alibi_spec.parameters.axis_sizes`: "embed", "heads", "mlp", "vocab", …
+    `flax.linen.logical_to_mesh_sharding` makes shardings of them, by a mesh and rules of linen's.
+    The names are those of `alibi_spec.parameters.axis_sizes`: "embed", "heads", "mlp", "vocab", …
     """
-    tree: dict[str, Any] = {}
-    for row in parameter_table(config):
-        node = tree
-        for key in row.flax_path[:-1]:
-            node = node.setdefault(key, {})
-        node[row.flax_path[-1]] = PartitionSpec(*row.logical_axes)
-    return tree
+    return parameter_tree(config, lambda row: PartitionSpec(*row.logical_axes))
+
+
+def shardings(config: ALiBiConfig, mesh: Mesh, rules: Rules | None = None) -> dict[str, Any]:
+    """The sharding of every parameter on a mesh, in a tree like that of the params (SPEC.md §19).
+
+    Args:
+        mesh: with axes among "data", "fsdp", "tensor" and "sequence", or others that `rules` name.
+        rules: in place of some of `alibi_spec.sharding.RULES`.
+
+    Raises:
+        ValueError: a parameter cannot be divided like this, or axes of the mesh are explicit.
+    """
+    return parameter_tree(config, lambda row: parameter_sharding(row, mesh, rules))
+
+
+def parameter_sharding(row: Parameter, mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+    """The sharding of one parameter; arguments and errors as for `shardings`."""
+    _require_automatic(mesh)
+    return NamedSharding(mesh, _spec(*parameter_axes(row, mesh.shape, rules)))
+
+
+def batch_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+    """The sharding of tokens and masks, [batch, seq].
+
+    Raises:
+        ValueError: their devices do not divide the batch.
+    """
+    return NamedSharding(mesh, _spec(*batch_axes(shape, mesh.shape, rules)))
+
+
+def constrained(x: Array, *axes: str) -> Array:
+    """The array, divided by the standard rules over the mesh of `jax.set_mesh`, if there is one.
+
+    XLA would else carry the division of an embedding's weights into the activations. What its
+    devices do not divide stays whole.
+
+    Args:
+        axes: logical names of the array's axes; those without a rule stay whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    known = resolved_rules(mesh.shape)
+    used: set[str] = set()
+    divided = []
+    for axis, size in zip(axes, x.shape, strict=True):
+        names = tuple(name for name in known.get(axis, ()) if name not in used)
+        names = names if size % devices_of(names, mesh.shape) == 0 else ()
+        used.update(names)
+        divided.append(names)
+    return jax.lax.with_sharding_constraint(x, _spec(*divided))
+
+
+def _spec(*axes: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def _require_automatic(mesh: Mesh) -> None:
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"the mesh has axes of the types {mesh.axis_types}, on which linen's modules cannot "
+            "compute; make it with axis_types=(AxisType.Auto,) * "
+            f"{len(mesh.axis_names)}, of jax.sharding"
+        )
+
+
+def parameter_tree(config: ALiBiConfig, value: Callable[[Parameter], Any]) -> dict[str, Any]:
+    """A value for each parameter, in a tree like that of the params."""
+    return unflatten_dict({row.flax_path: value(row) for row in parameter_table(config)})

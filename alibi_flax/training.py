@@ -6,7 +6,7 @@ known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import unflatten_dict
 from jax import Array
 from jaxtyping import Float, Integer, Key
 
 from alibi_flax.kernels.call import has_values_on_host
 from alibi_flax.model import ALiBiLM, checked_tokens
-from alibi_spec import ALiBiConfig, Parameter, parameter_table
+from alibi_flax.sharding import parameter_tree
+from alibi_spec import ALiBiConfig
 from alibi_spec.checks import (
     BATCH_OPTIONS,
     check_batch,
@@ -47,7 +47,7 @@ def adamw(config: ALiBiConfig, recipe: Recipe) -> optax.GradientTransformation:
         b2=recipe.beta2,
         eps=recipe.epsilon,
         weight_decay=recipe.weight_decay,
-        mask=_tree(config, lambda row: decays[row.name]),
+        mask=parameter_tree(config, lambda row: decays[row.name]),
     )
 
 
@@ -228,17 +228,12 @@ def _targets(config: ALiBiConfig, batch: Batch) -> tuple[Array, Array]:
     return is_counted, checked_tokens(chosen, config.output_dim, "target")
 
 
-def _tree(config: ALiBiConfig, value: Callable[[Parameter], Any]) -> Params:
-    """A value for each parameter, in a tree like that of the params."""
-    return unflatten_dict({row.flax_path: value(row) for row in parameter_table(config)})
-
-
 def _computed_in(dtype: str, config: ALiBiConfig, params: Params) -> Params:
     """Params rounded to bfloat16, through which gradients reach the model's own."""
     if dtype == "float32":
         return params
     return jax.tree.map(
         lambda is_wide, leaf: leaf if is_wide else leaf.astype(jnp.bfloat16),
-        _tree(config, lambda row: row.is_wide),
+        parameter_tree(config, lambda row: row.is_wide),
         params,
     )

@@ -68,6 +68,12 @@ class Parameter:
         """Names of the axes in the Flax layout, for sharding rules."""
         return tuple(self.pattern.split("->")[1].split())
 
+    @property
+    def torch_axes(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the axes that each axis of the torch layout holds, the slowest first."""
+        groups = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[0])
+        return tuple(tuple(group.strip("()").split()) for group in groups)
+
 
 def pattern_shape(side: str, sizes: dict[str, int]) -> tuple[int, ...]:
     """Shape of an array with one side of an einops pattern, e.g. "(heads head_dim) embed"."""

@@ -1,0 +1,97 @@
+"""Models over a mesh of devices: which axes are divided, and that nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+import alibi_flax
+from alibi_spec import ALiBiConfig, parameter_table
+from alibi_spec.sharding import (
+    batch_axes,
+    check_sharding,
+    devices_of,
+    parameter_axes,
+    resolved_rules,
+    torch_axes,
+)
+
+CONFIG = ALiBiConfig(
+    **{"num_layers": 1, "d_model": 48, "num_heads": 12, "num_kv_heads": 2, "vocab_size": 96},
+    **{"tie_embeddings": False, "slopes": "learned", "gated_ffn": True, "max_len": 16},
+)
+ROWS = {row.name: row for row in parameter_table(CONFIG)}
+LAYER = "transformer.layers.0"
+
+
+def test_parameters_on_a_mesh() -> None:
+    mesh = {"data": 2, "fsdp": 3, "tensor": 2}
+    data, fsdp, tensor = (), ("fsdp",), ("tensor",)
+    whole = data
+    for name, flax, torch in (
+        ("token_embedding.weight", (tensor, fsdp), (tensor, fsdp)),
+        (f"{LAYER}.attn_norm.weight", (whole,), (whole,)),
+        (f"{LAYER}.attn.slopes", (tensor,), (tensor,)),
+        (f"{LAYER}.attn.query.weight", (fsdp, tensor, whole), (tensor, fsdp)),
+        (f"{LAYER}.attn.key.bias", (tensor, whole), (tensor,)),
+        (f"{LAYER}.attn.output.weight", (tensor, whole, fsdp), (fsdp, tensor)),
+        (f"{LAYER}.attn.output.bias", (whole,), (whole,)),
+        (f"{LAYER}.ffn.gate.weight", (fsdp, tensor), (tensor, fsdp)),
+        (f"{LAYER}.ffn.fc1.bias", (tensor,), (tensor,)),
+        (f"{LAYER}.ffn.fc2.weight", (tensor, fsdp), (fsdp, tensor)),
+        ("lm_head.weight", (fsdp, tensor), (tensor, fsdp)),
+    ):
+        assert parameter_axes(ROWS[name], mesh) == flax, name
+        assert torch_axes(ROWS[name], mesh) == torch, name
+    check_sharding(CONFIG, mesh)
+    assert batch_axes((12, 10), mesh) == (("data", "fsdp"), ())
+    assert batch_axes((4, 6), {"sequence": 3}) == ((), ("sequence",))
+    assert devices_of(("data", "fsdp"), mesh) == 6
+    kept = {"vocab": None, "mlp": ["tensor", "fsdp"], "embed": None}
+    assert parameter_axes(ROWS["lm_head.weight"], mesh, kept) == (whole, whole)
+    fc1 = ROWS[f"{LAYER}.ffn.fc1.weight"]
+    assert parameter_axes(fc1, mesh, kept) == (whole, ("tensor", "fsdp"))
+    assert resolved_rules({"data": 2}, {"seq": "data"})["seq"] == ("data",)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "message"),
+    [
+        ({"tensor": 2}, {"head": "tensor"}, "for 'head', which is no axis that can be divided"),
+        ({"tensor": 2}, {"mlp": "model"}, "over 'model', and the mesh has tensor; name one"),
+        ({"tensor": 5}, None, "vocab of token_embedding.weight, 96, is not a multiple of the 5"),
+        ({"tensor": 4}, None, r"kv_heads of .*key.weight, 2, is fewer than the 4 devices"),
+        ({"fsdp": 5}, None, r"with rules=\{'embed': None\}"),
+        ({"tensor": 2}, {"embed": "tensor"}, "tensor divides both vocab and embed of token_em"),
+    ],
+)
+def test_what_cannot_be_divided(mesh: Any, rules: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_sharding(CONFIG, mesh, rules)
+
+
+def test_batches_that_cannot_be_divided() -> None:
+    with pytest.raises(ValueError, match="batch of a batch, 6, is not a multiple of the 4 devices"):
+        batch_axes((6, 8), {"data": 2, "fsdp": 2})
+    with pytest.raises(ValueError, match="seq of a batch, 3, is fewer than the 4 devices of seq"):
+        batch_axes((6, 3), {"sequence": 4})
+
+
+def test_meshes_in_jax() -> None:
+    """The trees that JAX gets; what several devices compute with them is below."""
+    devices = np.array(jax.devices("cpu")[:1])
+    mesh = Mesh(devices[:, None], ("data", "tensor"))
+    tree = alibi_flax.shardings(CONFIG, mesh)
+    kernel = tree["transformer"]["layers_0"]["attn"]["query"]["kernel"]
+    assert kernel.spec == PartitionSpec(None, "tensor", None)
+    row = ROWS[f"{LAYER}.ffn.fc2.weight"]
+    sharding = alibi_flax.parameter_sharding(row, mesh, {"mlp": ["tensor", "data"]})
+    assert sharding.spec == PartitionSpec(("tensor", "data"), None)
+    assert alibi_flax.batch_sharding((4, 8), mesh).spec == PartitionSpec("data", None)
+    explicit = Mesh(devices, ("data",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match=r"make it with axis_types=\(AxisType.Auto,\) \* 1"):
+        alibi_flax.shardings(CONFIG, explicit)
