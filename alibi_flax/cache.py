@@ -21,6 +21,7 @@ from alibi_flax.dispatch import attention
 from alibi_flax.kernels import decode
 from alibi_flax.kernels.call import wide_dtype
 from alibi_flax.kernels.certificate import bounding_norm, keys_needed
+from alibi_flax.sharding import constrained
 from alibi_spec import ALiBiConfig
 from alibi_spec.cache import Ring, rings
 from alibi_spec.checks import (
@@ -99,7 +100,8 @@ class KVCache:
         every = rings(config, windows, capacity)
 
         def memory(ring: Ring) -> _Heads:
-            return jnp.zeros((batch_size, len(ring.heads), ring.size, config.head_dim), dtype)
+            shape = (batch_size, len(ring.heads), ring.size, config.head_dim)
+            return _on_devices(jnp.zeros(shape, dtype))
 
         keys, values = (tuple(tuple(map(memory, of_layer)) for of_layer in every) for _ in range(2))
         sizes = [ring.size for of_layer in every for ring in of_layer]
@@ -168,8 +170,8 @@ class KVCache:
             some = inputs if len(of_layer) == 1 else _of_heads(inputs, ring.heads, readers)
             attended, (key, value) = self._attend(layer, number, some, implementation)
             parts.append(attended)
-            keys.append(key)
-            values.append(value)
+            keys.append(_on_devices(key))
+            values.append(_on_devices(value))
             order += readers
         cache = replace(
             cache,
@@ -258,6 +260,10 @@ class KVCache:
             is_right &= self.length <= self.capacity
         recent = max(ring.size for of_layer in self.rings for ring in of_layer)
         return jnp.where(is_right, x, jnp.nan), replace(self, visible=self.visible[:, -recent:])
+
+
+def _on_devices(x: _Heads) -> _Heads:
+    return constrained(x, "batch", "kv_heads", "slots", "head_dim")
 
 
 def _both(f: Any, xs: tuple[Array, Array], ys: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -210,7 +210,9 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
-        return query, key, value
+        axes = ("batch", "seq", "kv_heads", "head_dim")
+        key, value = constrained(key, *axes), constrained(value, *axes)
+        return constrained(query, "batch", "seq", "heads", "head_dim"), key, value
 
     def _slopes(self, slope_factor: SlopeFactor) -> Float[Array, " heads"]:
         slopes = jnp.asarray(self.slopes)

@@ -14,8 +14,9 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from alibi_flax.kernels.partition import automatic_mesh
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
-from alibi_spec.sharding import Rules, batch_axes, devices_of, parameter_axes, resolved_rules
+from alibi_spec.sharding import Rules, activation_axes, batch_axes, parameter_axes
 
 
 def partition_specs(config: ALiBiConfig) -> dict[str, Any]:
@@ -58,24 +59,14 @@ def batch_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules | None = Non
 def constrained(x: Array, *axes: str) -> Array:
     """The array, divided by the standard rules over the mesh of `jax.set_mesh`, if there is one.
 
-    XLA would else carry the division of an embedding's weights into the activations. What its
-    devices do not divide stays whole.
-
     Args:
-        axes: logical names of the array's axes; those without a rule stay whole.
+        axes: logical names of the array's axes, as for `activation_axes`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+    mesh = automatic_mesh()
+    if mesh is None:
         return x
-    known = resolved_rules(mesh.shape)
-    used: set[str] = set()
-    divided = []
-    for axis, size in zip(axes, x.shape, strict=True):
-        names = tuple(name for name in known.get(axis, ()) if name not in used)
-        names = names if size % devices_of(names, mesh.shape) == 0 else ()
-        used.update(names)
-        divided.append(names)
-    return jax.lax.with_sharding_constraint(x, _spec(*divided))
+    divided = activation_axes(dict(zip(axes, x.shape, strict=True)), mesh.shape)
+    return jax.lax.with_sharding_constraint(x, _spec(*divided.values()))
 
 
 def _spec(*axes: tuple[str, ...]) -> PartitionSpec:

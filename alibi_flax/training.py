@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jaxtyping import Float, Integer, Key
 
 from alibi_flax.kernels.call import has_values_on_host
@@ -117,10 +119,27 @@ def train_step(
     is_counted, _ = _targets(model.config, batch)
     if has_values_on_host(is_counted):
         check_counted(int(is_counted.sum()))
-    return _step(model, optimizer, recipe, params, optimizer_state, batch)
+    places = jax.tree.map(_place_of, (params, optimizer_state))
+    leaves, structure = jax.tree.flatten(places, is_leaf=lambda place: place is None)
+    step = _compiled_step(tuple(leaves), structure)
+    return step(model, optimizer, recipe, params, optimizer_state, batch)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _place_of(x: Array) -> NamedSharding | None:
+    """Where an array is on a mesh; None where there is none, or the array is traced."""
+    place = None if isinstance(x, Tracer) else x.sharding
+    return place if isinstance(place, NamedSharding) else None
+
+
+@lru_cache(maxsize=16)
+def _compiled_step(places: tuple[NamedSharding | None, ...], structure: Any) -> Any:
+    """`_step` that leaves params and state where they are; XLA might move them after every step."""
+    goals = jax.tree.unflatten(structure, places)
+    return jax.jit(
+        _step, static_argnums=(0, 1, 2), donate_argnums=(3, 4), out_shardings=(*goals, None)
+    )
+
+
 def _step(
     model: ALiBiLM,
     optimizer: optax.GradientTransformation,

@@ -116,6 +116,24 @@ def batch_axes(
     return axes
 
 
+def activation_axes(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> dict[str, MeshAxes]:
+    """The axes of a mesh that divide each axis of an activation, by the standard rules.
+
+    What its devices do not divide stays whole, as the batch of one sequence must.
+
+    Args:
+        sizes: of the axes, by logical name; those without a rule stay whole.
+        mesh: size of every axis, by name.
+    """
+    known, used = resolved_rules(mesh), set()
+    axes: dict[str, MeshAxes] = {}
+    for axis, size in sizes.items():
+        names = tuple(name for name in known.get(axis, ()) if name not in used)
+        axes[axis] = names if size % devices_of(names, mesh) == 0 else ()
+        used.update(axes[axis])
+    return axes
+
+
 def devices_of(names: Iterable[str], mesh: Mapping[str, int]) -> int:
     """The number of devices along some axes of a mesh."""
     return math.prod(mesh[name] for name in names)

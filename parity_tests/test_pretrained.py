@@ -95,7 +95,7 @@ def test_flax_sharding(tmp_path: Path) -> None:
     _run(
         f"""
         import jax, numpy as np
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
         import alibi_flax
         from alibi_convert.rules import canonical_tensors
         from alibi_spec.budgets import BUDGETS
@@ -121,6 +121,14 @@ def test_flax_sharding(tmp_path: Path) -> None:
         sharded = jax.jit(model.apply)({{"params": params}}, x)
         plain, limit = model.apply({{"params": copies}}, x), BUDGETS["float32", "cpu"].forward
         assert_within(np.asarray(sharded), np.asarray(plain), limit, "sharded")
+        mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        model, params = alibi_flax.from_pretrained({str(folder)!r}, sharding=mesh)
+        jax.tree.map(same, params, copies)
+        kernel = params["layers_0"]["attn"]["query"]["kernel"]
+        assert {{shard.data.shape for shard in kernel.addressable_shards}} == {{(24, 2, 12)}}
+        with jax.set_mesh(mesh):
+            sharded = jax.jit(model.apply)({{"params": params}}, x)
+        assert_within(np.asarray(sharded), np.asarray(plain), limit, "on a mesh")
         """,
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )

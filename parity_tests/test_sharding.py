@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -19,6 +24,7 @@ from alibi_spec.sharding import (
     resolved_rules,
     torch_axes,
 )
+from parity_tests.on_a_mesh import BATCH, CONFIGS, SEQ
 
 CONFIG = ALiBiConfig(
     **{"num_layers": 1, "d_model": 48, "num_heads": 12, "num_kv_heads": 2, "vocab_size": 96},
@@ -95,3 +101,44 @@ def test_meshes_in_jax() -> None:
     explicit = Mesh(devices, ("data",), axis_types=(AxisType.Explicit,))
     with pytest.raises(ValueError, match=r"make it with axis_types=\(AxisType.Auto,\) \* 1"):
         alibi_flax.shardings(CONFIG, explicit)
+
+
+# The collectives that compute logits: a sum behind each of the two branches of two layers and
+# behind the embedding; a gathering of each matrix; of keys, values and what hides them.
+SUMS, MATRICES, OF_KEYS = {"all-reduce": 5}, {"all-gather": 14}, {"all-gather": 6}
+COLLECTIVES: dict[str, dict[str, int]] = {
+    "data=8": {},
+    "data=2,tensor=4": SUMS,
+    "fsdp=2,tensor=4": SUMS | MATRICES,
+    "data=2,tensor=2,sequence=2": SUMS | OF_KEYS,
+}
+
+
+def size_of(name: str) -> int:
+    return sum(math.prod(row.shape) for row in parameter_table(CONFIGS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", COLLECTIVES)
+def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
+    """Logits, gradients, twenty steps, generation; what is sent, and that nothing whole is kept."""
+    done = subprocess.run(
+        [sys.executable, "-m", "parity_tests.on_a_mesh", mesh],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "rematerialization" not in done.stderr
+    )  # XLA's word for moving an array through one device
+    name = "heads of their own"
+    found = json.loads(done.stdout.splitlines()[-1])[name]
+    nbytes = found["logits"].pop("bytes")
+    assert found["logits"] == COLLECTIVES[mesh]
+    sizes = dict(each.split("=") for each in mesh.split(","))
+    if mesh == "data=8":  # only the mean of the gradients, once
+        assert found["gradients"] == {"all-reduce": 1, "bytes": 8 * size_of(name)}
+    if mesh == "data=2,tensor=4":  # each sum is of a device's own activations
+        assert nbytes == 5 * 8 * BATCH // int(sizes["data"]) * SEQ * CONFIGS[name].d_model

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 Arrays = dict[str, Any]  # arrays by name
 
@@ -119,6 +119,12 @@ def _devices(mesh: Any, axes: Any) -> int:
     for name in names:
         count *= mesh.shape[name]
     return count
+
+
+def automatic_mesh() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, if there is one whose axes XLA divides arrays over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if not mesh.empty and set(mesh.axis_types) == {AxisType.Auto} else None
 
 
 def varying_axes(*arrays: Array | None) -> frozenset[str]:

@@ -8,7 +8,7 @@ always the same. Only dense attention has second and forward-mode derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -16,14 +16,15 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Integer, Shaped
 
 from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.certificate import attention_plan
-from alibi_flax.kernels.partition import divided, varying, varying_axes
+from alibi_flax.kernels.partition import automatic_mesh, divided, varying, varying_axes
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import without_derivative
+from alibi_spec.sharding import activation_axes, devices_of
 
 
 @partial(
@@ -161,6 +162,7 @@ LAYOUTS = {
 }
 
 
+_OF_KEYS = ("key", "value")
 _NAMES = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")  # of a call
 # Of the arguments.
 NOT_DIFFERENTIATED = ("attention_mask", "segment_ids", "query_hashes", "key_hashes")
@@ -201,9 +203,13 @@ Arrays = dict[str, Any]  # arrays, or None, by their names in `LAYOUTS`
 def _in_place(options: _Options, arrays: Arrays) -> Array:
     """Let every device attend to the sequences and heads that it holds.
 
-    On a mesh with explicit axes the types of the arrays say where they are. Otherwise XLA decides
-    that later, and `partition` tells it how the passes can be divided.
+    On a mesh with explicit axes the types of the arrays say where they are, and on one that
+    `jax.set_mesh` chose the rules of SPEC.md §19 do. Otherwise XLA decides that later, and
+    `partition` tells it how the passes can be divided.
     """
+    mesh = automatic_mesh()
+    if mesh is not None:
+        return _by_rules(options, mesh, arrays)
     shardings = [jax.typeof(x).sharding for x in arrays.values() if x is not None]
     if not any(axes is not None for sharding in shardings for axes in sharding.spec):
         return _attend_alike(options, arrays)
@@ -215,10 +221,31 @@ def _in_place(options: _Options, arrays: Arrays) -> Array:
         name: x if x is None else jax.sharding.reshard(x, NamedSharding(mesh, specs[name]))
         for name, x in arrays.items()
     }
-    attend = jax.shard_map(
+    return _mapped(options, mesh, specs)(placed)
+
+
+def _by_rules(options: _Options, mesh: AbstractMesh, arrays: Arrays) -> Array:
+    """Every device attends to its sequences and heads; each gets the heads of keys that it needs.
+
+    Where the devices are a multiple of these, several get the same one.
+    """
+    batch, _, heads, _ = arrays["query"].shape
+    axes = activation_axes({"batch": batch, "heads": heads}, mesh.shape)
+    devices, kv_heads = devices_of(axes["heads"], mesh.shape), arrays["key"].shape[2]
+    if devices % kv_heads == 0:
+        copies = {name: jnp.repeat(arrays[name], devices // kv_heads, 2) for name in _OF_KEYS}
+        arrays = arrays | copies
+    elif kv_heads % devices:
+        axes["heads"] = ()
+    places = axes | {"kv_heads": axes["heads"]}
+    specs = {name: PartitionSpec(*map(places.get, LAYOUTS[name].split())) for name in arrays}
+    return _mapped(options, mesh, specs)(arrays)
+
+
+def _mapped(options: _Options, mesh: Any, specs: Mapping[str, PartitionSpec]) -> Any:
+    return jax.shard_map(
         partial(_attend_alike, options), mesh=mesh, in_specs=(specs,), out_specs=specs["query"]
     )
-    return attend(placed)
 
 
 def _attend_alike(options: _Options, arrays: Arrays) -> Array:

@@ -1,0 +1,201 @@
+"""A program: one model on a mesh of emulated devices and on one, side by side.
+
+`python -m parity_tests.on_a_mesh data=2,tensor=4` raises AssertionError where they differ, and
+prints which collectives the compiled programs hold, as JSON. test_sharding.py runs it: the number
+of devices is settled when JAX starts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, Mesh
+
+import alibi_flax
+from alibi_convert import torch_to_flax
+from alibi_spec import ALiBiConfig, Recipe, parameter_table
+from alibi_spec.budgets import AGREEMENTS, BUDGETS, gradient_floor
+from alibi_spec.parameters import initial_parameters
+from alibi_spec.sharding import parameter_axes
+from parity_tests.compare import assert_bitwise, assert_within
+
+BATCH, STEPS = 8, 20
+SEQ, TRAINED_SEQ = 1280, 128  # several blocks of the kernel; one, in dense attention
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Of each head there is one for every device of "tensor", or one of keys for two devices.
+CONFIGS = {
+    "heads of their own": ALiBiConfig(
+        **{"num_layers": 2, "d_model": 64, "num_heads": 8, "vocab_size": 104, "max_len": SEQ},
+        **{
+            "expansion_factor": 3,
+            "slopes": "learned",
+            "attention_bias": False,
+            "dropout": 0.0,
+            "tie_embeddings": False,
+        },
+    ),
+    "shared heads of keys": ALiBiConfig(
+        **{"num_layers": 2, "d_model": 64, "num_heads": 8, "num_kv_heads": 2, "vocab_size": 104},
+        **{
+            "max_len": SEQ,
+            "gated_ffn": True,
+            "norm": "rms",
+            "norm_bias": False,
+            "dropout": 0.0,
+            "qk_norm": True,
+        },
+    ),
+}
+RULES: dict[str, Any] = {"heads of their own": None, "shared heads of keys": {"kv_heads": None}}
+
+
+def tokens_of(seed: int, seq: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 104, (BATCH, seq), np.int32)
+
+
+def batch_of(seed: int, seq: int) -> dict[str, np.ndarray]:
+    tokens = tokens_of(seed, seq + 1)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+def params_of(config: ALiBiConfig, dtype: str) -> Any:
+    arrays = initial_parameters(config, 0)
+    return torch_to_flax({name: array.astype(dtype) for name, array in arrays.items()}, config)
+
+
+def check_outputs(config: ALiBiConfig, mesh: Mesh, rules: Any) -> dict[str, Any]:
+    """Logits and gradients in float64; the arrays and the collectives of the programs."""
+    model = alibi_flax.ALiBiLM(
+        config, dtype=jnp.float64, param_dtype=jnp.float64, implementation="blockwise"
+    )
+    params, batch = params_of(config, "float64"), batch_of(0, SEQ)
+
+    def logits(params: Any, batch: Any) -> Any:
+        return model.apply({"params": params}, batch["tokens"])
+
+    def mean(params: Any, batch: Any) -> Any:
+        return alibi_flax.loss(model, params, batch)[0] / batch["targets"].size
+
+    functions = {"logits": logits, "gradients": jax.grad(mean)}
+    one = {name: jax.jit(function)(params, batch) for name, function in functions.items()}
+    placed = jax.device_put(params, alibi_flax.shardings(config, mesh, rules))
+    parts = jax.device_put(batch, alibi_flax.batch_sharding((BATCH, SEQ), mesh))
+    found = {}
+    budget = BUDGETS["float64", "cpu"]
+    with jax.set_mesh(mesh):
+        for name, function in functions.items():
+            program = jax.jit(function).lower(placed, parts).compile()
+            several = program(placed, parts)
+            for path, exact in jax.tree_util.tree_leaves_with_path(one[name]):
+                actual: Any = several
+                for key in path:
+                    actual = actual[key.key]
+                limit = budget.forward if name == "logits" else budget.gradient
+                floor = 0.0 if name == "logits" else gradient_floor(flatten_dict(one[name]))
+                what = f"{name} {jax.tree_util.keystr(path)}"
+                assert_within(np.asarray(actual), np.asarray(exact), limit, what, floor=floor)
+            text = program.as_text()
+            check_arrays(config, mesh, rules, text)
+            found[name] = collectives(text)
+    return found
+
+
+def check_arrays(config: ALiBiConfig, mesh: Mesh, rules: Any, text: str) -> None:
+    """No device holds a matrix of positions, or the whole of a weight that is divided by heads."""
+    shapes = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"f64\[([\d,]+)\]", text)}
+    for shape in shapes:
+        assert math.prod(shape) < SEQ * SEQ, f"an array of {shape}"
+    if "fsdp" in mesh.shape:  # along which weights are gathered when they are used
+        return
+    for row in parameter_table(config):
+        if any(parameter_axes(row, mesh.shape, rules)) and len(row.flax_shape) > 1:
+            assert row.flax_shape not in shapes, f"the whole of {row.name}"
+
+
+def collectives(text: str) -> dict[str, Any]:
+    """How many of each kind a program holds, and the bytes of their results."""
+    counts: Counter[str] = Counter()
+    nbytes = 0
+    text = re.sub(r"/\*.*?\*/", "", text)  # numbers of the results in a tuple
+    for result, kind in re.findall(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(?:-start)?\(", text):
+        counts[kind] += 1
+        for width, sizes in re.findall(r"[a-z](\d+)\[([\d,]*)\]", result):
+            nbytes += int(width) // 8 * math.prod(map(int, filter(None, sizes.split(","))))
+    return {**counts, "bytes": nbytes}
+
+
+def check_training(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
+    """Twenty steps; params and moments stay where they were."""
+    model = alibi_flax.ALiBiLM(config, param_dtype=jnp.float64, dtype=jnp.float64)
+    params = params_of(config, "float64")
+    recipe = Recipe(steps=STEPS, batch_size=BATCH, learning_rate=1e-2)
+    goal = alibi_flax.shardings(config, mesh, rules)
+    one = alibi_flax.Trainer(model, params, recipe)
+    several = alibi_flax.Trainer(model, jax.device_put(params, goal), recipe)
+    for step in range(STEPS):
+        one.step(batch_of(step, TRAINED_SEQ))
+        with jax.set_mesh(mesh):
+            several.step(batch_of(step, TRAINED_SEQ))
+    limit = AGREEMENTS["float64 training"].relative
+    adam = several.optimizer_state[0]
+    for tree in (several.params, adam.mu, adam.nu):
+        is_there = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, goal)
+        assert all(jax.tree.leaves(is_there)), is_there
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(several.params),
+        jax.tree.leaves(one.params),
+        strict=True,
+    )
+    for (path, actual), exact in pairs:
+        what = f"after {STEPS} steps {jax.tree_util.keystr(path)}"
+        assert_within(np.asarray(actual), np.asarray(exact), limit, what)
+
+
+def check_generation(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
+    """The same tokens, of unequal prompts, from a cache that is divided, too."""
+    model, params = alibi_flax.ALiBiLM(config), params_of(config, "float32")
+    prompts = jnp.asarray(tokens_of(1, 40))
+    mask = jnp.arange(40)[None] >= jnp.arange(0, 5 * BATCH, 5)[:, None]
+    options: Any = {"attention_mask": mask, "do_sample": True, "top_p": 0.9, "seed": 3}
+    one = alibi_flax.generate(model, params, prompts, 24, **options)
+    placed = jax.device_put(params, alibi_flax.shardings(config, mesh, rules))
+    with jax.set_mesh(mesh):
+        several = alibi_flax.generate(model, placed, prompts, 24, **options)
+        cache = alibi_flax.KVCache.empty(config, BATCH, 64)
+        _, cache = jax.jit(lambda *a: model.apply({"params": a[0]}, a[1], cache=a[2]))(
+            placed, prompts, cache
+        )
+    assert_bitwise(np.asarray(several.tokens), np.asarray(one.tokens), "tokens")
+    of_heads = mesh.shape.get("tensor", 1) if rules is None else 1
+    of_batch = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    for key in (*cache.keys, *cache.values):
+        local = key[0].addressable_shards[0].data
+        assert local.size * of_heads * of_batch <= key[0].size, (local.shape, key[0].shape)
+
+
+def main() -> None:
+    sizes = dict(each.split("=") for each in sys.argv[1].split(","))
+    axes = tuple(map(int, sizes.values()))
+    mesh = jax.make_mesh(axes, tuple(sizes), axis_types=(AxisType.Auto,) * len(axes))
+    found = {}
+    for name, config in CONFIGS.items():
+        rules = RULES[name]
+        found[name] = check_outputs(config, mesh, rules)
+        check_training(config, mesh, rules)
+        check_generation(config, mesh, rules)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_enable_x64", True)
+    main()
