@@ -243,10 +243,29 @@ def leaves_by_path(params: Any) -> dict[tuple[str, ...], Any]:
     for path, leaf in _leaves(params, ()):
         if path[-1:] == ("value",):  # of a box, written as a mapping
             path = path[:-1]
-        if path in leaves:
-            raise CheckpointError(f"{'/'.join(path)} is there twice, in two forms; remove one")
-        leaves[path] = leaf
+        for apart, part in _unstacked(path, leaf):
+            if apart in leaves:
+                raise CheckpointError(f"{'/'.join(apart)} is there twice, in two forms; remove one")
+            leaves[apart] = part
     return leaves
+
+
+def _unstacked(path: tuple[str, ...], leaf: Any) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """A leaf, or those that a scan over layers has stacked in it: `alibi_spec.stacked_table`."""
+    if "layers" not in path or not leaf.shape:
+        yield path, leaf
+        return
+    place = path.index("layers")
+    for layer in range(leaf.shape[0]):
+        apart = (*path[:place], f"layers_{layer}", *path[place + 1 :])
+        yield apart, leaf[layer] if hasattr(leaf, "__getitem__") else _Shape(leaf)
+
+
+class _Shape:
+    """What is known of a layer's part of an array that is not read yet."""
+
+    def __init__(self, stacked: Any) -> None:
+        self.shape, self.dtype = tuple(stacked.shape[1:]), stacked.dtype
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:

@@ -16,6 +16,7 @@ from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
 from alibi_flax.scoring import token_log_probabilities
 from alibi_flax.sharding import batch_sharding, parameter_sharding, partition_specs, shardings
+from alibi_flax.stacking import stacked, unstacked
 from alibi_flax.tracing import trace
 from alibi_flax.training import Trainer, adamw, clip_gradients, loss, train_step
 from alibi_spec import ALiBiConfig, Metrics, Recipe
@@ -48,8 +49,10 @@ __all__ = [
     "partition_specs",
     "save_pretrained",
     "shardings",
+    "stacked",
     "stream",
     "token_log_probabilities",
     "trace",
     "train_step",
+    "unstacked",
 ]

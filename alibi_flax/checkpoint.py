@@ -18,6 +18,7 @@ from alibi_convert.tensors import Tensors
 from alibi_convert.writing.origin import origin_of, save_folder
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.sharding import parameter_sharding
+from alibi_flax.stacking import stacked
 from alibi_spec import Parameter
 
 
@@ -27,6 +28,7 @@ def from_pretrained(
     dtype: Any = None,
     sharding: Mesh | Sharding | Callable[[Parameter], Sharding] | None = None,
     implementation: str = "auto",
+    scan_layers: bool = False,
     **reading: Unpack[Reading],
 ) -> tuple[ALiBiLM | ALiBiTransformer, dict[str, Any]]:
     """Open any checkpoint that `alibi inspect` recognises: the model, and its params.
@@ -43,6 +45,8 @@ def from_pretrained(
             sharding for all, or a function from a row of `parameter_table`, whose `logical_axes`
             name the axes; None is JAX's default device.
         implementation: of attention: "auto" or one of `attention_implementations()`.
+        scan_layers: stack the layers for a scan over them; those of one kind are there twice while
+            they are stacked.
         reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
     Raises:
@@ -77,6 +81,8 @@ def from_pretrained(
         return jax.make_array_from_callback(view.shape, goal, part)
 
     params = flax_tree(checkpoint.tensors, checkpoint.config, placed)
+    if scan_layers:
+        params = stacked(params)
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
     param_dtype = jax.tree.leaves(params)[0].dtype
     model = model_class(
@@ -84,6 +90,7 @@ def from_pretrained(
         dtype=dtype,
         param_dtype=param_dtype,
         implementation=implementation,
+        scan_layers=scan_layers,
         origin=origin_of(checkpoint),
     )
     return model, params

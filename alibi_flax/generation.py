@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from alibi_flax.cache import KVCache
-from alibi_flax.model import ALiBiLM, AttentionMask, checked_tokens
+from alibi_flax.model import SCANNED_CACHE, ALiBiLM, AttentionMask, checked_tokens
 from alibi_flax.sampling import chosen_tokens
 from alibi_spec.cache import bucket
 from alibi_spec.checks import (
@@ -174,6 +174,8 @@ def _begun(
     """Check the arguments; return the state of the endings, and the steps."""
     config = model.config
     check_generation(config.causal, config.head, max_new_tokens)
+    if model.scan_layers:
+        raise ValueError(SCANNED_CACHE)
     check_count("prefill_chunk", prefill_chunk)
     if windows is not None:
         check_windows(np.shape(windows), bool((np.asarray(windows) >= 0).any()), config)

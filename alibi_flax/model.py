@@ -55,6 +55,10 @@ _Tokens = TypeVar("_Tokens", Array, np.ndarray)
 SlopeFactor = float | Float[Array, ""]  # `alibi_spec.biases.interpolation`
 
 
+SCANNED_CACHE = (
+    "a model with scan_layers has no cache; call it with scan_layers=False and the params of "
+    "alibi_flax.unstacked"
+)
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
@@ -314,7 +318,9 @@ class ALiBiTransformer(nn.Module):
 
     Press et al. 2021; with `ALiBiConfig.jaketae()` the model of jaketae/alibi. With `recompute`
     each block is computed again in the backward pass instead of keeping what it needs;
-    `implementation`, of attention, is "auto" or one of `attention_implementations()`.
+    `implementation`, of attention, is "auto" or one of `attention_implementations()`. With
+    `scan_layers` one block is compiled for all layers, whose params are stacked
+    (`alibi_flax.stacked`).
 
     Raises:
         ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
@@ -326,6 +332,7 @@ class ALiBiTransformer(nn.Module):
     param_dtype: Any = jnp.float32
     recompute: bool = False
     implementation: str = "auto"
+    scan_layers: bool = False
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -337,10 +344,12 @@ class ALiBiTransformer(nn.Module):
     def setup(self) -> None:
         config = self.config
         block = nn.remat(Block, static_argnums=(5,)) if self.recompute else Block
-        self.layers = [
-            block(config, layer, self.implementation, self.dtype, self.param_dtype)
-            for layer in range(config.num_layers)
-        ]
+        options = (self.implementation, self.dtype, self.param_dtype)
+        self.layers: Any
+        if self.scan_layers:
+            self.layers = block(config, 0, *options)  # layers differ only in their parameters
+        else:
+            self.layers = [block(config, layer, *options) for layer in range(config.num_layers)]
         if config.final_norm:
             self.final_norm = _norm(config, self.dtype, self.param_dtype, "final_norm")
 
@@ -381,23 +390,39 @@ class ALiBiTransformer(nn.Module):
             check_segments(self.config, key_len, cache is not None)
         slope_factor = _slope_factor(self.config, key_len)
         if cache is not None:
+            if self.scan_layers:
+                raise ValueError(SCANNED_CACHE)
             if not deterministic:
                 raise ValueError("a cache is for inference; call the model with deterministic=True")
             cache = cache.grown(self.config, (batch, key_len), attention_mask)
             slope_factor = cache.slope_factor
-        x = constrained(x, "batch", "seq", "features")
-        for layer in self.layers:
+
+        def read(layer: Block, x: Array, cache: KVCache | None) -> tuple[Array, KVCache | None]:
             x = layer(x, slope_factor, attention_mask, segment_ids, deterministic, cache)
             x, cache = (x, None) if cache is None else x
-            x = constrained(x, "batch", "seq", "features")
+            return constrained(x, "batch", "seq", "features"), cache
+
+        x = constrained(x, "batch", "seq", "features")
+        if self.scan_layers:
+            x, _ = self._scanned(read)(self.layers, x, None)
+        else:
+            for layer in self.layers:
+                x, cache = read(layer, x, cache)
         x = self.final_norm(x) if self.config.final_norm else x
         return x if cache is None else cache.finished(x)
+
+    def _scanned(self, read: Callable[..., Any]) -> Any:
+        """`read` of every layer in turn, each with its own parameters and its own dropout."""
+        rngs: Any = {"params": True, "dropout": True}
+        return nn.scan(
+            read, variable_axes={"params": 0}, split_rngs=rngs, length=self.config.num_layers
+        )
 
 
 class ALiBiLM(nn.Module):
     """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
-    `recompute` and `implementation` are those of `ALiBiTransformer`.
+    `recompute`, `implementation` and `scan_layers` are those of `ALiBiTransformer`.
 
     Raises:
         ValueError: the configuration has no vocabulary, or the implementation is not known.
@@ -408,6 +433,7 @@ class ALiBiLM(nn.Module):
     param_dtype: Any = jnp.float32
     recompute: bool = False
     implementation: str = "auto"
+    scan_layers: bool = False
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -432,6 +458,7 @@ class ALiBiLM(nn.Module):
             dataclasses.replace(config, vocab_size=None),
             recompute=self.recompute,
             implementation=self.implementation,
+            scan_layers=self.scan_layers,
             **options,
         )
         if config.head == "masked_lm":

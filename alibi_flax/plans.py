@@ -10,6 +10,7 @@ from jaxtyping import Integer, Num
 
 from alibi_flax.dispatch import AttentionPlan, attention_plan
 from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask
+from alibi_flax.stacking import unstacked
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import check_plannable
 
@@ -42,8 +43,8 @@ def model_plans(
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        # With recomputation the arguments would be tracers.
-        plain: Any = model.clone(recompute=False)
+        # With recomputation or a scan the arguments would be tracers.
+        plain: Any = model.clone(recompute=False, scan_layers=False)
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
-        plain.apply({"params": params}, inputs, attention_mask, **optional)
+        plain.apply({"params": unstacked(params)}, inputs, attention_mask, **optional)
     return plans

@@ -16,29 +16,36 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alibi_flax.kernels.partition import automatic_mesh
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
+from alibi_spec.parameters import stacked_table
 from alibi_spec.sharding import Rules, activation_axes, batch_axes, parameter_axes
 
 
-def partition_specs(config: ALiBiConfig) -> dict[str, Any]:
+def partition_specs(config: ALiBiConfig, *, scan_layers: bool = False) -> dict[str, Any]:
     """The logical axes of every parameter, in a tree like that of the params.
 
     `flax.linen.logical_to_mesh_sharding` makes shardings of them, by a mesh and rules of linen's.
     The names are those of `alibi_spec.parameters.axis_sizes`: "embed", "heads", "mlp", "vocab", …
+
+    Args:
+        scan_layers: of a model with stacked layers, whose first axis is "layers".
     """
-    return parameter_tree(config, lambda row: PartitionSpec(*row.logical_axes))
+    return parameter_tree(config, lambda row: PartitionSpec(*row.logical_axes), scan_layers)
 
 
-def shardings(config: ALiBiConfig, mesh: Mesh, rules: Rules | None = None) -> dict[str, Any]:
+def shardings(
+    config: ALiBiConfig, mesh: Mesh, rules: Rules | None = None, *, scan_layers: bool = False
+) -> dict[str, Any]:
     """The sharding of every parameter on a mesh, in a tree like that of the params (SPEC.md §19).
 
     Args:
         mesh: with axes among "data", "fsdp", "tensor" and "sequence", or others that `rules` name.
         rules: in place of some of `alibi_spec.sharding.RULES`.
+        scan_layers: of a model with stacked layers.
 
     Raises:
         ValueError: a parameter cannot be divided like this, or axes of the mesh are explicit.
     """
-    return parameter_tree(config, lambda row: parameter_sharding(row, mesh, rules))
+    return parameter_tree(config, lambda row: parameter_sharding(row, mesh, rules), scan_layers)
 
 
 def parameter_sharding(row: Parameter, mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
@@ -82,6 +89,9 @@ def _require_automatic(mesh: Mesh) -> None:
         )
 
 
-def parameter_tree(config: ALiBiConfig, value: Callable[[Parameter], Any]) -> dict[str, Any]:
-    """A value for each parameter, in a tree like that of the params."""
-    return unflatten_dict({row.flax_path: value(row) for row in parameter_table(config)})
+def parameter_tree(
+    config: ALiBiConfig, value: Callable[[Parameter], Any], scan_layers: bool = False
+) -> dict[str, Any]:
+    """A value for each parameter, in a tree like that of the params, or of stacked ones."""
+    table = stacked_table(config) if scan_layers else parameter_table(config)
+    return unflatten_dict({row.flax_path: value(row) for row in table})

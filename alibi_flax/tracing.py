@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float, Integer, Num
 
 from alibi_flax.model import ALiBiLM, ALiBiTransformer, Attention, AttentionMask, Block, FeedForward
+from alibi_flax.stacking import unstacked
 
 
 def trace(
@@ -49,10 +50,10 @@ def trace(
         return output
 
     with nn.intercept_methods(record):
-        # With recomputation the intermediates would be tracers.
-        plain: Any = model.clone(recompute=False)
+        # With recomputation or a scan the intermediates would be tracers.
+        plain: Any = model.clone(recompute=False, scan_layers=False)
         optional = {"token_type_ids": token_type_ids} if isinstance(model, ALiBiLM) else {}
-        result = plain.apply({"params": params}, inputs, attention_mask, **optional)
+        result = plain.apply({"params": unstacked(params)}, inputs, attention_mask, **optional)
     if isinstance(model, ALiBiLM) and model.config.head != "none":
         values["logits"] = result
     return values

@@ -22,6 +22,7 @@ from jaxtyping import Float, Integer, Key
 from alibi_flax.kernels.call import has_values_on_host
 from alibi_flax.model import ALiBiLM, checked_tokens
 from alibi_flax.sharding import parameter_tree
+from alibi_flax.stacking import is_stacked
 from alibi_spec import ALiBiConfig
 from alibi_spec.checks import (
     BATCH_OPTIONS,
@@ -49,7 +50,9 @@ def adamw(config: ALiBiConfig, recipe: Recipe) -> optax.GradientTransformation:
         b2=recipe.beta2,
         eps=recipe.epsilon,
         weight_decay=recipe.weight_decay,
-        mask=parameter_tree(config, lambda row: decays[row.name]),
+        mask=lambda params: parameter_tree(
+            config, lambda row: decays[row.name.replace("*", "0")], is_stacked(params)
+        ),
     )
 
 
@@ -253,6 +256,6 @@ def _computed_in(dtype: str, config: ALiBiConfig, params: Params) -> Params:
         return params
     return jax.tree.map(
         lambda is_wide, leaf: leaf if is_wide else leaf.astype(jnp.bfloat16),
-        parameter_tree(config, lambda row: row.is_wide),
+        parameter_tree(config, lambda row: row.is_wide, is_stacked(params)),
         params,
     )

@@ -112,6 +112,25 @@ def parameter_table(config: ALiBiConfig) -> tuple[Parameter, ...]:
     return tuple(_rows(config))
 
 
+def stacked_table(config: ALiBiConfig) -> tuple[Parameter, ...]:
+    """The table for a scan over layers: one row for each parameter of all layers (SPEC.md §6).
+
+    Its tensors have a first axis "layers". A name has `*` for the number of the layer; in the Flax
+    tree they are under "layers".
+    """
+    rows: dict[str, Parameter] = {}
+    for row in parameter_table(config):
+        name = re.sub(r"\blayers\.\d+\.", "layers.*.", row.name)
+        if name == row.name:
+            rows[name] = row
+        elif name not in rows:
+            path = tuple("layers" if key == "layers_0" else key for key in row.flax_path)
+            pattern = " -> ".join(f"layers {side.strip()}" for side in row.pattern.split("->"))
+            sizes = row.axis_sizes | {"layers": config.num_layers}
+            rows[name] = Parameter(name, path, pattern, sizes, row.init)
+    return tuple(rows.values())
+
+
 def initial_parameters(config: ALiBiConfig, seed: int) -> dict[str, Float[np.ndarray, "..."]]:
     """Fresh parameters by name, float32, in the torch layout: the same for both backends.
 

@@ -73,7 +73,7 @@ def parameter_axes(
             axis of the mesh that divides two of the parameter's.
     """
     known = resolved_rules(mesh, rules)
-    is_whole = row.logical_axes == ("embed",)
+    is_whole = [axis for axis in row.logical_axes if axis != "layers"] == ["embed"]
     axes = tuple(() if is_whole else known.get(axis, ()) for axis in row.logical_axes)
     _require_once(row, axes)
     for axis, names in zip(row.logical_axes, axes, strict=True):

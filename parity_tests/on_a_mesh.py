@@ -134,13 +134,14 @@ def collectives(text: str) -> dict[str, Any]:
 
 
 def check_training(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
-    """Twenty steps; params and moments stay where they were."""
+    """Twenty steps, scanned on the mesh; params and moments stay where they were."""
     model = alibi_flax.ALiBiLM(config, param_dtype=jnp.float64, dtype=jnp.float64)
     params = params_of(config, "float64")
     recipe = Recipe(steps=STEPS, batch_size=BATCH, learning_rate=1e-2)
-    goal = alibi_flax.shardings(config, mesh, rules)
+    goal = alibi_flax.shardings(config, mesh, rules, scan_layers=True)
     one = alibi_flax.Trainer(model, params, recipe)
-    several = alibi_flax.Trainer(model, jax.device_put(params, goal), recipe)
+    placed = jax.device_put(alibi_flax.stacked(params), goal)
+    several = alibi_flax.Trainer(model.clone(scan_layers=True), placed, recipe)
     for step in range(STEPS):
         one.step(batch_of(step, TRAINED_SEQ))
         with jax.set_mesh(mesh):
@@ -151,7 +152,7 @@ def check_training(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
         is_there = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, goal)
         assert all(jax.tree.leaves(is_there)), is_there
     pairs = zip(
-        jax.tree_util.tree_leaves_with_path(several.params),
+        jax.tree_util.tree_leaves_with_path(alibi_flax.unstacked(several.params)),
         jax.tree.leaves(one.params),
         strict=True,
     )

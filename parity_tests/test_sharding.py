@@ -112,6 +112,7 @@ COLLECTIVES: dict[str, dict[str, int]] = {
     "fsdp=2,tensor=4": SUMS | MATRICES,
     "data=2,tensor=2,sequence=2": SUMS | OF_KEYS,
 }
+each_mesh = pytest.mark.parametrize("mesh", COLLECTIVES, ids=["data", "tensor", "fsdp", "sequence"])
 
 
 def size_of(name: str) -> int:
@@ -119,7 +120,7 @@ def size_of(name: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", COLLECTIVES)
+@each_mesh
 def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
     """Logits, gradients, twenty steps, generation; what is sent, and that nothing whole is kept."""
     done = subprocess.run(
