@@ -21,7 +21,7 @@ from alibi_flax.dispatch import attention
 from alibi_flax.kernels import decode
 from alibi_flax.kernels.call import wide_dtype
 from alibi_flax.kernels.certificate import bounding_norm, keys_needed
-from alibi_flax.sharding import constrained
+from alibi_flax.sharding import constrained, on_each_device
 from alibi_spec import ALiBiConfig
 from alibi_spec.cache import Ring, rings
 from alibi_spec.checks import (
@@ -208,7 +208,7 @@ class KVCache:
             )
         # The certificate gathers keys by position; without this, XLA would move the keys of the
         # whole cache into the layout that suits it, and back.
-        key = with_layout_constraint(seen[0], Layout((0, 1, 2, 3)))
+        key = _in_order(seen[0])
         key, value = key.swapaxes(1, 2), seen[1].swapaxes(1, 2)
         mask = self.visible[:, -key.shape[1] :]
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
@@ -218,7 +218,7 @@ class KVCache:
         self, inputs: Any, key: _Heads, value: _Heads
     ) -> Float[Array, "batch 1 heads head_dim"]:
         # In a loop of steps XLA would move the whole cache into another layout before, and back.
-        key, value = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (key, value))
+        key, value = _in_order(key), _in_order(value)
         size = key.shape[2]
         age = (self.length - 1 - jnp.arange(size)) % size
         visible = self.visible[:, self.visible.shape[1] - 1 - age]
@@ -262,8 +262,16 @@ class KVCache:
         return jnp.where(is_right, x, jnp.nan), replace(self, visible=self.visible[:, -recent:])
 
 
+_AXES = ("batch", "kv_heads", "slots", "head_dim")
+
+
 def _on_devices(x: _Heads) -> _Heads:
-    return constrained(x, "batch", "kv_heads", "slots", "head_dim")
+    return constrained(x, *_AXES)
+
+
+def _in_order(x: _Heads) -> _Heads:
+    """The array in memory as its axes are in order: on each device, as XLA would gather it."""
+    return on_each_device(lambda x: with_layout_constraint(x, Layout((0, 1, 2, 3))), x, *_AXES)
 
 
 def _both(f: Any, xs: tuple[Array, Array], ys: tuple[Array, Array]) -> tuple[Array, Array]:

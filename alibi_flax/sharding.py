@@ -76,6 +76,15 @@ def constrained(x: Array, *axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, _spec(*divided.values()))
 
 
+def on_each_device(function: Callable[[Array], Array], x: Array, *axes: str) -> Array:
+    """`function`, which keeps the shape, of each device's part of what `constrained` divides."""
+    mesh = automatic_mesh()
+    if mesh is None:
+        return function(x)
+    spec = _spec(*activation_axes(dict(zip(axes, x.shape, strict=True)), mesh.shape).values())
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+
 def _spec(*axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
 

@@ -122,10 +122,15 @@ def train_step(
     is_counted, _ = _targets(model.config, batch)
     if has_values_on_host(is_counted):
         check_counted(int(is_counted.sum()))
+    step = compiled_step(params, optimizer_state)
+    return step(model, optimizer, recipe, params, optimizer_state, batch)
+
+
+def compiled_step(params: Params, optimizer_state: Any) -> Any:
+    """`_step` that leaves params and state where they are; XLA might move them after every step."""
     places = jax.tree.map(_place_of, (params, optimizer_state))
     leaves, structure = jax.tree.flatten(places, is_leaf=lambda place: place is None)
-    step = _compiled_step(tuple(leaves), structure)
-    return step(model, optimizer, recipe, params, optimizer_state, batch)
+    return _compiled_step(tuple(leaves), structure)
 
 
 def _place_of(x: Array) -> NamedSharding | None:
@@ -136,7 +141,6 @@ def _place_of(x: Array) -> NamedSharding | None:
 
 @lru_cache(maxsize=16)
 def _compiled_step(places: tuple[NamedSharding | None, ...], structure: Any) -> Any:
-    """`_step` that leaves params and state where they are; XLA might move them after every step."""
     goals = jax.tree.unflatten(structure, places)
     return jax.jit(
         _step, static_argnums=(0, 1, 2), donate_argnums=(3, 4), out_shardings=(*goals, None)

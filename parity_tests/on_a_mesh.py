@@ -171,13 +171,14 @@ def check_generation(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
     placed = jax.device_put(params, alibi_flax.shardings(config, mesh, rules))
     with jax.set_mesh(mesh):
         several = alibi_flax.generate(model, placed, prompts, 24, **options)
-        cache = alibi_flax.KVCache.empty(config, BATCH, 64)
-        _, cache = jax.jit(lambda *a: model.apply({"params": a[0]}, a[1], cache=a[2]))(
-            placed, prompts, cache
-        )
+        read = jax.jit(lambda *a: model.apply({"params": a[0]}, a[1], cache=a[2]))
+        _, cache = read(placed, prompts, alibi_flax.KVCache.empty(config, BATCH, 64))
+        step = read.lower(placed, prompts[:, :1], cache).compile().as_text()
     assert_bitwise(np.asarray(several.tokens), np.asarray(one.tokens), "tokens")
     of_heads = mesh.shape.get("tensor", 1) if rules is None else 1
     of_batch = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    if "fsdp" not in mesh.shape:  # along which weights are gathered
+        assert collectives(step)["bytes"] < cache.keys[0][0].nbytes, collectives(step)
     for key in (*cache.keys, *cache.values):
         local = key[0].addressable_shards[0].data
         assert local.size * of_heads * of_batch <= key[0].size, (local.shape, key[0].shape)

@@ -65,6 +65,13 @@ FAULTS = (
         f"{_RULES} 'one_device and tensor'",
     ),
     Mutant(
+        "steps that gather the whole cache",
+        "alibi_flax/cache.py",
+        "return on_each_device(lambda x: with_layout_constraint(x, Layout((0, 1, 2, 3))), x, *_AXES)",
+        "return with_layout_constraint(x, Layout((0, 1, 2, 3)))",
+        f"{_RULES} 'one_device and tensor'",
+    ),
+    Mutant(
         "layers of a scan that drop the same",
         "alibi_flax/model.py",
         '"dropout": True}',
