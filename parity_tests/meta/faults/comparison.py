@@ -40,4 +40,25 @@ FAULTS = (
         "    if error > 1e9 * relative:",
         "meta/test_compare.py",
     ),
+    Mutant(
+        "a new option is not drawn",
+        "parity_tests/random_configurations.py",
+        '    "activation": st.sampled_from(ACTIVATIONS),\n',
+        "",
+        "test_random_configurations.py -k every_option",
+    ),
+    Mutant(
+        "any refusal of a kernel is believed",
+        "parity_tests/random_configurations.py",
+        "            implementation in ELSEWHERE\n",
+        "            True\n",
+        "test_random_configurations.py -k needs_a_reason",
+    ),
+    Mutant(
+        "the call is missing from what shows a failure again",
+        "parity_tests/random_configurations.py",
+        "json.dumps(dataclasses.asdict(call))",
+        "json.dumps({})",
+        "test_random_configurations.py -k see_it_again",
+    ),
 )
