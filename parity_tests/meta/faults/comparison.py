@@ -61,4 +61,18 @@ FAULTS = (
         "json.dumps({})",
         "test_random_configurations.py -k see_it_again",
     ),
+    Mutant(
+        "any pair may be refused",
+        "parity_tests/pairs.py",
+        "and writer.family != reader.family",
+        "or True",
+        "test_pairs.py -k BLOOM",
+    ),
+    Mutant(
+        "a reader of the table whom nobody tries",
+        "parity_tests/pairs.py",
+        '    Party("orbax"),\n',
+        '    Party("orbax"),\n    Party("ONNX"),\n',
+        "test_pairs.py -k takes_part",
+    ),
 )
