@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -209,12 +209,16 @@ def demo() -> str:
 
 def mutants() -> str:
     """The planted faults by the folder of the code, and how many the tests caught."""
-    results, outcomes = _read("mutants"), defaultdict(list)
-    for row in results["faults"]:
-        outcomes[str(Path(row["file"]).parent)].append(row["outcome"] == "caught")
-        outcomes["all"].append(row["outcome"] == "caught")
-    names = [*sorted(outcomes.keys() - {"all"}), "all"]
-    lines = ((name, str(len(outcomes[name])), str(sum(outcomes[name]))) for name in names)
+    results = _read("mutants")
+    folders = [str(Path(row["file"]).parent) for row in results["faults"]]
+    caught = Counter(
+        folder
+        for folder, row in zip(folders, results["faults"], strict=True)
+        if row["outcome"] == "caught"
+    )
+    planted = Counter(folders)
+    lines = [[f"`{name}`", str(planted[name]), str(caught[name])] for name in sorted(planted)]
+    lines.append(["all", str(planted.total()), str(caught.total())])
     file = "[mutants.json](../benchmarks/results/mutants.json)"
     origin = f"{file}: {results['date'][:10]}, commit {results['commit'][:10]}.\n"
     return f"{table(('faults planted in', 'planted', 'caught'), lines)}\n{origin}"

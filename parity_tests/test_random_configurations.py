@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 import torch
@@ -19,11 +20,12 @@ from alibi_spec.options import FLAG, kind_of
 from parity_tests import random_configurations
 from parity_tests.cases import draw_inputs, draw_parameters
 from parity_tests.random_configurations import (
+    SIZES,
     ModelCall,
     careless_options,
     cases,
     check,
-    is_small,
+    is_ordinary,
     options,
 )
 
@@ -40,10 +42,17 @@ def test_configurations(case: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@hypothesis.settings(deadline=None, max_examples=1000)
-@hypothesis.given(cases())
-def test_many_configurations(case: Any) -> None:
-    check(*case)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "{} of {}".format(*size))
+def test_many_configurations(size: tuple[int, int]) -> None:
+    """A thousand in all, size by size: JAX keeps what it compiles, for all of them 5 GB."""
+
+    @hypothesis.settings(deadline=None, max_examples=200)
+    @hypothesis.given(cases(sizes=(size,)))
+    def try_all(case: Any) -> None:
+        check(*case)
+
+    try_all()
+    jax.clear_caches()
 
 
 def drawn_values() -> dict[str, set[Any]]:
@@ -98,7 +107,7 @@ def test_careless_options(case: tuple[dict[str, Any], list[str]]) -> None:
 @hypothesis.given(careless_options())
 def test_careless_options_that_are_valid_agree(case: tuple[dict[str, Any], list[str]]) -> None:
     config = configured(*case)
-    if config is not None and is_small(config):
+    if config is not None and is_ordinary(config):
         check(config, ModelCall(2, 9))
 
 

@@ -75,4 +75,11 @@ FAULTS = (
         '    Party("orbax"),\n    Party("ONNX"),\n',
         "test_pairs.py -k takes_part",
     ),
+    Mutant(
+        "survivors are recorded as caught",
+        "parity_tests/meta/mutants.py",
+        '"caught" if trouble is None else "survived"',
+        '"caught"',
+        "meta/test_faults.py -k recorded",
+    ),
 )
