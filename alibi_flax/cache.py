@@ -122,7 +122,7 @@ class KVCache:
         if limit is None:
             return 1.0
         keys = self.length if self.interpolated_len is None else self.interpolated_len
-        return limit / jnp.maximum(limit, keys)
+        return limit / jnp.maximum(limit, keys).astype(float)  # JAX divides int32 in float32
 
     def grown(
         self,
@@ -235,7 +235,7 @@ class KVCache:
         largest = jnp.maximum(self.largest[layer], newest)
         needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
         # Nothing is promised for queries that are padding.
-        of_heads = jnp.where(is_seen, needed, 1).max(axis=(0, 2))
+        of_heads = jnp.where(is_seen, needed, 1).max(axis=(0, 2), initial=1)  # of any batch
         is_proved = self.is_proved
         for ring in self.rings[layer]:
             most = of_heads[jnp.array(self._readers(ring))].max()

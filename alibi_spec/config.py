@@ -240,6 +240,11 @@ class ALiBiConfig(Options):
         if isinstance(self.slopes, tuple):
             yield from self._slope_contradictions(self.slopes)
         yield (
+            self.slopes == "learned" and self.distance == "bfloat16",
+            "slopes='learned' have no gradient through the rounding of distance='bfloat16'; choose "
+            "fixed slopes or another distance",
+        )
+        yield (
             self.num_heads % self.kv_heads != 0,
             f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
         )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
+import numpy as np
+
 from alibi_spec.biases import SLOPE_RULES
 
 
@@ -23,9 +25,8 @@ def plain(value: Any) -> Any:
 
 def plain_tuple(values: Any) -> Any:
     """Lists, arrays and tuples, also of one another, as tuples of plain numbers."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        return plain(values)
-    return tuple(map(plain_tuple, values))
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    return tuple(map(plain_tuple, values)) if isinstance(values, list | tuple) else plain(values)
 
 
 class Kind(NamedTuple):
@@ -161,7 +162,7 @@ def or_none(kind: Kind) -> Kind:
 
 def one_of(choices: tuple[str, ...]) -> Kind:
     """One of a few words."""
-    return Kind(lambda value: value in choices, f"one of {choices}")
+    return Kind(lambda value: isinstance(value, str) and value in choices, f"one of {choices}")
 
 
 def _is_number(value: Any) -> bool:

@@ -20,6 +20,7 @@ from alibi_spec.checks import (
     check_mask,
     check_segments,
     check_token_range,
+    check_token_types,
     check_tokens,
 )
 from alibi_spec.masks import masked_softmax, visible_keys
@@ -166,14 +167,17 @@ def reference_forward(
         with a vocabulary and a head.
 
     Raises:
-        ValueError: inputs or mask have the wrong shape, dtype or range; parameters are missing.
+        ValueError: inputs, mask, segments or token types have the wrong shape, dtype or range;
+            parameters are missing.
     """
     is_integer = np.issubdtype(inputs.dtype, np.integer)
     if config.vocab_size is None:
         check_embeddings(inputs.shape, not is_integer, config.d_model)
     else:
-        check_tokens(inputs.shape, is_integer)
-        check_token_range(int(inputs.min()), int(inputs.max()), config.vocab_size)
+        _check_ids(inputs, config.vocab_size)
+    check_token_types(config.type_vocab_size, token_type_ids is not None)
+    if token_type_ids is not None and config.type_vocab_size is not None:
+        _check_ids(token_type_ids, config.type_vocab_size, "token type")
     if attention_mask is not None:
         is_floating = np.issubdtype(attention_mask.dtype, np.floating)
         check_mask("attention_mask", attention_mask.shape, not is_floating, *inputs.shape[:2])
@@ -197,6 +201,13 @@ def reference_forward(
     if config.vocab_size is not None and config.head != "none":
         model.logits(x)
     return model.trace
+
+
+def _check_ids(ids: Num[np.ndarray, "batch seq"], vocab_size: int, what: str = "token") -> None:
+    """Raise ValueError unless these are tokens, or token types, of a vocabulary."""
+    check_tokens(ids.shape, np.issubdtype(ids.dtype, np.integer))
+    if ids.size:
+        check_token_range(int(ids.min()), int(ids.max()), vocab_size, what)
 
 
 @dataclass
@@ -387,8 +398,9 @@ class Reference:
             projected = projected.clip(-config.qkv_clip, config.qkv_clip)
         if config.qk_norm and name != "value":
             projected = self.norm(projected, f"{module}.{name}_norm")
-        batch, seq, _ = projected.shape
-        return projected.reshape(batch, seq, -1, config.head_dim).swapaxes(1, 2)
+        *batch_seq, width = projected.shape
+        heads = width // config.head_dim  # NumPy infers no axis of an empty batch
+        return projected.reshape(*batch_seq, heads, config.head_dim).swapaxes(1, 2)
 
     def _residual(
         self,

@@ -221,6 +221,8 @@ class KVCache:
         if smallest == self.capacity and smallest < PAYS_FROM:
             return None
         query, key, new_len = inputs["query"], inputs["key"], inputs["query"].shape[2]
+        if len(query) == 0:
+            return None
         padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
         largest = self._with_largest(layer, key, padding)
         may_read_less = new_len == 1 and self.length >= PAYS_FROM and query.is_cpu

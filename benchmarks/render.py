@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from parity_tests.pairs import READERS, WRITERS, is_refused
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -204,6 +207,32 @@ def demo() -> str:
     return f"{table(header, rows)}\n{origin}\n"
 
 
+def mutants() -> str:
+    """The planted faults by the folder of the code, and how many the tests caught."""
+    results = _read("mutants")
+    folders = [str(Path(row["file"]).parent) for row in results["faults"]]
+    caught = Counter(
+        folder
+        for folder, row in zip(folders, results["faults"], strict=True)
+        if row["outcome"] == "caught"
+    )
+    planted = Counter(folders)
+    lines = [[f"`{name}`", str(planted[name]), str(caught[name])] for name in sorted(planted)]
+    lines.append(["all", str(planted.total()), str(caught.total())])
+    file = "[mutants.json](../benchmarks/results/mutants.json)"
+    origin = f"{file}: {results['date'][:10]}, commit {results['commit'][:10]}.\n"
+    return f"{table(('faults planted in', 'planted', 'caught'), lines)}\n{origin}"
+
+
+def pairs() -> str:
+    """Every writer of checkpoints with every reader."""
+    lines = (
+        [writer.name, *("–" if is_refused(writer, reader) else "=" for reader in READERS)]
+        for writer in WRITERS
+    )
+    return table(("written by", *(reader.name for reader in READERS)), lines)
+
+
 def rates(experiment: str) -> str:
     """Loss of an experiment's models at the training length, by learning rate."""
     rows = _read(f"rates_{experiment}")["rows"]
@@ -271,8 +300,10 @@ FIGURES: dict[str, Callable[..., str]] = {
     "goals": goals,
     "growth": growth,
     "inference": inference,
+    "mutants": mutants,
     "origin": origin,
     "other_inputs": other_inputs,
+    "pairs": pairs,
     "products": products,
     "rates": rates,
     "trainers": trainers,

@@ -66,7 +66,7 @@ class TorchKernel(Kernel):
     def attend(self, **options: Any) -> Call:
         def run(arrays: Arrays) -> Arrays:
             named = {name: as_torch(array) for name, array in arrays.items()}
-            with _small_blocks():
+            with small_blocks():
                 return {"attended": as_numpy(self._call(named, options))}
 
         return run
@@ -77,7 +77,7 @@ class TorchKernel(Kernel):
             for name, leaf in leaves.items():
                 leaf.requires_grad_(self.name != "aten_flash" or name != "slopes")
             learned = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-            with _small_blocks():
+            with small_blocks():
                 attended = self._call(leaves, options)
                 cotangent = as_torch(_cotangent(tuple(attended.shape))).to(attended)
                 if rows is None:
@@ -170,7 +170,7 @@ def each_kernel(*kernels: Kernel) -> pytest.MarkDecorator:
 
 
 @contextmanager
-def _small_blocks() -> Iterator[None]:
+def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_operator, "BLOCK_SIZE", BLOCK)
         yield

@@ -54,7 +54,9 @@ def _flax(config: ALiBiConfig, parameters: Any, dtype: str, capacity: int) -> tu
     model = model_class(config, dtype=dtype, param_dtype=dtype)
     wide = {row for row in parameters if row.endswith("slopes")}
     state = {
-        name: as_torch(array).to(torch.float32 if name in wide else getattr(torch, dtype))
+        name: as_torch(array).to(
+            torch.float32 if name in wide and dtype != "float64" else getattr(torch, dtype)
+        )
         for name, array in parameters.items()
     }
     params = torch_to_flax(state, config)
@@ -143,18 +145,21 @@ def test_every_step_far_past_the_trained_length(backend: str) -> None:
 
 
 @each_backend
-def test_interpolated_slopes_go_by_all_keys(backend: str) -> None:
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+def test_interpolated_slopes_go_by_all_keys(backend: str, dtype: str) -> None:
     """What a chunk takes is the slopes of the keys that it ends with, as in the reference."""
     config = CONFIGS["learned-slopes"]
     parameters, inputs = draw_parameters(config), draw_inputs(config)
-    call, empty = BACKENDS[backend](config, parameters, "float32", SEQ)
+    if dtype == "float64":
+        parameters = {name: array.astype(dtype) for name, array in parameters.items()}
+    call, empty = BACKENDS[backend](config, parameters, dtype, SEQ)
     cache, reference = empty(len(inputs)), Cache.empty(config, len(inputs))
     for part in _parts():
         trace = reference_forward(config, parameters, inputs[:, part], cache=reference)
         reference = reference.extended(trace)
         output, cache = call(inputs[:, part], None, cache)
-        limit = BUDGETS["float32", "cpu"].forward
-        assert_within(output, trace["logits"], limit, str(part), dtype="float32")
+        limit = BUDGETS[dtype, "cpu"].forward
+        assert_within(output, trace["logits"], limit, str(part), dtype=dtype)
 
 
 @each_backend

@@ -102,6 +102,9 @@ def test_json_round_trip(config_name: str) -> None:
         ({"slopes": ((0.5,) * 8,) * 2}, "slopes has 2 tuples for num_layers=6; pass one tuple per"),
         ({"slopes": ((0.5,) * 8,) * 5 + ((0.5,),)}, "slopes has 1 values for num_heads=8"),
         ({"slopes": ((0.5,), 0.5)}, "slopes="),
+        ({"slopes": {0.5, 0.25}, "num_heads": 2}, "slopes={.*} is not valid"),  # in which order?
+        ({"slopes": np.array(0.5)}, "slopes=0.5 is not valid"),
+        ({"slopes": "learned", "distance": "bfloat16"}, "no gradient through the rounding of"),
         ({"bias_max": 0}, "bias_max=0"),
         (
             {"bias_max": 2000, "slopes": "geometric"},
@@ -120,6 +123,7 @@ def test_json_round_trip(config_name: str) -> None:
         ({"norm": "batch"}, r"norm='batch' is not valid; expected one of \('layer', 'rms'\)"),
         ({"norm_placement": "post", "final_norm": True}, "ends in a norm already; set final_norm"),
         ({"head": "masked_lm", "tie_embeddings": False}, "set tie_embeddings=True"),
+        ({"activation": np.array(["gelu", "relu"])}, "activation=array"),
         ({"activation": "tanh"}, "activation='tanh' is not valid; expected one of"),
         ({"qkv_clip": 0}, "qkv_clip=0 is not valid; expected None or a number above 0"),
         ({"adaptive_cutoffs": (), "vocab_size": 9}, r"adaptive_cutoffs=\(\)"),

@@ -21,24 +21,11 @@ from alibi_convert.formats.folder import write as write_folder
 from alibi_convert.rules import canonical_tensors
 from alibi_convert.tensors import Tensors, as_numpy, as_torch
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table
-from parity_tests.cases import CONFIGS, draw_parameters, each_config
+from parity_tests.cases import CONFIGS, draw_parameters
 from parity_tests.checkpoints import make_folder, write
 from parity_tests.compare import assert_bitwise
 from parity_tests.small_models import attention_slopes
 from parity_tests.test_family_conversion import IDS, published
-
-
-@each_config
-def test_both_backends_hold_what_is_stored(tmp_path: Path, config_name: str) -> None:
-    config = CONFIGS[config_name]
-    folder, stored = write(tmp_path / "model", config=config), draw_parameters(config)
-    is_bare = config.vocab_size is None
-    model_class = alibi_torch.ALiBiTransformer if is_bare else alibi_torch.ALiBiLM
-    for name, tensor in model_class.from_pretrained(folder).state_dict().items():
-        assert_bitwise(as_numpy(tensor), stored[name], f"torch {name}")
-    _, params = alibi_flax.from_pretrained(folder)
-    for name, array in canonical_tensors(params, config).items():
-        assert_bitwise(array, stored[name], f"flax {name}")
 
 
 def test_torch_device_and_slopes(tmp_path: Path) -> None:

@@ -131,6 +131,22 @@ def test_rings_give_what_all_keys_give(backend: str, config: ALiBiConfig, is_pad
         assert _held(cache) == _held(call.empty(3, None, windows=windows))
 
 
+@each_backend
+@pytest.mark.parametrize("distance", ["absolute", "bfloat16"])
+def test_an_empty_batch(backend: str, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of chunks and of steps, past the sizes of rings, and where a step reads a part."""
+    monkeypatch.setattr(torch_cache, "PAYS_FROM", 64)
+    config = dataclasses.replace(BASE, num_layers=1, distance=distance)
+    parameters = {row.name: np.zeros(row.shape, np.float32) for row in parameter_table(config)}
+    call = _Torch(config, parameters) if backend == "torch" else _Flax(config, parameters)
+    windows = None if distance == "bfloat16" else np.full((1, 3), 16)
+    cache = call.empty(0, 90, windows=windows)
+    for length in (70, 1, 5):
+        output, cache = call(np.zeros((0, length), int), None, cache)
+        assert output.shape == (0, length, 31)
+    assert int(cache.length) == 76
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
 def test_half_precision(backend: str) -> None:
     config = dataclasses.replace(BASE, num_layers=1)

@@ -103,7 +103,8 @@ def keys_needed(
     dtype = wide_dtype(query)
     limit = math.log(tolerance_of("dtype", str(query.dtype)))
     (batch, heads, query_len, head_dim), kv_heads = query.shape, own_key.shape[1]
-    query = query.astype(dtype).reshape(batch, kv_heads, -1, query_len, head_dim)
+    groups = (kv_heads, heads // kv_heads)
+    query = query.astype(dtype).reshape(batch, *groups, query_len, head_dim)
     own_key = own_key.astype(dtype)[:, :, None]
     largest = largest[:, :, None, None]
     reach = scale * bounding_norm(query)

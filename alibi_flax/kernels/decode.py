@@ -41,7 +41,7 @@ def attention(
     products = jnp.einsum("bkgd,bkcd->bkgc", query.reshape(*groups, head_dim), key, **options)
     if distance == "bfloat16":
         bias = rounded_bias(slopes, capacity, visible).astype(dtype)
-        logits = scale * (products + bias.reshape(batch, kv_heads, -1, capacity))
+        logits = scale * (products + bias.reshape(*groups, capacity))
     else:
         relative = -age.astype(dtype)
         bias = slopes.astype(dtype).reshape(1, *groups[1:], 1) * relative[None, None, None]

@@ -2,22 +2,28 @@
 
 A row is one plausible mistake: where, what stands there, what is put instead, and the tests that
 must then fail and that pass without it. A fault that survives, or whose text is gone, is a failure.
+A run of all is recorded for `python -m benchmarks.render`, which writes the table in the documents.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from parity_tests.meta.faults import FAULTS
 from parity_tests.meta.mutant import Mutant
 
 ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 PACKAGES = (
     *("alibi_spec", "alibi_convert", "alibi_torch", "alibi_flax", "alibi_verify", "alibi_train"),
     "alibi_cli",
@@ -56,12 +62,34 @@ def survival(mutant: Mutant) -> str | None:
     return None if done.returncode == TESTS_FAILED else f"{done.returncode}: {done.stdout[-2000:]}"
 
 
+def commit() -> str:
+    """That of the code as it is, if nothing was changed since."""
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def record(chosen: Sequence[Mutant], troubles: Sequence[str | None]) -> dict[str, Any]:
+    """What became of each fault, when, and in which code."""
+    rows = [
+        {
+            "fault": mutant.fault,
+            "file": mutant.file,
+            "tests": mutant.tests,
+            "outcome": "caught" if trouble is None else "survived",
+        }
+        for mutant, trouble in zip(chosen, troubles, strict=True)
+    ]
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"date": date, "commit": commit(), "faults": rows}
+
+
 def main() -> int:
     """Try every mutant (or those whose fault holds the words given) and report the survivors."""
     words = " ".join(sys.argv[1:])
     chosen = [mutant for mutant in FAULTS if words in mutant.fault]
     selections = sorted({mutant.tests for mutant in chosen})
-    failures = 0
+    failures, troubles = 0, []
     with ThreadPoolExecutor(max_workers=2) as pool:
         for tests, trouble in zip(selections, pool.map(healthy, selections), strict=True):
             failures += trouble is not None
@@ -69,9 +97,12 @@ def main() -> int:
             print(trouble or "", end="", flush=True)
         for mutant, trouble in zip(chosen, pool.map(survival, chosen), strict=True):
             failures += trouble is not None
+            troubles.append(trouble)
             print(f"{'caught  ' if trouble is None else 'SURVIVED'}  {mutant.fault}")
             print(trouble or "", end="", flush=True)
     print(f"{len(chosen)} faults planted, {failures or 'no'} failures")
+    if not words:
+        RESULTS.write_text(json.dumps(record(chosen, troubles), indent=1) + "\n", encoding="utf-8")
     return min(failures, 1)
 
 

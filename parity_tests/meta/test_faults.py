@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from _pytest.mark import KeywordMatcher
 from _pytest.mark.expression import Expression
 
+from parity_tests.meta import mutants
 from parity_tests.meta.faults import FAULTS
 from parity_tests.meta.mutant import Mutant
 from parity_tests.meta.mutants import ROOT
@@ -55,3 +59,28 @@ def selects(tests: str, items: Sequence[pytest.Item]) -> bool:
         and (not options or expression.evaluate(KeywordMatcher.from_item(item)))
         for item in items
     )
+
+
+def test_a_whole_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Survivors, too; what was only a part of the faults is not."""
+    first, second = FAULTS[:2]
+    troubles = {first: None, second: "0: all passed"}
+    for name, value in {
+        "FAULTS": (first, second),
+        "RESULTS": tmp_path / "mutants.json",
+        "healthy": lambda _: None,
+        "survival": troubles.get,
+        "commit": lambda: "abc",
+    }.items():
+        monkeypatch.setattr(mutants, name, value)
+    monkeypatch.setattr(sys, "argv", ["mutants", *first.fault.split()])
+    assert mutants.main() == 0
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", ["mutants"])
+    assert mutants.main() == 1
+    results = json.loads((tmp_path / "mutants.json").read_text())
+    assert results["commit"] == "abc"
+    assert [(row["fault"], row["file"], row["outcome"]) for row in results["faults"]] == [
+        (first.fault, first.file, "caught"),
+        (second.fault, second.file, "survived"),
+    ]

@@ -132,4 +132,25 @@ FAULTS = (
         "(folder / name).exists()",
         "test_pretrained.py -k came",
     ),
+    Mutant(
+        "a Flax model widens what is stored",
+        "alibi_flax/checkpoint.py",
+        "return jnp.array(view, wanted)",
+        "return jnp.array(view, jnp.float32)",
+        "test_pairs.py -k 'to and alibi_flax'",
+    ),
+    Mutant(
+        "a family's folder holds our names",
+        "alibi_convert/formats/__init__.py",
+        "text, foreign(config, tensors), **options)",
+        "text, tensors, **options)",
+        "test_pairs.py -k BLOOM",
+    ),
+    Mutant(
+        "shards of any size",
+        "alibi_convert/formats/shards.py",
+        "if names and size + header.nbytes > max_shard_bytes:",
+        "if names and size > 2**40:",
+        "test_pairs.py -k 'to and shards'",
+    ),
 )
