@@ -11,14 +11,13 @@ import jax
 import pytest
 import torch
 
+from parity_tests.compilation import shared_by_environment
 from parity_tests.implementations import IMPLEMENTATIONS, absences
 
 # 64-bit numbers are on, so that a float32 model which drifts to float64 is caught by its dtype.
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the tests run in parallel processes
-ONE_THREAD = " --xla_cpu_multi_thread_eigen=false"
-QUICKLY_COMPILED = " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,27 +30,15 @@ def _forget_compiled_programs() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     """Let the processes of one run share what JAX compiles, in a folder that goes with the run.
 
-    Most of the time of the tests is compilation, and most programs are needed by several modules in
-    several processes: workers, and what tests start. These find the folder in their environment.
-    In `make test` it takes a third of the time: LLVM does not optimise, and loops are not emitted
-    through MLIR. XLA's own passes stay; `make test-all` and `make test-gpu` compile as users do.
+    `make test` compiles quickly; `make test-all` and `make test-gpu` compile as users do.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker, or with a fault planted
         return
     folder = tempfile.TemporaryDirectory(prefix="alibi-compiled-")
     config.add_cleanup(folder.cleanup)
     is_short_run = config.option.markexpr == "not slow" and not config.option.keyword
-    for option, value in (
-        ("jax_compilation_cache_dir", folder.name),
-        ("jax_persistent_cache_min_compile_time_secs", 0),
-        ("jax_persistent_cache_min_entry_size_bytes", -1),
-        ("jax_disable_most_optimizations", is_short_run),
-    ):
-        os.environ[option.upper()] = str(value)
+    for option, value in shared_by_environment(folder.name, is_short_run).items():
         jax.config.update(option, value)
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    flags = ONE_THREAD + QUICKLY_COMPILED * is_short_run
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,6 +8,8 @@ A run of all is recorded for `python -m benchmarks.render`, which writes the tab
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shlex
 import shutil
 import subprocess
@@ -19,6 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from parity_tests.compilation import shared_by_environment
 from parity_tests.meta.faults import FAULTS
 from parity_tests.meta.mutant import Mutant
 
@@ -29,11 +34,14 @@ PACKAGES = (
     "alibi_cli",
     "parity_tests",
 )
+# Importing them takes longer than many of the tests: every process is forked from one that has.
+LIBRARIES = ("jax", "torch", "flax", "optax", "orbax.checkpoint", "transformers", "pytest")
+_FORKS = multiprocessing.get_context("forkserver")
 TESTS_FAILED = 1  # pytest's exit code; a mutant that does not even import proves nothing
 
 
-def run_tests(tests: str, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
-    """Run some tests in a copy of the code, with or without a fault in it."""
+def run_tests(tests: str, mutant: Mutant | None = None) -> tuple[int, str]:
+    """Run some tests in a copy of the code, with or without a fault in it: exit code and output."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for package in PACKAGES:
@@ -43,23 +51,38 @@ def run_tests(tests: str, mutant: Mutant | None = None) -> subprocess.CompletedP
             file = copy / mutant.file
             code = file.read_text(encoding="utf-8")
             file.write_text(code.replace(mutant.before, mutant.after), encoding="utf-8")
-        path, *options = shlex.split(tests)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", f"parity_tests/{path}", *options]
-        return subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        process = _FORKS.Process(target=_test, args=(copy, tests))
+        process.start()
+        process.join()
+        return process.exitcode or 0, (copy / "output").read_text(encoding="utf-8")
+
+
+def _test(copy: Path, tests: str) -> None:
+    """The body of a process, which has imported the libraries, but of our packages only this."""
+    for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
+        del sys.modules[name]
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(each for each in sys.path if Path(each).resolve() != ROOT)]
+    output = os.open("output", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    path, *options = shlex.split(tests)
+    ours = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+    os._exit(pytest.main(["-x", "-q", "-W", ours, f"parity_tests/{path}", *options]))
 
 
 def healthy(tests: str) -> str | None:
     """None when these tests pass without any fault, else what happened instead."""
-    done = run_tests(tests)
-    return done.stdout[-2000:] if done.returncode else None
+    exit_code, output = run_tests(tests)
+    return output[-2000:] if exit_code else None
 
 
 def survival(mutant: Mutant) -> str | None:
     """None when the tests caught the fault, else what happened instead."""
     if mutant.before not in (ROOT / mutant.file).read_text(encoding="utf-8"):
         return f"{mutant.file} no longer holds {mutant.before!r}"
-    done = run_tests(mutant.tests, mutant)
-    return None if done.returncode == TESTS_FAILED else f"{done.returncode}: {done.stdout[-2000:]}"
+    exit_code, output = run_tests(mutant.tests, mutant)
+    return None if exit_code == TESTS_FAILED else f"{exit_code}: {output[-2000:]}"
 
 
 def commit() -> str:
@@ -90,7 +113,9 @@ def main() -> int:
     chosen = [mutant for mutant in FAULTS if words in mutant.fault]
     selections = sorted({mutant.tests for mutant in chosen})
     failures, troubles = 0, []
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    _FORKS.set_forkserver_preload([*LIBRARIES])
+    with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(max_workers=2) as pool:
+        shared_by_environment(compiled, is_quick=True)
         for tests, trouble in zip(selections, pool.map(healthy, selections), strict=True):
             failures += trouble is not None
             print(f"{'passes  ' if trouble is None else 'FAILS   '}  {tests}, nothing planted")

@@ -64,8 +64,8 @@ FAULTS = (
     Mutant(
         "of flattened params that are there twice the last one counts",
         "alibi_convert/rules.py",
-        "if path in leaves:",
-        "if path == ():",
+        "if apart in leaves:",
+        "if apart == ():",
         "test_rules.py -k flattened",
     ),
     Mutant(
