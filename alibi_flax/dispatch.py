@@ -82,10 +82,43 @@ def attention(
             `jit`), an unknown option, or an implementation that cannot compute this call, with the
             reason.
     """
+    return attention_within(
+        *(None, query, key, value, slopes),
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        implementation=implementation,
+        distance=distance,
+        dropout=dropout,
+        dropout_rng=dropout_rng,
+    )
+
+
+def attention_within(
+    windows: tuple[int, ...] | None,
+    query: Float[Array, "batch query_len heads head_dim"],
+    key: Float[Array, "batch key_len kv_heads head_dim"],
+    value: Float[Array, "batch key_len kv_heads value_dim"],
+    slopes: Float[Array, " heads"],
+    *,
+    causal: bool,
+    scale: float | None,
+    attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
+    segment_ids: Integer[Array, "batch key_len"] | None,
+    implementation: str,
+    distance: str,
+    dropout: float,
+    dropout_rng: Key[Array, ""] | None,
+    tolerance: str | float = "dtype",
+) -> Float[Array, "batch query_len heads value_dim"]:
+    """`attention` of heads that are known to need no more keys than these, or None: `Call`."""
     call = _checked_call(
         *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
         *(tolerance, distance),
     )
+    call = replace(call, windows=windows)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0:
         if dropout_rng is None:

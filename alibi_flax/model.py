@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, TypedDict, TypeVar
 
@@ -28,8 +28,8 @@ from jaxtyping import Bool, Float, Integer
 
 from alibi_flax.cache import KVCache
 from alibi_flax.dispatch import (
-    attention,
     attention_implementations,
+    attention_within,
     biased_logits,
 )
 from alibi_flax.kernels.call import has_values_on_host
@@ -45,6 +45,7 @@ from alibi_spec.checks import (
     check_token_range,
     check_token_types,
     check_tokens,
+    check_windows,
     forbid_vocabulary,
     require_vocabulary,
 )
@@ -52,6 +53,7 @@ from alibi_spec.checks import (
 AttentionMask = Integer[Array, "batch seq"] | Bool[Array, "batch seq"]
 SegmentIds = Integer[Array, "batch seq"]
 _Tokens = TypeVar("_Tokens", Array, np.ndarray)
+Windows = tuple[tuple[int, ...], ...]  # of layers and heads; -1 is all keys
 SlopeFactor = float | Float[Array, ""]  # `alibi_spec.biases.interpolation`
 
 
@@ -117,6 +119,7 @@ class Attention(nn.Module):
     implementation: str = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    windows: tuple[int, ...] | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -156,7 +159,8 @@ class Attention(nn.Module):
         inputs = self.attention_inputs(x, slope_factor, attention_mask, segment_ids)
         if cache is None:
             dropout = 0.0 if deterministic else self.config.probability_dropout
-            attended = attention(
+            attended = attention_within(
+                self.windows,
                 **inputs,
                 implementation=self.implementation,
                 dropout=dropout,
@@ -265,12 +269,13 @@ class Block(nn.Module):
     implementation: str = "auto"
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    windows: tuple[int, ...] | None = None
 
     def setup(self) -> None:
         config, module = self.config, f"layers_{self.layer}"
         dtypes = (self.dtype, self.param_dtype)
         self.attn_norm = _norm(config, *dtypes, module, "attn_norm")
-        self.attn = Attention(config, self.layer, self.implementation, *dtypes)
+        self.attn = Attention(config, self.layer, self.implementation, *dtypes, self.windows)
         if config.attention_output_norm:
             self.attn_output_norm = _norm(config, *dtypes, module, "attn_output_norm")
         self.ffn_norm = _norm(config, *dtypes, module, "ffn_norm")
@@ -320,11 +325,13 @@ class ALiBiTransformer(nn.Module):
     each block is computed again in the backward pass instead of keeping what it needs;
     `implementation`, of attention, is "auto" or one of `attention_implementations()`. With
     `scan_layers` one block is compiled for all layers, whose params are stacked
-    (`alibi_flax.stacked`).
+    (`alibi_flax.stacked`). `windows`, of each layer and head, are those of
+    `alibi_spec.bounds.model_windows` as tuples: devices that divide the positions send each other
+    no more keys than these, and the results are NaN where an input needs more (SPEC.md §19).
 
     Raises:
-        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
-            is not known.
+        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, the implementation is
+            not known, or the windows are not the model's.
     """
 
     config: ALiBiConfig
@@ -333,11 +340,13 @@ class ALiBiTransformer(nn.Module):
     recompute: bool = False
     implementation: str = "auto"
     scan_layers: bool = False
+    windows: Windows | None = None
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         forbid_vocabulary(self.config.vocab_size)
+        _check_windows(self.config, self.windows)
         check_implementation(self.implementation, attention_implementations())
         super().__post_init__()
 
@@ -345,11 +354,13 @@ class ALiBiTransformer(nn.Module):
         config = self.config
         block = nn.remat(Block, static_argnums=(5,)) if self.recompute else Block
         options = (self.implementation, self.dtype, self.param_dtype)
+        windows = [None] * config.num_layers if self.windows is None else self.windows
         self.layers: Any
-        if self.scan_layers:
-            self.layers = block(config, 0, *options)  # layers differ only in their parameters
+        if self.scan_layers:  # layers differ only in their parameters
+            self.layers = block(config, 0, *options, _largest(windows))
         else:
-            self.layers = [block(config, layer, *options) for layer in range(config.num_layers)]
+            every = enumerate(windows)
+            self.layers = [block(config, layer, *options, of_layer) for layer, of_layer in every]
         if config.final_norm:
             self.final_norm = _norm(config, self.dtype, self.param_dtype, "final_norm")
 
@@ -422,10 +433,10 @@ class ALiBiTransformer(nn.Module):
 class ALiBiLM(nn.Module):
     """Token embedding, `ALiBiTransformer`, and the head that `config.head` names.
 
-    `recompute`, `implementation` and `scan_layers` are those of `ALiBiTransformer`.
+    `recompute`, `implementation`, `scan_layers` and `windows` are those of `ALiBiTransformer`.
 
     Raises:
-        ValueError: the configuration has no vocabulary, or the implementation is not known.
+        ValueError: the configuration has no vocabulary, or as for `ALiBiTransformer`.
     """
 
     config: ALiBiConfig
@@ -434,11 +445,13 @@ class ALiBiLM(nn.Module):
     recompute: bool = False
     implementation: str = "auto"
     scan_layers: bool = False
+    windows: Windows | None = None
     # The checkpoint that it was loaded from; two models are the same wherever they come from.
     origin: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         require_vocabulary(self.config.vocab_size)
+        _check_windows(self.config, self.windows)
         check_implementation(self.implementation, attention_implementations())
         super().__post_init__()
 
@@ -459,6 +472,7 @@ class ALiBiLM(nn.Module):
             recompute=self.recompute,
             implementation=self.implementation,
             scan_layers=self.scan_layers,
+            windows=self.windows,
             **options,
         )
         if config.head == "masked_lm":
@@ -564,6 +578,20 @@ def _adaptive_log_probabilities(
         chosen = head[..., first + cluster, None]
         parts.append(chosen + nn.log_softmax(logits[..., start:end]))
     return jnp.concatenate(parts, axis=-1)
+
+
+def _check_windows(config: ALiBiConfig, windows: Windows | None) -> None:
+    if windows is not None:
+        shape = (len(windows), *{len(of_layer) for of_layer in windows})
+        check_windows(shape, any(each >= 0 for of_layer in windows for each in of_layer), config)
+
+
+def _largest(windows: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    """Those of a head of any layer; -1 where one has no window."""
+    every = [of_layer for of_layer in windows if of_layer is not None]
+    if not every:
+        return None
+    return tuple(-1 if min(of_head) < 0 else max(of_head) for of_head in zip(*every, strict=True))
 
 
 @cache

@@ -134,6 +134,24 @@ def activation_axes(sizes: Mapping[str, int], mesh: Mapping[str, int]) -> dict[s
     return axes
 
 
+def neighbours_needed(
+    windows: Sequence[int] | None, heads: int, own: int, devices: int
+) -> list[int]:
+    """For each head, how many devices before one hold keys that its queries can need.
+
+    Args:
+        windows: of each head of the model, its own key included; -1 is all; None for all heads.
+        heads: that a device has. If these are not all, each must be able to be any of them.
+        own: positions that a device has.
+        devices: among which the positions are divided.
+    """
+    every = [-1] * heads if windows is None else list(windows)
+    needed = [
+        devices - 1 if window < 0 else min(devices - 1, -(-(window - 1) // own)) for window in every
+    ]
+    return needed if len(needed) == heads else [max(needed)] * heads
+
+
 def devices_of(names: Iterable[str], mesh: Mapping[str, int]) -> int:
     """The number of devices along some axes of a mesh."""
     return math.prod(mesh[name] for name in names)

@@ -7,6 +7,7 @@ of devices is settled when JAX starts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -22,7 +23,8 @@ from jax.sharding import AxisType, Mesh
 
 import alibi_flax
 from alibi_convert import torch_to_flax
-from alibi_spec import ALiBiConfig, Recipe, parameter_table
+from alibi_spec import ALiBiConfig, Recipe, parameter_table, slopes
+from alibi_spec.bounds import model_windows
 from alibi_spec.budgets import AGREEMENTS, BUDGETS, gradient_floor
 from alibi_spec.parameters import initial_parameters
 from alibi_spec.sharding import parameter_axes
@@ -184,11 +186,73 @@ def check_generation(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
         assert local.size * of_heads * of_batch <= key[0].size, (local.shape, key[0].shape)
 
 
+def check_neighbours(mesh: Mesh) -> dict[str, Any]:
+    """Attention of positions over devices, of every kind; and a model that sends only windows."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((2, SEQ, heads, 8))) for heads in (4, 2, 2)]
+    arrays.append(jnp.asarray(slopes(4), jnp.float64))
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, SEQ)), axis=1))
+    masks = {"attention_mask": jnp.asarray(rng.random((2, SEQ)) < 0.8), "segment_ids": segments}
+    for causal, rate, some in itertools.product((True, False), (0.0, 0.2), ({}, masks)):
+        options: Any = {"causal": causal, "implementation": "blockwise", "dropout": rate, **some}
+
+        def total(*arrays: Any, options: Any = options) -> Any:
+            attended = alibi_flax.attention(*arrays, dropout_rng=jax.random.key(1), **options)
+            return (attended**2).sum(), attended
+
+        both = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))
+        one = jax.tree.leaves(both(*arrays))
+        with jax.set_mesh(mesh):
+            several = jax.tree.leaves(both(*arrays))
+        for number, (actual, exact) in enumerate(zip(several, one, strict=True)):
+            what = f"{'gradient' if number < 4 else 'values'} {number}, {causal=}, {rate=}"
+            limit = BUDGETS["float64", "cpu"].gradient
+            assert_within(np.asarray(actual), np.asarray(exact), limit, what)
+    return check_windows(mesh)
+
+
+def check_windows(mesh: Mesh) -> dict[str, Any]:
+    config = ALiBiConfig(
+        **{"num_layers": 2, "d_model": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 104},
+        **{"max_len": SEQ, "dropout": 0.0},
+    )
+    params, tokens = params_of(config, "float32"), tokens_of(0, SEQ)
+    proved = model_windows(config, initial_parameters(config, 0))
+    windows = tuple(map(tuple, proved.tolist()))
+    model = alibi_flax.ALiBiLM(config, implementation="blockwise")
+    one = jax.jit(model.apply)({"params": params}, tokens)
+    placed = jax.device_put(params, alibi_flax.shardings(config, mesh))
+    budget, found = BUDGETS["float32", "cpu"].forward, {}
+    with jax.set_mesh(mesh):
+        parts = jax.device_put(tokens, alibi_flax.batch_sharding(tokens.shape, mesh))
+        for name, each in (("all", None), ("windows", windows), ("few", ((20,) * 8,) * 2)):
+            apply = jax.jit(model.clone(windows=each).apply)
+            program = apply.lower({"params": placed}, parts).compile()
+            found[name] = collectives(program.as_text())
+            several = np.asarray(program({"params": placed}, parts))
+            if name == "few":  # the first device lacks no key
+                own = SEQ // mesh.size
+                assert np.isnan(several[:, 2 * own :]).all()
+                assert np.isfinite(several[:, :own]).all()
+            else:
+                assert_within(several, np.asarray(one), budget, f"logits with {name}")
+    own = SEQ // mesh.size
+    pairs = proved.reshape(2, 4, 2).max(axis=2)  # of each head of keys
+    hops = np.minimum(-(-(pairs - 1) // own), mesh.size - 1).sum()
+    numbers = BATCH * own * config.head_dim * 2  # of keys and values of one head and one hop
+    # Masks are sent, too: a byte for each position.
+    found["sent, by the windows"] = int(hops * numbers * 4)
+    return found
+
+
 def main() -> None:
     sizes = dict(each.split("=") for each in sys.argv[1].split(","))
     axes = tuple(map(int, sizes.values()))
     mesh = jax.make_mesh(axes, tuple(sizes), axis_types=(AxisType.Auto,) * len(axes))
     found = {}
+    if set(sizes) == {"sequence"}:
+        print(json.dumps(check_neighbours(mesh)))
+        return
     for name, config in CONFIGS.items():
         rules = RULES[name]
         found[name] = check_outputs(config, mesh, rules)

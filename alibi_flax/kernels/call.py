@@ -21,7 +21,7 @@ from alibi_spec.checks import beyond_windows
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("query", "key", "value", "slopes", "attention_mask", "segment_ids", "dropout"),
-    meta_fields=("causal", "scale", "query_start", "tolerance", "distance"),
+    meta_fields=("causal", "scale", "query_start", "tolerance", "distance", "windows"),
 )
 @dataclass(frozen=True)
 class Call:
@@ -30,6 +30,8 @@ class Call:
     Attributes:
         scale: that of the call, or the default.
         query_start: the position of the first query among the keys.
+        windows: for each head, how many keys its queries are known to need, -1 for all; None if
+            that is not known. Devices that divide the positions of a decoder send no others.
     """
 
     query: Float[Array, "batch query_len heads head_dim"]
@@ -44,6 +46,7 @@ class Call:
     tolerance: str | float
     distance: str
     dropout: Dropout | None
+    windows: tuple[int, ...] | None = None
 
     @property
     def platform(self) -> str:

@@ -9,7 +9,7 @@ always the same. Only dense attention has second and forward-mode derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Integer, Shaped
 
+from alibi_flax.kernels import neighbours
 from alibi_flax.kernels.call import Call, wide_dtype
 from alibi_flax.kernels.certificate import attention_plan
 from alibi_flax.kernels.partition import automatic_mesh, divided, varying, varying_axes
@@ -177,7 +178,8 @@ def attention(
     size = min(size, -(-call.query.shape[1] // BLOCK_SIZE) * BLOCK_SIZE)
     rate, *hashes = (0.0, None, None) if call.dropout is None else call.dropout
     options = _Options(
-        passes, call.causal, call.scale, call.query_start, call.tolerance, rate, size
+        *(passes, call.causal, call.scale, call.query_start, call.tolerance, rate, size),
+        call.windows,
     )
     arrays = {name: getattr(call, name) for name in _NAMES}
     return _in_place(
@@ -194,6 +196,7 @@ class _Options:
     tolerance: str | float
     dropout: float
     block_size: int
+    windows: tuple[int, ...] | None
 
 
 Arrays = dict[str, Any]  # arrays, or None, by their names in `LAYOUTS`
@@ -221,16 +224,16 @@ def _in_place(options: _Options, arrays: Arrays) -> Array:
         name: x if x is None else jax.sharding.reshard(x, NamedSharding(mesh, specs[name]))
         for name, x in arrays.items()
     }
-    return _mapped(options, mesh, specs)(placed)
+    return _mapped(partial(_attend_alike, options), mesh, specs)(placed)
 
 
 def _by_rules(options: _Options, mesh: AbstractMesh, arrays: Arrays) -> Array:
-    """Every device attends to its sequences and heads; each gets the heads of keys that it needs.
+    """Every device attends to its sequences, positions and heads, from the keys that these need.
 
-    Where the devices are a multiple of these, several get the same one.
+    Where the devices are a multiple of the heads of keys, several get the same one.
     """
-    batch, _, heads, _ = arrays["query"].shape
-    axes = activation_axes({"batch": batch, "heads": heads}, mesh.shape)
+    (batch, seq, heads, _), key_len = arrays["query"].shape, arrays["key"].shape[1]
+    axes = activation_axes({"batch": batch, "seq": seq, "heads": heads}, mesh.shape)
     devices, kv_heads = devices_of(axes["heads"], mesh.shape), arrays["key"].shape[2]
     if devices % kv_heads == 0:
         copies = {name: jnp.repeat(arrays[name], devices // kv_heads, 2) for name in _OF_KEYS}
@@ -238,13 +241,33 @@ def _by_rules(options: _Options, mesh: AbstractMesh, arrays: Arrays) -> Array:
     elif kv_heads % devices:
         axes["heads"] = ()
     places = axes | {"kv_heads": axes["heads"]}
+    if seq != key_len:  # the queries of a cache stay together
+        axes["seq"] = ()
+    attend = partial(_attend_alike, options)
+    if axes["seq"]:
+        attend = partial(_attend_with_neighbours, options, axes["seq"])
+        places |= {"query_len": axes["seq"], "key_len": axes["seq"]}
+        if arrays["attention_mask"] is None:
+            arrays = arrays | {"attention_mask": jnp.ones((batch, seq), jnp.bool_)}
     specs = {name: PartitionSpec(*map(places.get, LAYOUTS[name].split())) for name in arrays}
-    return _mapped(options, mesh, specs)(arrays)
+    return _mapped(attend, mesh, specs)(arrays)
 
 
-def _mapped(options: _Options, mesh: Any, specs: Mapping[str, PartitionSpec]) -> Any:
-    return jax.shard_map(
-        partial(_attend_alike, options), mesh=mesh, in_specs=(specs,), out_specs=specs["query"]
+def _mapped(
+    attend: Callable[[Arrays], Array], mesh: Any, specs: Mapping[str, PartitionSpec]
+) -> Any:
+    return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs["query"])
+
+
+def _attend_with_neighbours(options: _Options, axes: tuple[str, ...], arrays: Arrays) -> Array:
+    def attend_here(query_start: int, arrays: Arrays) -> Array:
+        return _attend_alike(replace(options, query_start=query_start), arrays)
+
+    return neighbours.attend(
+        *(attend_here, arrays, axes, LAYOUTS),
+        causal=options.causal,
+        scale=options.scale,
+        windows=options.windows,
     )
 
 
