@@ -14,6 +14,7 @@ from alibi_flax.filling import Filled, fill_masks
 from alibi_flax.generation import Generated, generate, stream
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.plans import model_plans
+from alibi_flax.precision import full_precision
 from alibi_flax.scoring import token_log_probabilities
 from alibi_flax.sharding import batch_sharding, parameter_sharding, partition_specs, shardings
 from alibi_flax.stacking import stacked, unstacked
@@ -42,6 +43,7 @@ __all__ = [
     "encode",
     "fill_masks",
     "from_pretrained",
+    "full_precision",
     "generate",
     "loss",
     "model_plans",

@@ -79,6 +79,9 @@ def fill_masks(
 ) -> Any: ...
 
 
+def full_precision() -> Any: ...
+
+
 def generate(
     model: Any,
     tokens: Any,
@@ -181,6 +184,7 @@ PUBLIC = (
     "clip_gradients",
     "encode",
     "fill_masks",
+    "full_precision",
     "generate",
     "loss",
     "model_plans",

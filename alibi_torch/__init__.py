@@ -14,6 +14,7 @@ from alibi_torch.filling import Filled, fill_masks
 from alibi_torch.generation import Generated, generate, stream
 from alibi_torch.model import ALiBiLM, ALiBiTransformer
 from alibi_torch.plans import model_plans
+from alibi_torch.precision import full_precision
 from alibi_torch.scoring import token_log_probabilities
 from alibi_torch.tracing import trace
 from alibi_torch.training import Trainer, adamw, clip_gradients, loss, train_step
@@ -37,6 +38,7 @@ __all__ = [
     "clip_gradients",
     "encode",
     "fill_masks",
+    "full_precision",
     "generate",
     "loss",
     "model_plans",

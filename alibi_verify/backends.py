@@ -7,7 +7,7 @@ differently. Parameters are canonical tensors (torch names and layout).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ Mask = Array | None
 
 
 class TorchBackend:
-    """`alibi_torch` on one torch device."""
+    """`alibi_torch` on one torch device, with matrix products in full float32."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -38,9 +38,10 @@ class TorchBackend:
     def exact_logits(self, case: ExactAttention) -> Array:
         """Biased logits of the attention layer of `case`, float32."""
         model = self.model(case.config, case.parameters, "float32")
-        logits = model.layers[0].attn.biased_logits(
-            self.put(case.inputs), attention_mask=self.put(case.attention_mask)
-        )
+        with self.settings():
+            logits = model.layers[0].attn.biased_logits(
+                self.put(case.inputs), attention_mask=self.put(case.attention_mask)
+            )
         return as_numpy(logits)
 
     def trace(
@@ -62,7 +63,7 @@ class TorchBackend:
         import alibi_torch
 
         model = self.model(config, tensors, dtype, implementation)
-        with torch.no_grad():
+        with self.settings(), torch.no_grad():
             values = alibi_torch.trace(
                 model, self._inputs(config, inputs, dtype), self.put(attention_mask)
             )
@@ -80,8 +81,9 @@ class TorchBackend:
     ) -> dict[str, Array]:
         """Gradient of Σ cotangent · output with respect to every parameter."""
         model = self.model(config, tensors, dtype, implementation)
-        output = model(self._inputs(config, inputs, dtype), self.put(attention_mask))
-        output.backward(self.put(cotangent).to(output.dtype))
+        with self.settings():
+            output = model(self._inputs(config, inputs, dtype), self.put(attention_mask))
+            output.backward(self.put(cotangent).to(output.dtype))
         return {name: as_numpy(parameter.grad) for name, parameter in model.named_parameters()}
 
     def generate(
@@ -91,7 +93,9 @@ class TorchBackend:
         import alibi_torch
 
         model = self.model(config, tensors, "float32")
-        return as_numpy(alibi_torch.generate(model, self.put(prompt), max_new_tokens).tokens)
+        with self.settings():
+            generated = alibi_torch.generate(model, self.put(prompt), max_new_tokens)
+        return as_numpy(generated.tokens)
 
     def model(
         self, config: ALiBiConfig, tensors: Arrays, dtype: str, implementation: str = "auto"
@@ -114,6 +118,12 @@ class TorchBackend:
 
     def put(self, array: Mask) -> Any:
         return None if array is None else as_torch(array).to(self.device)
+
+    def settings(self) -> AbstractContextManager[None]:
+        """What a block computes with."""
+        import alibi_torch
+
+        return alibi_torch.full_precision()
 
 
 class FlaxBackend:
@@ -225,9 +235,11 @@ class FlaxBackend:
     def settings(self, dtype: str = "float32") -> Iterator[None]:
         import jax
 
-        device, is_wide = jax.devices(self.device)[0], dtype == "float64"
-        settings = jax.default_device(device), jax.default_matmul_precision("highest")
-        with settings[0], settings[1], jax.enable_x64(is_wide or jax.config.read("jax_enable_x64")):
+        import alibi_flax
+
+        device = jax.default_device(jax.devices(self.device)[0])
+        is_wide = dtype == "float64" or jax.config.read("jax_enable_x64")
+        with device, alibi_flax.full_precision(), jax.enable_x64(is_wide):
             yield
 
 

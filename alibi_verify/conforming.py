@@ -112,11 +112,12 @@ class Torch(_Backend):
         import alibi_torch
 
         floats = [self.backend.put(each).to(getattr(torch, self.dtype)) for each in arrays]
-        found = getattr(alibi_torch, function)(
-            *(*floats, self.backend.put(slopes)),
-            attention_mask=self.backend.put(attention_mask),
-            **_options(config),
-        )
+        with self.backend.settings():
+            found = getattr(alibi_torch, function)(
+                *(*floats, self.backend.put(slopes)),
+                attention_mask=self.backend.put(attention_mask),
+                **_options(config),
+            )
         return as_numpy(found)
 
     def decode(
@@ -135,7 +136,7 @@ class Torch(_Backend):
         model = self.backend.model(options, parameters, self.dtype)
         cache, logits = alibi_torch.KVCache.empty(options, *inputs.shape), []
         for part in _parts(inputs, attention_mask, lengths):
-            with torch.no_grad():
+            with self.backend.settings(), torch.no_grad():
                 found, cache = model(*map(self.backend.put, part), cache=cache)
             logits.append(as_numpy(found))
         return np.concatenate(logits, axis=1)
@@ -165,7 +166,8 @@ class Torch(_Backend):
                 "exp_avg": self.backend.put(mean[name]).to(parameter.dtype, copy=True),
                 "exp_avg_sq": self.backend.put(mean_square[name]).to(parameter.dtype, copy=True),
             }
-        metrics = trainer.step(_batch(inputs, targets, attention_mask))
+        with self.backend.settings():
+            metrics = trainer.step(_batch(inputs, targets, attention_mask))
         named = dict(model.named_parameters())
         return _step_result(
             metrics,
@@ -226,13 +228,13 @@ class Flax(_Backend):
 
         options = ALiBiConfig.from_dict(config)
         model: Any = self.backend.model(options, self.dtype)
-        variables = {"params": self.backend.params(options, parameters, self.dtype)}
-        call = jax.jit(lambda *part, cache: model.apply(variables, *part, cache=cache))
-        cache, logits = alibi_flax.KVCache.empty(options, *inputs.shape, dtype=self.dtype), []
-        for part in _parts(inputs, attention_mask, lengths):
-            with self.backend.settings(self.dtype):
+        with self.backend.settings(self.dtype):
+            variables = {"params": self.backend.params(options, parameters, self.dtype)}
+            call = jax.jit(lambda *part, cache: model.apply(variables, *part, cache=cache))
+            cache, logits = alibi_flax.KVCache.empty(options, *inputs.shape, dtype=self.dtype), []
+            for part in _parts(inputs, attention_mask, lengths):
                 found, cache = call(*map(self.backend.put, part), cache=cache)
-            logits.append(np.asarray(found))
+                logits.append(np.asarray(found))
         return np.concatenate(logits, axis=1)
 
     def train_step(
@@ -254,12 +256,13 @@ class Flax(_Backend):
         import alibi_flax
 
         options = ALiBiConfig.from_dict(config)
-        params, mu, nu = (
-            self.backend.params(options, each, self.dtype)
-            for each in (parameters, mean, mean_square)
-        )
         model = self.backend.model(options, self.dtype)
-        trainer = alibi_flax.Trainer(model, params, Recipe.from_dict(recipe))
+        with self.backend.settings(self.dtype):
+            params, mu, nu = (
+                self.backend.params(options, each, self.dtype)
+                for each in (parameters, mean, mean_square)
+            )
+            trainer = alibi_flax.Trainer(model, params, Recipe.from_dict(recipe))
 
         def has_count(node: Any) -> bool:
             return isinstance(node, optax.ScaleByAdamState | optax.ScaleByScheduleState)
@@ -282,12 +285,13 @@ class Flax(_Backend):
     def sample(self, sampling: Values, logits: Array, is_there: Array, uniform: Array) -> Arrays:
         from alibi_flax.sampling import chosen_tokens, processed
 
-        rows, seen, drawn = map(self.backend.put, (logits, is_there, uniform))
         options = Sampling(**sampling)
-        return {
-            "logits": np.asarray(processed(rows, seen, options)),
-            "tokens": np.asarray(chosen_tokens(rows, seen, drawn, options)),
-        }
+        with self.backend.settings():
+            rows, seen, drawn = map(self.backend.put, (logits, is_there, uniform))
+            return {
+                "logits": np.asarray(processed(rows, seen, options)),
+                "tokens": np.asarray(chosen_tokens(rows, seen, drawn, options)),
+            }
 
 
 def _options(config: Values) -> dict[str, Any]:

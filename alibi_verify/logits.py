@@ -140,7 +140,7 @@ def _torch_outputs(
     model = model_class.from_pretrained(checkpoint.path, dtype=getattr(torch, dtype), **options)
     placed = torch.from_numpy(inputs)
     placed = placed.to(getattr(torch, dtype)) if is_bare else placed
-    with torch.no_grad():
+    with alibi_torch.full_precision(), torch.no_grad():
         return model(placed, torch.from_numpy(attention_mask)).numpy()
 
 
@@ -151,10 +151,9 @@ def _flax_outputs(
 
     import alibi_flax
 
-    cpu, is_bare = jax.devices("cpu")[0], checkpoint.config.vocab_size is None
+    cpu, is_bare = jax.default_device(jax.devices("cpu")[0]), checkpoint.config.vocab_size is None
     inputs = inputs.astype(dtype) if is_bare else inputs
-    settings = jax.default_device(cpu), jax.default_matmul_precision("highest")
-    with settings[0], settings[1], jax.enable_x64(dtype == "float64"):
+    with cpu, alibi_flax.full_precision(), jax.enable_x64(dtype == "float64"):
         options = _options(checkpoint)
         model, params = alibi_flax.from_pretrained(checkpoint.path, dtype=dtype, **options)
         return np.asarray(model.apply({"params": params}, inputs, attention_mask))

@@ -39,8 +39,10 @@ def peer_outputs(
     """Logits [batch, seq, vocab] of transformers' own model on the CPU."""
     import torch
 
+    import alibi_torch
+
     model = _load(checkpoint, getattr(torch, dtype))
-    with torch.no_grad():
+    with alibi_torch.full_precision(), torch.no_grad():
         inputs = torch.from_numpy(tokens), torch.from_numpy(attention_mask)
         return model.eval()(input_ids=inputs[0], attention_mask=inputs[1]).logits.numpy()
 

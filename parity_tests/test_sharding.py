@@ -20,6 +20,7 @@ from alibi_spec.sharding import (
     batch_axes,
     check_sharding,
     devices_of,
+    neighbours_needed,
     parameter_axes,
     resolved_rules,
     torch_axes,
@@ -119,10 +120,8 @@ def size_of(name: str) -> int:
     return sum(math.prod(row.shape) for row in parameter_table(CONFIGS[name]))
 
 
-@pytest.mark.slow
-@each_mesh
-def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
-    """Logits, gradients, twenty steps, generation; what is sent, and that nothing whole is kept."""
+def found_on(mesh: str) -> Any:
+    """What the program prints that computes on eight devices."""
     done = subprocess.run(
         [sys.executable, "-m", "parity_tests.on_a_mesh", mesh],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -131,11 +130,17 @@ def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "rematerialization" not in done.stderr
-    )  # XLA's word for moving an array through one device
+    # XLA's word for moving an array by way of one device.
+    assert "rematerialization" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@each_mesh
+def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
+    """Logits, gradients, twenty steps, generation; what is sent, and that nothing whole is kept."""
     name = "heads of their own"
-    found = json.loads(done.stdout.splitlines()[-1])[name]
+    found = found_on(mesh)[name]
     nbytes = found["logits"].pop("bytes")
     assert found["logits"] == COLLECTIVES[mesh]
     sizes = dict(each.split("=") for each in mesh.split(","))
@@ -143,3 +148,33 @@ def test_a_mesh_computes_what_one_device_does(mesh: str) -> None:
         assert found["gradients"] == {"all-reduce": 1, "bytes": 8 * size_of(name)}
     if mesh == "data=2,tensor=4":  # each sum is of a device's own activations
         assert nbytes == 5 * 8 * BATCH // int(sizes["data"]) * SEQ * CONFIGS[name].d_model
+
+
+@pytest.mark.slow
+def test_positions_over_eight_devices() -> None:
+    """The same values and gradients; with a model's windows only the keys in them are sent."""
+    found = found_on("sequence=8")
+    of_masks_and_norms = 1024
+    assert 0 <= found["windows"]["bytes"] - found["sent, by the windows"] < of_masks_and_norms
+    assert found["windows"]["bytes"] < 0.7 * found["all"]["bytes"]
+    assert "all-gather" not in found["all"] | found["windows"]
+
+
+def test_neighbours_needed() -> None:
+    """The devices on which a key of the window lies, for the first position of any device."""
+    own, devices = 7, 5
+    for window in range(1, 60):
+        last = own * (devices - 1)  # the first position of the last device
+        keys = range(max(0, last - window + 1), last + 1)
+        expected = devices - 1 - min(keys) // own
+        assert neighbours_needed([window], 1, own, devices) == [expected], window
+    assert neighbours_needed([3, -1], 2, own, devices) == [1, 4]
+    assert neighbours_needed([3, 20], 1, own, devices) == [3]  # which of the two, is not known
+    assert neighbours_needed(None, 2, own, devices) == [4, 4]
+
+
+def test_windows_of_another_model() -> None:
+    with pytest.raises(
+        ValueError, match=r"windows have shape \(1, 3\); expected \(1, 12\), layers"
+    ):
+        alibi_flax.ALiBiLM(CONFIG, windows=((4, 5, 6),))

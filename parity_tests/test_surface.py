@@ -20,7 +20,10 @@ import alibi_train
 import alibi_verify
 from alibi_spec import surface
 
-FUNCTIONS = ("attention", "attention_implementations", "attention_plan", "biased_logits")
+FUNCTIONS = (
+    *("attention", "attention_implementations", "attention_plan", "biased_logits"),
+    "full_precision",
+)
 
 
 @pytest.mark.parametrize("backend", [alibi_torch, alibi_flax], ids=["torch", "flax"])

@@ -112,7 +112,8 @@ def _torch(options: argparse.Namespace, sequences: list[list[int]]) -> np.ndarra
     from alibi_convert.tensors import as_numpy
 
     model: Any = alibi_torch.ALiBiLM.from_pretrained(options.source, **source_options(options))
-    return as_numpy(alibi_torch.encode(model, sequences, **_arguments(options)))
+    with alibi_torch.full_precision():
+        return as_numpy(alibi_torch.encode(model, sequences, **_arguments(options)))
 
 
 def _flax(options: argparse.Namespace, sequences: list[list[int]]) -> np.ndarray:
@@ -125,7 +126,8 @@ def _flax(options: argparse.Namespace, sequences: list[list[int]]) -> np.ndarray
 
     model, params = alibi_flax.from_pretrained(options.source, **source_options(options))
     call: Any = alibi_flax.encode
-    return np.asarray(call(model, params, sequences, **_arguments(options)))
+    with alibi_flax.full_precision():
+        return np.asarray(call(model, params, sequences, **_arguments(options)))
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:

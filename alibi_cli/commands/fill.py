@@ -106,9 +106,10 @@ def _torch(options: argparse.Namespace, mask_token_id: int) -> Callable[..., Any
 
     def filled(tokens: np.ndarray, visible: np.ndarray) -> alibi_torch.Filled:
         given, mask = torch.from_numpy(tokens), torch.from_numpy(visible)
-        return alibi_torch.fill_masks(
-            model, given, mask_token_id, attention_mask=mask, top_k=options.top_k
-        )
+        with alibi_torch.full_precision():
+            return alibi_torch.fill_masks(
+                model, given, mask_token_id, attention_mask=mask, top_k=options.top_k
+            )
 
     return filled
 
@@ -123,8 +124,9 @@ def _flax(options: argparse.Namespace, mask_token_id: int) -> Callable[..., Any]
     call: Any = alibi_flax.fill_masks
 
     def filled(tokens: np.ndarray, visible: np.ndarray) -> alibi_flax.Filled:
-        return call(
-            model, params, tokens, mask_token_id, attention_mask=visible, top_k=options.top_k
-        )
+        with alibi_flax.full_precision():
+            return call(
+                model, params, tokens, mask_token_id, attention_mask=visible, top_k=options.top_k
+            )
 
     return filled

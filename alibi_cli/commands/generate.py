@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from alibi_cli.arguments import (
@@ -105,10 +106,11 @@ def run(options: argparse.Namespace) -> int:
     }
     begin = _torch if options.backend == "torch" else _flax
     if options.stream:
-        _print_stream(begin(options, "stream", prompts, arguments), tokenizer)
+        with begin(options, "stream", prompts, arguments) as steps:
+            _print_stream(steps, tokenizer)
         return OK
-    generated = begin(options, "generate", prompts, arguments)
-    new = np.asarray(generated.tokens)[:, width:].tolist()
+    with begin(options, "generate", prompts, arguments) as generated:
+        new = np.asarray(generated.tokens)[:, width:].tolist()
     results = [
         {
             "prompt": tokenizer.decode(row),
@@ -166,9 +168,11 @@ def _windows(checkpoint: Checkpoint) -> np.ndarray:
     return model_windows(checkpoint.config, checkpoint.tensors, dtype=dtype)
 
 
+@contextmanager
 def _torch(
     options: argparse.Namespace, what: str, prompts: np.ndarray, arguments: dict[str, Any]
-) -> Any:
+) -> Iterator[Any]:
+    """What `generate` or `stream` gives, which computes until the block ends."""
     from alibi_convert.machine import require
 
     require("torch", "torch", "the PyTorch backend")
@@ -180,12 +184,14 @@ def _torch(
     mask = arguments["attention_mask"]
     arguments |= {"attention_mask": None if mask is None else torch.from_numpy(mask)}
     call = getattr(alibi_torch, what)
-    return call(model, torch.from_numpy(prompts), options.max_new_tokens, **arguments)
+    with alibi_torch.full_precision():
+        yield call(model, torch.from_numpy(prompts), options.max_new_tokens, **arguments)
 
 
+@contextmanager
 def _flax(
     options: argparse.Namespace, what: str, prompts: np.ndarray, arguments: dict[str, Any]
-) -> Any:
+) -> Iterator[Any]:
     from alibi_convert.machine import require
 
     require("flax", "flax", "the Flax backend")
@@ -193,7 +199,8 @@ def _flax(
 
     model, params = alibi_flax.from_pretrained(options.source, **source_options(options))
     call = getattr(alibi_flax, what)
-    return call(model, params, prompts, options.max_new_tokens, **arguments)
+    with alibi_flax.full_precision():
+        yield call(model, params, prompts, options.max_new_tokens, **arguments)
 
 
 def _print_stream(steps: Iterator[Any], tokenizer: Bytes | Subwords) -> None:

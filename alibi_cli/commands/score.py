@@ -177,7 +177,12 @@ def _torch(options: argparse.Namespace) -> Callable[[np.ndarray], Any]:
     from alibi_convert.tensors import as_numpy
 
     model = alibi_torch.ALiBiLM.from_pretrained(options.source, **source_options(options))
-    return lambda rows: as_numpy(alibi_torch.token_log_probabilities(model, torch.from_numpy(rows)))
+
+    def scored(rows: np.ndarray) -> np.ndarray:
+        with alibi_torch.full_precision():
+            return as_numpy(alibi_torch.token_log_probabilities(model, torch.from_numpy(rows)))
+
+    return scored
 
 
 def _flax(options: argparse.Namespace) -> Callable[[np.ndarray], Any]:
@@ -190,4 +195,9 @@ def _flax(options: argparse.Namespace) -> Callable[[np.ndarray], Any]:
 
     model, params = alibi_flax.from_pretrained(options.source, **source_options(options))
     call: Any = alibi_flax.token_log_probabilities
-    return lambda rows: np.asarray(call(model, params, rows))
+
+    def scored(rows: np.ndarray) -> np.ndarray:
+        with alibi_flax.full_precision():
+            return np.asarray(call(model, params, rows))
+
+    return scored

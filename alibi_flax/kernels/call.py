@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Integer
 from alibi_flax.kernels.dropout import Dropout
 from alibi_spec.checks import beyond_windows
 
+HIGHEST = jax.lax.Precision.HIGHEST  # of float32; the default can be bfloat16 or TF32
+
 
 @partial(
     jax.tree_util.register_dataclass,

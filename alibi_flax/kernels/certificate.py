@@ -16,11 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import Call, wide_dtype
+from alibi_flax.kernels.call import HIGHEST, Call, wide_dtype
 from alibi_flax.kernels.partition import varying, varying_axes
 from alibi_spec.certificate import tolerance_of
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @partial(

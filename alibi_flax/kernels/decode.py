@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import wide_dtype
+from alibi_flax.kernels.call import HIGHEST, wide_dtype
 from alibi_flax.kernels.dense import rounded_bias
 
 
@@ -37,7 +37,7 @@ def attention(
     kv_heads, capacity = key.shape[1:3]
     dtype: Any = wide_dtype(query)
     groups = (batch, kv_heads, heads // kv_heads)
-    options: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": dtype}
+    options: Any = {"precision": HIGHEST, "preferred_element_type": dtype}
     products = jnp.einsum("bkgd,bkcd->bkgc", query.reshape(*groups, head_dim), key, **options)
     if distance == "bfloat16":
         bias = rounded_bias(slopes, capacity, visible).astype(dtype)
@@ -49,6 +49,6 @@ def attention(
     seen = visible[:, None, None]
     logits = jnp.where(seen, logits, -math.inf)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    attended = jnp.einsum("bkgc,bkcd->bkgd", probabilities, value)
+    attended = jnp.einsum("bkgc,bkcd->bkgd", probabilities, value, precision=HIGHEST)
     attended = jnp.where(seen.any(axis=-1, keepdims=True), attended, 0)  # a query without keys
     return attended.reshape(batch, 1, heads, value.shape[3])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import Call, wide_dtype
+from alibi_flax.kernels.call import HIGHEST, Call, wide_dtype
 from alibi_flax.kernels.dropout import is_kept
 
 # Queries times keys below which "auto" takes dense attention. On two CPU cores, with 8 heads of
@@ -46,7 +46,8 @@ def attention(call: Call) -> Float[Array, "batch query_len heads value_dim"]:
         kept = is_kept(rate, hashes.swapaxes(1, 2)[..., None], of_keys[None, None, None])
         probabilities = jnp.where(kept, probabilities / (1 - rate), 0.0)
     value = _shared_heads(call.value, call.query.shape[2])
-    attended = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
+    probabilities = probabilities.astype(value.dtype)
+    attended = jnp.einsum("bhqk,bkhd->bqhd", probabilities, value, precision=HIGHEST)
     return jnp.where(no_key.swapaxes(1, 2), 0.0, attended)
 
 
@@ -57,7 +58,7 @@ def _logits(call: Call) -> Float[Array, "batch heads query_len key_len"]:
         "bqhd,bkhd->bhqk",
         call.query.astype(dtype),
         key.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,  # JAX's default would be bfloat16 or TF32 passes
+        precision=HIGHEST,
     )
     if call.distance == "bfloat16":
         bias = rounded_bias(call.slopes, key.shape[1], call.attention_mask)

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Integer, Shaped
 
 from alibi_flax.kernels import neighbours
-from alibi_flax.kernels.call import Call, wide_dtype
+from alibi_flax.kernels.call import HIGHEST, Call, wide_dtype
 from alibi_flax.kernels.certificate import attention_plan
 from alibi_flax.kernels.partition import automatic_mesh, divided, varying, varying_axes
 from alibi_spec.certificate import BLOCK_SIZE
@@ -85,9 +85,8 @@ class BlockedCall:
 
     def dot(self, equation: str, left: Array, right: Array) -> Array:
         """A product of narrow or wide numbers, summed in float32 (float64)."""
-        precision = jax.lax.Precision.HIGHEST  # of float32; the default can be bfloat16 or TF32
         dtype = self.slopes.dtype
-        return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=dtype)
+        return jnp.einsum(equation, left, right, precision=HIGHEST, preferred_element_type=dtype)
 
 
 @partial(
