@@ -291,8 +291,46 @@ def experiment() -> str:
     )
 
 
+def tpu_meshes() -> str:
+    """What compiled steps of large models need of each chip of a mesh."""
+
+    def line(row: dict[str, Any]) -> list[str]:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+        kinds = dict(row["collectives"])
+        nbytes = kinds.pop("bytes")
+        arguments, temporary = (row[f"{kind}_bytes"] / 1e9 for kind in ("argument", "temporary"))
+        return [
+            *(f"{row['model']}, {row['part']}", f"{row['topology']}: {mesh}"),
+            f"{arguments:.1f} + {temporary:.1f} of {row['gigabytes']} GB",
+            *(str(row["kernels"]), ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
+            f"{nbytes / 1e6:,.0f} MB",
+        ]
+
+    header = ("model", "mesh", "arguments + temporaries", "Pallas kernels", "collectives", "of")
+    lines = map(line, _read("tpu_meshes")["rows"])
+    return f"{table(header, lines)}\n{origin('tpu_meshes')}"
+
+
+def compile_times() -> str:
+    """How long a step of training is traced and compiled, by the number of layers."""
+    found = {(row["layers"], row["scanned"]): row for row in _read("compile_time")["rows"]}
+    layers = list(dict.fromkeys(number for number, _ in found))
+
+    def cell(number: int, scanned: bool) -> str:
+        row = found[number, scanned]
+        return f"{row['tracing']:.1f} + {row['compiling']:.1f}"
+
+    lines = [
+        [name, *(cell(number, scanned) for number in layers)]
+        for name, scanned in (("every layer", False), ("one layer, scanned", True))
+    ]
+    header = ("tracing + compiling, s", *(f"{number} layers" for number in layers))
+    return f"{table(header, lines)}\n{origin('compile_time')}"
+
+
 FIGURES: dict[str, Callable[..., str]] = {
     "attention": attention,
+    "compile_times": compile_times,
     "conversion": conversion,
     "demo": demo,
     "experiment": experiment,
@@ -306,6 +344,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "pairs": pairs,
     "products": products,
     "rates": rates,
+    "tpu_meshes": tpu_meshes,
     "trainers": trainers,
     "training": training,
 }

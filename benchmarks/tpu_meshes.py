@@ -74,7 +74,7 @@ CASES = {
     ),
     "mpt-training-v5p": Case("MPT-30B", "training", "v5p:2x2x4", {"fsdp": 8, "tensor": 2}, 95),
     "mpt-generation-v5p": Case("MPT-30B", "generation", "v5p:2x2x4", {"data": 4, "tensor": 4}, 95),
-    "mpt-generation-v5e": Case("MPT-30B", "generation", "v5e:4x4", {"data": 2, "tensor": 8}, 16),
+    "mpt-generation-v5e": Case("MPT-30B", "generation", "v5e:4x4", {"data": 1, "tensor": 16}, 16),
 }
 
 

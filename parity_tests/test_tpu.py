@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tpu_meshes import CASES, MODELS, case_in_its_process
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
@@ -239,6 +241,20 @@ def test_a_chunk_of_a_prompt_of_bloom_7b1(batch: int) -> None:
 def test_a_further_layer_needs_no_copy_of_its_keys(batch: int) -> None:
     few, more = _chunk(2, batch), _chunk(4, batch)
     assert (more["temporary"] - few["temporary"]) / 2 < more["keys of a layer"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_large_models_on_meshes(name: str) -> None:
+    """They fit the memory of each chip, with kernels inside, and no step gathers a cache."""
+    found, case = case_in_its_process(name), CASES[name]
+    needed = found["argument_bytes"] + found["temporary_bytes"]
+    assert needed <= case.gigabytes * 1e9, needed
+    if case.part == "training":  # forward, computed again, and two passes backward, in one scan
+        assert found["kernels"] == 4
+    else:
+        model = MODELS[case.model]
+        of_a_layer = 2 * 16 * 4096 * model["d_model"]
+        assert found["collectives"]["bytes"] < of_a_layer, found["collectives"]
 
 
 @cache
