@@ -22,6 +22,7 @@ class PretrainedModule(nn.Module):
     config: ALiBiConfig
     origin: Origin | None = None  # the checkpoint that it was loaded from
     mesh: Any = None  # the DeviceMesh that `alibi_torch.sharding.parallelize` divided it over
+    gathered_dtype: str | None = None  # that FSDP rounds the weights to; None without it
 
     def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
         super().__init__()
@@ -73,8 +74,12 @@ class PretrainedModule(nn.Module):
         device: torch.device | str = "cpu",
         mesh: Any = None,
         rules: Any = None,
+        compute_dtype: str = "float32",
     ) -> None:
-        """Give a model without data its parameters, one by one; arguments as above."""
+        """Give a model without data its parameters, one by one.
+
+        Arguments are those of `from_pretrained` and `alibi_torch.sharding.parallelize`.
+        """
         rows = {row.name: row for row in parameter_table(self.config)}
         wider = None if dtype is None else torch.promote_types(dtype, torch.float32)
 
@@ -87,7 +92,7 @@ class PretrainedModule(nn.Module):
             from alibi_torch.sharding import parallelize
 
             device = mesh.device_type
-            parallelize(self.to(dtype), mesh, rules)
+            parallelize(self.to(dtype), mesh, rules, compute_dtype=compute_dtype)
             like = {name: self.get_parameter(name) for name in tensors}
             state = {name: placed_like(like[name], read(name), device) for name in tensors}
             self.load_state_dict(state, assign=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -29,6 +29,7 @@ from torch.distributed.tensor import (
 from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_numpy
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.sharding import Rules, check_sharding, resolved_rules, torch_axes
+from alibi_spec.training import COMPUTE_DTYPES
 from alibi_torch.checkpoint import PretrainedModule
 from alibi_torch.divided import whole
 
@@ -65,7 +66,9 @@ def device_mesh(sizes: Mapping[str, int], device_type: str | None = None) -> Dev
     return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
 
 
-def parallelize(model: Model, mesh: DeviceMesh, rules: Rules | None = None) -> Model:
+def parallelize(
+    model: Model, mesh: DeviceMesh, rules: Rules | None = None, *, compute_dtype: str = "float32"
+) -> Model:
     """Divide a model over a mesh, in place; every process of the mesh calls it alike.
 
     Its calls, `generate`, `train_step` and `save_pretrained` are those of the whole model from then
@@ -77,6 +80,8 @@ def parallelize(model: Model, mesh: DeviceMesh, rules: Rules | None = None) -> M
         mesh: of all processes, with axes among "data", "fsdp" and "tensor".
         rules: in place of some of `alibi_spec.sharding.RULES`: None for "vocab", "heads",
             "kv_heads" or "mlp" keeps it whole.
+        compute_dtype: "float32" is that of the weights; "bfloat16" rounds what FSDP gathers, as
+            `Recipe.compute_dtype` does on one device. Gradients are summed in float32.
 
     Returns:
         The model.
@@ -84,7 +89,7 @@ def parallelize(model: Model, mesh: DeviceMesh, rules: Rules | None = None) -> M
     Raises:
         ValueError: a parameter cannot be divided like this; a mesh of other axes or not of all
             processes; a model that was divided before, lies elsewhere, or has weights of several
-            dtypes.
+            dtypes; bfloat16 for learned slopes.
     """
     sizes = _checked_sizes(mesh)
     _check_rules(model.config, sizes, rules)
@@ -93,7 +98,8 @@ def parallelize(model: Model, mesh: DeviceMesh, rules: Rules | None = None) -> M
     if mesh["tensor"].size() > 1:
         _divide_computation(model, mesh["tensor"], sizes, rules)
     if mesh["data"].size() * mesh["fsdp"].size() > 1:
-        _divide_storage(model, mesh["data", "fsdp"], sizes, rules)
+        _divide_storage(model, mesh["data", "fsdp"], sizes, rules, compute_dtype)
+        model.gathered_dtype = compute_dtype
     model.mesh = mesh
     return model
 
@@ -340,7 +346,11 @@ def _divide_heads(attention: Attention, mesh: DeviceMesh, *, are_keys_whole: boo
 
 
 def _divide_storage(
-    model: nn.Module, mesh: DeviceMesh, sizes: Mapping[str, int], rules: Rules | None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    sizes: Mapping[str, int],
+    rules: Rules | None,
+    compute_dtype: str,
 ) -> None:
     config: Any = model.config
     dims = dict(_divided_dims(model, config, sizes, rules))
@@ -350,13 +360,30 @@ def _divide_storage(
 
     # Outputs of DTensors' `to_local` are views; nobody writes into them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # The root too is divided again after a call: its parameters are what optimizers are made of.
     options: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": placement}
+    options["reshard_after_forward"] = True
+    if compute_dtype != "float32":
+        options["mp_policy"] = _rounding(config, compute_dtype)
     modules: list[Any] = [*_transformer(model).layers, model]
     for module in modules:
         fully_shard(module, **options)
         # Sums, not means: losses are divided by the number of targets of all.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _rounding(config: ALiBiConfig, dtype: str) -> MixedPrecisionPolicy:
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"compute_dtype={dtype!r} is not known; expected one of {', '.join(COMPUTE_DTYPES)}"
+        )
+    if config.slopes == "learned":
+        raise ValueError(
+            "compute_dtype='bfloat16' and learned slopes, which are never rounded, but FSDP rounds "
+            "all weights of a block; compute in float32, or over the axis tensor only"
+        )
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def _divided_dims(

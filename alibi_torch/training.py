@@ -103,7 +103,7 @@ def train_step(
 
     Raises:
         ValueError: as for `loss`; another number of sequences, or no targets; a part of the batch
-            that the mesh does not divide, or computing in bfloat16 what FSDP has divided.
+            that the mesh does not divide, or another dtype to compute in than `parallelize` got.
     """
     check_batch({name: array.shape for name, array in batch.items()}, recipe.batch_size)
     is_counted, _ = _targets(model.config, batch)
@@ -225,14 +225,14 @@ def _computed_in(dtype: str, model: ALiBiLM) -> Iterator[None]:
 
     The backward pass must be inside: it may compute blocks again.
     """
-    if dtype == "float32":
+    if model.gathered_dtype not in (None, dtype):
+        raise ValueError(
+            f"compute_dtype={dtype!r} and a model whose weights FSDP gathers in "
+            f"{model.gathered_dtype}; pass parallelize(..., compute_dtype={dtype!r})"
+        )
+    if dtype == "float32" or model.gathered_dtype is not None:
         yield
         return
-    if place(model.mesh)[1] > 1:
-        raise ValueError(
-            f"compute_dtype={dtype!r} and a model that FSDP has divided, whose parameters cannot "
-            "be rounded here; train in float32, or over the axis tensor only"
-        )
     places = [row.name.rpartition(".") for row in parameter_table(model.config) if not row.is_wide]
     owners = [(model.get_submodule(owner), leaf) for owner, _, leaf in places]
     weights = [getattr(module, leaf) for module, leaf in owners]

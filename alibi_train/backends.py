@@ -89,7 +89,7 @@ class _TorchTrainer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.device("meta"):
             model = ALiBiLM(config)
-        model.load_tensors(tensors, device=device, mesh=mesh)
+        model.load_tensors(tensors, device=device, mesh=mesh, compute_dtype=recipe.compute_dtype)
         self._trainer = Trainer(model, recipe)
         if optimizer is not None:
             like = self._trainer.optimizer_state

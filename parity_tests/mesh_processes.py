@@ -5,6 +5,7 @@ Nothing here imports JAX: every process would.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,9 +141,9 @@ def computed(model: ALiBiLM) -> Results:
     return found
 
 
-def trained(model: ALiBiLM) -> Results:
+def trained(model: ALiBiLM, compute_dtype: str = "float32") -> Results:
     """Losses, norms and weights of twenty steps, and the loss of other batches."""
-    trainer = Trainer(model, RECIPE)
+    trainer = Trainer(model, dataclasses.replace(RECIPE, compute_dtype=compute_dtype))
     steps = [trainer.step(batch(seed)) for seed in range(RECIPE.steps)]
     found = {
         "losses": torch.stack([each.loss for each in steps]).numpy(),
@@ -182,6 +183,9 @@ def on_a_mesh(
     if trains:
         results["trained"] = trained(parallelize(drawn_model("gated", torch.float32), mesh))
         _require_the_same("trained", results["trained"])
+        model = drawn_model("decoder", torch.float32)
+        parallelize(model, mesh, compute_dtype="bfloat16")
+        results["rounded"] = trained(model, "bfloat16")
     if dist.get_rank() == 0:
         for name, arrays in results.items():
             np.savez(folder / f"{name}.npz", **arrays)

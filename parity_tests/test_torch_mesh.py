@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import alibi_torch
 from alibi_spec import ALiBiConfig, Recipe, parameter_table
-from alibi_spec.budgets import AGREEMENTS, BUDGETS
+from alibi_spec.budgets import AGREEMENTS, BUDGETS, relative_error
 from alibi_spec.sharding import devices_of, torch_axes
 from alibi_torch import ALiBiLM, KVCache
 from alibi_torch.divided import own
@@ -112,6 +112,17 @@ def test_training(mesh: str, found: Any) -> None:
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
         assert_within(actual[name], array, TRAINING, f"{name} on {mesh}")
+
+
+@SLOW
+@pytest.mark.parametrize("mesh", MESHES)
+def test_training_in_bfloat16(mesh: str, found: Any) -> None:
+    """Losses are those of one device in bfloat16; in float32 they would be others."""
+    expected = trained(drawn_model("decoder", torch.float32), "bfloat16")["losses"]
+    actual = read(found(mesh) / "rounded.npz")["losses"]
+    assert_within(actual, expected, BUDGETS["bfloat16", "cpu"].forward, f"losses on {mesh}")
+    unrounded = trained(drawn_model("decoder", torch.float32))["losses"]
+    assert relative_error(actual, unrounded) > AGREEMENTS["float32 sums"].relative
 
 
 @SLOW
@@ -227,12 +238,17 @@ def test_models_that_are_refused() -> None:
     elsewhere = DeviceMesh("cuda", torch.arange(8), mesh_dim_names=("tensor",), _init_backend=False)
     with pytest.raises(ValueError, match="is on cpu and the mesh is of cuda; move the model first"):
         parallelize(ALiBiLM(model.config), elsewhere)
+    fsdp = device_mesh({"fsdp": 8}, "cpu")
     recipe = Recipe(steps=1, batch_size=8, compute_dtype="bfloat16")
-    halves = parallelize(ALiBiLM(model.config), device_mesh({"fsdp": 8}))
+    step = alibi_torch.Trainer(parallelize(ALiBiLM(model.config), fsdp), recipe).step
     tokens = torch.zeros(8, 4, dtype=torch.long)
-    step = alibi_torch.Trainer(halves, recipe).step
-    with pytest.raises(ValueError, match="'bfloat16' and a model that FSDP has divided"):
+    with pytest.raises(ValueError, match="gathers in float32; pass parallelize"):
         step({"tokens": tokens, "targets": tokens})
+    learned = empty_model(num_heads=8, slopes="learned")
+    with pytest.raises(ValueError, match="'bfloat16' and learned slopes, which are never rounded"):
+        parallelize(learned, fsdp, compute_dtype="bfloat16")
+    with pytest.raises(ValueError, match="'float16' is not known; expected one of float32, bfl"):
+        parallelize(empty_model(num_heads=8), fsdp, compute_dtype="float16")
 
 
 @pytest.mark.usefixtures("eight_devices")
