@@ -91,6 +91,12 @@ class KVCache:
         return cls(replace(config, vocab_size=None), batch_size, capacity, every, {}, {}, {})
 
     @property
+    def has_windows(self) -> bool:
+        """Whether some heads keep fewer positions than may be read."""
+        every = (ring.size for of_layer in self.rings for ring in of_layer)
+        return any(size != self.capacity for size in every)
+
+    @property
     def slope_factor(self) -> float:
         """The factor on the slopes of the model."""
         return interpolation(self.config, self.interpolated_len or self.length)
@@ -127,12 +133,19 @@ class KVCache:
             inputs: of `alibi_torch.attention`, for the newest positions.
 
         Raises:
-            ValueError: a dtype other than the cache's, keys that require gradients, or logits so
-                large that keys which are gone could matter.
+            ValueError: a dtype other than the cache's, keys that require gradients, logits so
+                large that keys which are gone could matter, or windows of a model whose heads are
+                divided over devices.
         """
         if inputs["key"].requires_grad:
             raise ValueError("a cache keeps no gradients; call the model under torch.no_grad()")
-        needed, of_layer = self._needed(layer, inputs), self.rings[layer]
+        of_layer = self.rings[layer]
+        if inputs["key"].shape[1] < self.config.kv_heads and self.has_windows:
+            raise ValueError(
+                "windows and a cache of a model whose heads are divided over devices; leave "
+                "windows out"
+            )
+        needed = self._needed(layer, inputs)
         if len(of_layer) == 1:
             return self._attend((layer, 0), of_layer[0], inputs, needed, implementation)
         parts, order = [], []

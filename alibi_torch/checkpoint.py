@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
 from alibi_convert.tensors import Tensors, as_torch
 from alibi_convert.writing.origin import Origin, origin_of, save_folder
 from alibi_spec import ALiBiConfig, parameter_table
+from alibi_torch.divided import placed_like
 
 
 class PretrainedModule(nn.Module):
@@ -20,6 +21,8 @@ class PretrainedModule(nn.Module):
 
     config: ALiBiConfig
     origin: Origin | None = None  # the checkpoint that it was loaded from
+    mesh: Any = None  # the DeviceMesh that `alibi_torch.sharding.parallelize` divided it over
+    gathered_dtype: str | None = None  # that FSDP rounds the weights to; None without it
 
     def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
         super().__init__()
@@ -33,6 +36,8 @@ class PretrainedModule(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         implementation: str = "auto",
+        mesh: Any = None,
+        rules: Any = None,
         **reading: Unpack[Reading],
     ) -> Self:
         """Open any checkpoint that `alibi inspect` recognises, in evaluation mode.
@@ -46,6 +51,8 @@ class PretrainedModule(nn.Module):
                 float32; None keeps the checkpoint's.
             device: where the parameters go.
             implementation: of attention: "auto" or one of `attention_implementations()`.
+            mesh, rules: divide the model, as `alibi_torch.sharding.parallelize` does; a process
+                keeps only its own part of each tensor. Then `device` does not count.
             reading: config, allow_pt, …: as for `alibi_convert.open_checkpoint`.
 
         Raises:
@@ -56,20 +63,47 @@ class PretrainedModule(nn.Module):
         checkpoint = open_checkpoint(path, **reading)
         with torch.device("meta"):
             model = cls(checkpoint.config, implementation=implementation)
-        rows = {row.name: row for row in parameter_table(checkpoint.config)}
-        wider = None if dtype is None else torch.promote_types(dtype, torch.float32)
-        state = {
-            name: as_torch(array).to(device, wider if rows[name].is_wide else dtype)
-            for name, array in checkpoint.tensors.items()
-        }
-        model.load_state_dict(state, assign=True)
+        model.load_tensors(checkpoint.tensors, dtype, device, mesh, rules)
         model.origin = origin_of(checkpoint)
-        return model.to(device).eval()  # moves the fixed slopes, which no checkpoint holds
+        return model.eval()
+
+    def load_tensors(
+        self,
+        tensors: Tensors,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        mesh: Any = None,
+        rules: Any = None,
+        compute_dtype: str = "float32",
+    ) -> None:
+        """Give a model without data its parameters, one by one.
+
+        Arguments are those of `from_pretrained` and `alibi_torch.sharding.parallelize`.
+        """
+        rows = {row.name: row for row in parameter_table(self.config)}
+        wider = None if dtype is None else torch.promote_types(dtype, torch.float32)
+
+        def read(name: str) -> Tensor:
+            return as_torch(tensors[name]).to(dtype=wider if rows[name].is_wide else dtype)
+
+        if mesh is None:
+            self.load_state_dict({name: read(name).to(device) for name in tensors}, assign=True)
+        else:
+            from alibi_torch.sharding import parallelize
+
+            device = mesh.device_type
+            parallelize(self.to(dtype), mesh, rules, compute_dtype=compute_dtype)
+            like = {name: self.get_parameter(name) for name in tensors}
+            state = {name: placed_like(like[name], read(name), device) for name in tensors}
+            self.load_state_dict(state, assign=True)
+        self.to(device)  # moves the fixed slopes, which no checkpoint holds
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `config.json` and `model.safetensors`, for both backends.
 
         Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from.
+        Of a model on a mesh every process calls this, and the first one writes; each holds one
+        whole tensor at a time.
 
         Args:
             folder: a path that does not exist yet.
@@ -79,4 +113,13 @@ class PretrainedModule(nn.Module):
             CheckpointError: a ValueError: the folder exists, or holds other files.
         """
         tensors: dict[str, Any] = self.state_dict()
-        save_folder(Path(folder), self.config, Tensors.of(tensors), self.origin, overwrite)
+
+        def write(tensors: Tensors) -> None:
+            save_folder(Path(folder), self.config, tensors, self.origin, overwrite)
+
+        if self.mesh is None:
+            write(Tensors.of(tensors))
+        else:
+            from alibi_torch.sharding import with_gathered
+
+            with_gathered(tensors, write)

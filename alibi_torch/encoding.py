@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alibi_spec.batching import batches_by_length
 from alibi_spec.pooling import check_pooling
+from alibi_torch.divided import require_gathered
 from alibi_torch.model import ALiBiLM
 
 
@@ -32,9 +33,11 @@ def encode(
         batch_size: sequences that are read together.
 
     Raises:
-        ValueError: a model in training mode, a sequence without tokens, or an unknown option.
+        ValueError: a model in training mode, a sequence without tokens, an unknown option, or a
+            model that FSDP has divided.
     """
     check_pooling(pooling, batch_size)
+    require_gathered(model.mesh, "encode")
     if model.training:
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")
     device = model.token_embedding.weight.device

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alibi_spec.checks import check_filling, require_vocabulary
 from alibi_spec.filling import masked_positions
+from alibi_torch.divided import require_gathered
 from alibi_torch.model import ALiBiLM, AttentionMask
 
 
@@ -48,10 +49,12 @@ def fill_masks(
 
     Raises:
         ValueError: as for the model's own call; a decoder, a model without a head or in training
-            mode, no mask, or `mask_token_id` or `top_k` outside the vocabulary.
+            mode, no mask, `mask_token_id` or `top_k` outside the vocabulary, or a model that FSDP
+            has divided.
     """
     config = model.config
     vocab_size = require_vocabulary(config.vocab_size)
+    require_gathered(model.mesh, "fill_masks")
     check_filling(config.causal, config.head, vocab_size, mask_token_id, top_k)
     if model.training:
         raise ValueError("the model is in training mode, with dropout; call model.eval() first")

@@ -11,11 +11,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +40,7 @@ from alibi_torch.dispatch import (
     attention_implementations,
     biased_logits,
 )
+from alibi_torch.divided import own, placed_like, whole
 from alibi_torch.kernels.finite import has_values_on_host
 from alibi_torch.linear import in_common_dtype, linear
 
@@ -60,6 +61,16 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
         return linear(input, self.weight, self.bias)
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for every token; also the other way round, as the head of tied embeddings."""
+
+    def forward(self, input: Num[Tensor, "batch seq *width"]) -> Float[Tensor, "batch seq any"]:
+        """The vectors of tokens, or the products of hidden states with the vectors of all."""
+        if input.is_floating_point():
+            return linear(input, self.weight)
+        return super().forward(input)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -100,6 +111,7 @@ class Attention(nn.Module):
     def __init__(self, config: ALiBiConfig, layer: int, implementation: str = "auto") -> None:
         super().__init__()
         self.config, self.layer, self.implementation = config, layer, implementation
+        self.heads = slice(None)  # that are computed here: `parallelize` leaves the others out
         width, has_bias = config.d_model, config.attention_bias
         kv_width = config.kv_heads * config.head_dim
         is_learned = config.slopes == "learned"
@@ -182,7 +194,7 @@ class Attention(nn.Module):
 
     def _slopes(self, device: torch.device) -> Float[Tensor, " heads"]:
         if self.slopes is not None:
-            return self.slopes
+            return own(self.slopes)
         fixed = self._fixed_slopes
         if fixed is None or fixed.device != device:
             fixed = self._slopes_of_the_configuration(device)
@@ -193,7 +205,7 @@ class Attention(nn.Module):
     def _slopes_of_the_configuration(
         self, device: torch.device | None = None
     ) -> Float[Tensor, " heads"]:
-        values = model_slopes(self.config)[self.layer].tolist()
+        values = model_slopes(self.config)[self.layer][self.heads].tolist()
         if torch.compiler.is_compiling():
             return torch.tensor(values, dtype=torch.float32, device=device)
         with torch.inference_mode(mode=False):  # training can follow
@@ -210,9 +222,13 @@ class Attention(nn.Module):
             return result
 
         super()._apply(moved, recurse)
+        self.reset_slopes()
+        return self
+
+    def reset_slopes(self) -> None:
+        """Compute fixed slopes anew, for `heads` and where the weights are."""
         if self.slopes is None:
             self._fixed_slopes = self._slopes_of_the_configuration(self.query.weight.device)
-        return self
 
     def _clip(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         limit = self.config.qkv_clip
@@ -384,7 +400,7 @@ class ALiBiLM(PretrainedModule):
     ) -> None:
         vocab_size, width = require_vocabulary(config.vocab_size), config.d_model
         super().__init__(config, implementation=implementation)
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.token_embedding = TokenEmbedding(vocab_size, width)
         if config.type_vocab_size is not None:
             self.token_type_embedding = nn.Embedding(config.type_vocab_size, width)
         if config.embedding_norm:
@@ -471,12 +487,9 @@ class ALiBiLM(PretrainedModule):
             activation = ACTIVATION_FUNCTIONS[config.activation]
             x = self.head_norm(activation(self.head_transform(x)))
         x = x * config.logit_scale  # cheaper than on the logits
-        if config.tie_embeddings:
-            logits = linear(x, self.token_embedding.weight)
-        else:
-            logits = self.lm_head(x)
+        logits = self.token_embedding(x) if config.tie_embeddings else self.lm_head(x)
         if config.head == "masked_lm":
-            logits = logits + self.head_bias
+            logits = logits + whole(self.head_bias)
         if config.adaptive_cutoffs is not None:
             clusters = self.cluster_head(x)
             return _adaptive_log_probabilities(logits, clusters, config.adaptive_cutoffs)
@@ -515,23 +528,13 @@ def checked_tokens(
     return tokens
 
 
-def _placed_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """The values, divided over devices where FSDP has divided the parameter."""
-    if not hasattr(parameter, "device_mesh"):
-        return values
-    divided, distributed = cast(Any, parameter), cast(Any, torch.distributed)
-    return distributed.tensor.distribute_tensor(  # imported: the parameter is distributed
-        values.to(divided.device, divided.dtype), divided.device_mesh, divided.placements
-    )
-
-
 def _initialise(model: nn.Module, config: ALiBiConfig) -> None:
     for row in parameter_table(config):
         parameter = model.get_parameter(row.name)
         if row.init == "slopes":
             start = torch.from_numpy(slopes(config.num_heads, config.bias_max))
             with torch.no_grad():
-                parameter.copy_(_placed_like(parameter, start))
+                parameter.copy_(placed_like(parameter, start, parameter.device))
         elif isinstance(row.init, str):
             nn.init.constant_(parameter, {"zeros": 0.0, "ones": 1.0}[row.init])
         else:

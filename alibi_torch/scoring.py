@@ -7,6 +7,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from alibi_spec.checks import check_scoring, require_vocabulary
+from alibi_torch.divided import require_gathered
 from alibi_torch.model import ALiBiLM, AttentionMask, checked_tokens
 
 CHUNK = 256  # positions whose logits are in memory at once
@@ -23,8 +24,10 @@ def token_log_probabilities(
     The last token is not read. Logits are never held for more than a few positions at a time.
 
     Raises:
-        ValueError: as for the model's own call; an encoder, or fewer than two tokens.
+        ValueError: as for the model's own call; an encoder, fewer than two tokens, or a
+            model that FSDP has divided.
     """
+    require_gathered(model.mesh, "token_log_probabilities")
     check_scoring(model.config.causal, model.config.head, tokens.shape)
     tokens = checked_tokens(tokens, require_vocabulary(model.config.vocab_size))
     mask = None if attention_mask is None else attention_mask[:, :-1]

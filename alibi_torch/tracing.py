@@ -21,7 +21,8 @@ def trace(
     Returns:
         "embedding"; per layer i "layers.i.biased_logits" [batch, heads, seq, seq], "layers.i.attn"
         and "layers.i.ffn" (the residual branches) and "layers.i"; then "output", and "logits" of a
-        model with a head. Names and values are those of `alibi_spec.reference_forward`.
+        model with a head. Names and values are those of `alibi_spec.reference_forward`. Of a model
+        on a mesh, biased logits are of this device's heads.
 
     Raises:
         ValueError: as for the model's own call.

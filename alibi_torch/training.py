@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from alibi_spec import ALiBiConfig, parameter_table
 from alibi_spec.checks import (
@@ -26,6 +25,7 @@ from alibi_spec.checks import (
     check_recipe,
 )
 from alibi_spec.training import IGNORED, Metrics, Recipe, decayed, learning_rates
+from alibi_torch.divided import own_part, place, summed, total_norm
 from alibi_torch.model import ALiBiLM, checked_tokens
 
 Batch = Mapping[str, Integer[Tensor, "batch seq"]]
@@ -73,10 +73,12 @@ def loss(model: ALiBiLM, batch: Batch) -> tuple[Float[Tensor, ""], Integer[Tenso
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Float[Tensor, ""]:
     """Scale all gradients by min(1, max_norm / norm); returns the norm of all together.
 
+    Of gradients that are divided over devices it is the norm of the whole ones.
+
     torch's own `clip_grad_norm_` divides by norm + 1e-6 instead.
     """
     gradients = [each.grad for each in parameters if each.grad is not None]
-    norm = get_total_norm(gradients)
+    norm = total_norm(gradients)
     if max_norm is not None:
         factor = (max_norm / norm).clamp(max=1)
         for gradient in gradients:
@@ -94,12 +96,14 @@ def train_step(
     loss or the norm is not finite nothing is changed.
 
     Args:
-        model: on one device; it may have been compiled (`model.compile()`).
+        model: on one device, or divided over a mesh; it may have been compiled
+            (`model.compile()`).
         optimizer: of `adamw`.
-        batch: as for `loss`.
+        batch: as for `loss`, in every process of a mesh the same: each computes its own part.
 
     Raises:
-        ValueError: as for `loss`; another number of sequences, or no targets.
+        ValueError: as for `loss`; another number of sequences, or no targets; a part of the batch
+            that the mesh does not divide, or another dtype to compute in than `parallelize` got.
     """
     check_batch({name: array.shape for name, array in batch.items()}, recipe.batch_size)
     is_counted, _ = _targets(model.config, batch)
@@ -110,12 +114,13 @@ def train_step(
     model.train()
     optimizer.zero_grad()
     total = torch.zeros((), device=count.device)
-    with _dropout_of_step(recipe, step, count.device):
+    with _dropout_of_step(recipe, step, count.device, model):
         for part in _parts(batch, recipe):
             with _computed_in(recipe.compute_dtype, model):
-                mean = loss(model, part)[0] / count
+                mean = loss(model, own_part(part, model.mesh))[0] / count
                 mean.backward()
             total = total + mean.detach()
+    total = summed(total, model.mesh)
     norm = clip_gradients(model.parameters(), recipe.max_grad_norm)
     if total.isfinite() and norm.isfinite():
         for group in optimizer.param_groups:
@@ -168,10 +173,17 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Any]) -> tuple[float, int]:
-        """`loss` without dropout, of arrays of torch or NumPy."""
+        """`loss` without dropout, of arrays of torch or NumPy.
+
+        A batch that a mesh does not divide, every process computes as a whole.
+        """
         self.model.eval()
+        batch, mesh = self._placed(batch), self.model.mesh
+        divides = len(batch["tokens"]) % place(mesh)[1] == 0
         with _computed_in(self.recipe.compute_dtype, self.model):
-            total, count = loss(self.model, self._placed(batch))
+            total, count = loss(self.model, own_part(batch, mesh) if divides else batch)
+        if divides:
+            total, count = summed(total, mesh), summed(count, mesh)
         return float(total), int(count)
 
     def _placed(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -196,11 +208,14 @@ def _parts(batch: Batch, recipe: Recipe) -> Iterator[Batch]:
 
 
 @contextmanager
-def _dropout_of_step(recipe: Recipe, step: int, device: torch.device) -> Iterator[None]:
-    """Dropout that depends on seed and step alone; torch's own generators go on as if unused."""
+def _dropout_of_step(
+    recipe: Recipe, step: int, device: torch.device, model: ALiBiLM
+) -> Iterator[None]:
+    """Dropout that depends on seed, step and part alone; torch's generators go on as if unused."""
     key = np.array([recipe.seed, step], np.uint64)
+    counter = np.array([0, 0, 0, place(model.mesh)[0]], np.uint64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.Philox(key=key).random_raw()))
+        torch.manual_seed(int(np.random.Philox(key=key, counter=counter).random_raw()))
         yield
 
 
@@ -210,7 +225,12 @@ def _computed_in(dtype: str, model: ALiBiLM) -> Iterator[None]:
 
     The backward pass must be inside: it may compute blocks again.
     """
-    if dtype == "float32":
+    if model.gathered_dtype not in (None, dtype):
+        raise ValueError(
+            f"compute_dtype={dtype!r} and a model whose weights FSDP gathers in "
+            f"{model.gathered_dtype}; pass parallelize(..., compute_dtype={dtype!r})"
+        )
+    if dtype == "float32" or model.gathered_dtype is not None:
         yield
         return
     places = [row.name.rpartition(".") for row in parameter_table(model.config) if not row.is_wide]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,11 +10,12 @@ import numpy as np
 
 from alibi_convert.optimizers import OptimizerState, from_optax, from_torch, to_optax, to_torch
 from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
-from alibi_convert.tensors import Tensors, as_numpy, as_torch
+from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import ALiBiConfig
 from alibi_spec.training import Metrics, Recipe
 
 BACKENDS = ("torch", "flax")
+Write = Callable[[Tensors, OptimizerState], None]
 
 
 @runtime_checkable
@@ -29,8 +30,13 @@ class Trainer(Protocol):
         """The negative log-likelihood of a batch, and of how many targets."""
         ...
 
-    def state(self) -> tuple[Tensors, OptimizerState]:
-        """Copies of the parameters and of the optimizer's state, in the host's memory."""
+    def save(self, write: Write, write_later: Write) -> None:
+        """Give parameters and the optimizer's state to one of the two.
+
+        Args:
+            write: must be done with them when it returns.
+            write_later: gets copies, in the host's memory.
+        """
         ...
 
 
@@ -41,6 +47,7 @@ def trainer(
     tensors: Tensors,
     optimizer: OptimizerState | None,
     device: str | None = None,
+    mesh: Any = None,
 ) -> Trainer:
     """A trainer that goes on from these parameters.
 
@@ -49,14 +56,17 @@ def trainer(
         tensors: canonical names, torch layout, in the dtype that is trained in.
         optimizer: None before the first step.
         device: of torch; None is a GPU where there is one.
+        mesh: of torch: the DeviceMesh that the model is divided over.
 
     Raises:
-        ValueError: another backend.
+        ValueError: another backend, or a mesh in Flax.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; expected one of {BACKENDS}")
     if backend == "torch":
-        return _TorchTrainer(config, recipe, tensors, optimizer, device)
+        return _TorchTrainer(config, recipe, tensors, optimizer, device, mesh)
+    if mesh is not None:
+        raise ValueError("a mesh of PyTorch and backend='flax'; leave one of them out")
     return _FlaxTrainer(config, recipe, tensors, optimizer)
 
 
@@ -68,25 +78,65 @@ class _TorchTrainer:
         tensors: Tensors,
         optimizer: OptimizerState | None,
         device: str | None,
+        mesh: Any,
     ) -> None:
         import torch
 
         from alibi_torch import ALiBiLM, Trainer
+        from alibi_torch.divided import placed_like
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = ALiBiLM(config)
-        model.load_state_dict({name: as_torch(tensors[name]) for name in tensors}, assign=True)
-        self._trainer = Trainer(model.to(device), recipe)
+        with torch.device("meta"):
+            model = ALiBiLM(config)
+        model.load_tensors(tensors, device=device, mesh=mesh, compute_dtype=recipe.compute_dtype)
+        self._trainer = Trainer(model, recipe)
         if optimizer is not None:
             like = self._trainer.optimizer_state
-            self._trainer.optimizer.load_state_dict(to_torch(optimizer, config, like))
+
+            def place(name: str, moment: Any) -> Any:
+                parameter = model.get_parameter(name)
+                return placed_like(parameter, moment, parameter.device)
+
+            state = to_torch(optimizer, config, like, place=place)
+            self._trainer.optimizer.load_state_dict(state)
         self.step, self.evaluate = self._trainer.step, self._trainer.evaluate
 
-    def state(self) -> tuple[Tensors, OptimizerState]:
+    def save(self, write: Write, write_later: Write) -> None:
         trainer = self._trainer
-        optimizer = from_torch(trainer.optimizer_state, trainer.config)
-        return _copied(Tensors.of(trainer.model.state_dict())), _in_memory(optimizer)
+        tensors, optimizer = trainer.model.state_dict(), trainer.optimizer_state
+        if trainer.model.mesh is None:
+            found = from_torch(optimizer, trainer.config)
+            write_later(_copied(Tensors.of(tensors)), _in_memory(found))
+        else:
+            _save_gathered(trainer.config, tensors, optimizer, write)
+
+
+def _save_gathered(
+    config: ALiBiConfig, tensors: dict[str, Any], optimizer: dict[str, Any], write: Write
+) -> None:
+    """Write what is divided over devices: in the first process, one tensor after the other."""
+    from alibi_torch.sharding import with_gathered
+
+    moments, shown = {}, {}
+    names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
+    for number, entry in optimizer["state"].items():
+        kept = {word: value for word, value in entry.items() if word != "step"}
+        moments |= {f"{word} {names[number]}": value for word, value in kept.items()}
+        # Of the right shape, and no memory: gathering is for later.
+        shapes = {word: np.broadcast_to(np.float32(0), value.shape) for word, value in kept.items()}
+        shown[number] = entry | shapes
+    state = from_torch(optimizer | {"state": shown}, config)
+
+    def use(gathered: Tensors) -> None:
+        found = {
+            word: Tensors({name: gathered.headers[f"{word} {name}"] for name in each})
+            for word, each in state.moments.items()
+        }
+        model = Tensors({name: gathered.headers[name] for name in tensors})
+        write(model, replace(state, moments=found))
+
+    with_gathered(tensors | moments, use)
 
 
 class _FlaxTrainer:
@@ -107,11 +157,11 @@ class _FlaxTrainer:
             self._trainer.optimizer_state = state
         self.step, self.evaluate = self._trainer.step, self._trainer.evaluate
 
-    def state(self) -> tuple[Tensors, OptimizerState]:
+    def save(self, write: Write, write_later: Write) -> None:  # noqa: ARG002
         trainer = self._trainer
         optimizer = from_optax(trainer.optimizer_state, trainer.config)
         tensors = canonical_tensors(trainer.params, trainer.config)
-        return _copied(Tensors.of(tensors)), _in_memory(optimizer)
+        write_later(_copied(Tensors.of(tensors)), _in_memory(optimizer))
 
 
 def _copied(tensors: Tensors) -> Tensors:

@@ -98,6 +98,11 @@ class Checkpoints:
         self.wait()
         self._writing = self._pool.submit(self._write, state)
 
+    def save_now(self, state: State) -> None:
+        """Write a state, and return when it is on the disk. Errors are those of `save`."""
+        self.wait()
+        self._write(state)
+
     def wait(self) -> None:
         """Return when everything is on the disk. Errors are those of `save`."""
         writing, self._writing = self._writing, None

@@ -6,7 +6,7 @@ import fcntl
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -16,8 +16,9 @@ import numpy as np
 
 from alibi_convert import CheckpointError, load_tokenizer
 from alibi_convert.checkpoint import open_checkpoint
+from alibi_convert.optimizers import OptimizerState
 from alibi_convert.progress import progress_bar
-from alibi_convert.tensors import Tensors
+from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_convert.tokenizer import TOKENIZER_FILE
 from alibi_convert.writing.origin import Origin, origin_of
 from alibi_spec import ALiBiConfig
@@ -28,6 +29,7 @@ from alibi_train.backends import Trainer, trainer
 from alibi_train.batches import Batches, Rows
 from alibi_train.checkpoints import Checkpoints, State
 from alibi_train.documents import Encode, files_of, read_documents
+from alibi_train.processes import explaining_loss, is_first
 from alibi_train.records import Records
 from alibi_train.settings import BYTES, Settings, differences
 
@@ -57,6 +59,7 @@ def train(
     until: int | None = None,
     device: str | None = None,
     progress: bool = False,
+    mesh: Any = None,
 ) -> Finished:
     """Train as the settings say; go on from the newest checkpoint in the folder, if there is one.
 
@@ -68,23 +71,27 @@ def train(
         until: stop after this step, and save; None is the last of `training.steps`.
         device: of torch; None is a GPU where there is one.
         progress: show a bar on the standard error stream.
+        mesh: of torch: divide the model over this DeviceMesh (`alibi_train.processes`). Every
+            process calls this alike, and sees the same folder; only the first one writes.
 
     Raises:
         ValueError: settings that contradict each other, or those of the run in the folder; data
             that does not fit them; a loss that is not finite.
         CheckpointError: a broken checkpoint, or one that cannot be written.
+        ConnectionError: another process of the mesh has ended.
     """
     last = settings.recipe.steps
     if until is not None:
         check_count("until", until)
         last = min(until, last)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    writes = is_first(mesh)
+    with _alone(folder) if writes else nullcontext(), explaining_loss(mesh):
         start, origin = _start(settings, folder)
         data = _Data.of(settings, start.config, origin)
         _require_same(settings, data, start, folder)
-        run = _Run(settings, folder, backend, start, data, origin, device)
-        run.up_to(last, progress)
+        run = _Run(settings, folder, backend, start, data, origin, device, mesh)
+        run.up_to(last, progress and writes)
     return Finished(run.checkpoints.path(run.step), run.step, run.loss, run.validation_loss)
 
 
@@ -116,12 +123,12 @@ class _Run:
         data: _Data,
         origin: Origin,
         device: str | None,
+        mesh: Any,
     ) -> None:
-        dtype, options = np.dtype(settings.run.dtype), settings.run
-        tensors = Tensors.of({name: start.tensors[name].astype(dtype) for name in start.tensors})
+        options, tensors = settings.run, _as_dtype(start.tensors, np.dtype(settings.run.dtype))
         self.settings, self.config, self.data = settings, start.config, data
         self.trainer: Trainer = trainer(
-            backend, start.config, settings.recipe, tensors, start.optimizer, device
+            backend, start.config, settings.recipe, tensors, start.optimizer, device, mesh
         )
         self.step, self.validation_loss = start.progress["step"], start.progress["validation_loss"]
         self.loss: float | None = None
@@ -129,7 +136,8 @@ class _Run:
         if start.progress["position"] is not None:
             self.batches.set_state(start.progress["position"])
         self.checkpoints = Checkpoints(folder, options, origin)
-        self.records = Records(folder, self.step, options.tensorboard)
+        writes = is_first(mesh)
+        self.records = Records(folder, self.step, options.tensorboard) if writes else None
         self.clock = _Clock(settings.recipe.batch_size * settings.data.length, self.step)
         self.unread: Metrics | None = None
 
@@ -141,7 +149,8 @@ class _Run:
         """
         size, done = self.clock.size, self.step
         bar = progress_bar(progress, "training", last * size, done * size, unit=" tokens")
-        with self.checkpoints.open(), self.records.open(), bar as advance:
+        records = nullcontext() if self.records is None else self.records.open()
+        with self.checkpoints.open(), records, bar as advance:
             try:
                 for step in range(done + 1, last + 1):
                     self.one_step(is_last=step == last)
@@ -158,15 +167,19 @@ class _Run:
         self.step, self.unread = self.step + 1, metrics
         if is_last or self.step % options.log_every == 0:
             values = self._read() or {}
-            self.records.add(self.step, **values, tokens_per_second=self.clock.speed(self.step))
+            self._record(**values, tokens_per_second=self.clock.speed(self.step))
         if self.data.validation is not None and (
             is_last or self.step % options.evaluate_every == 0
         ):
             self.validation_loss = self._evaluated(self.data.validation)
-            self.records.add(self.step, validation_loss=self.validation_loss)
+            self._record(validation_loss=self.validation_loss)
         if is_last or self.step % options.save_every == 0:
             self._read()
-            self.checkpoints.save(self._state())
+            self._save()
+
+    def _record(self, **values: float) -> None:
+        if self.records is not None:
+            self.records.add(self.step, **values)
 
     def _read(self) -> dict[str, float] | None:
         """The numbers of the newest step, if they were not read yet.
@@ -195,8 +208,7 @@ class _Run:
         sums, counts = zip(*map(self.trainer.evaluate, parts), strict=True)
         return sum(sums) / sum(counts)
 
-    def _state(self) -> State:
-        tensors, optimizer = self.trainer.state()
+    def _save(self) -> None:
         progress = {
             "step": self.step,
             "position": self.batches.get_state(),
@@ -204,7 +216,24 @@ class _Run:
             "settings": self.settings.identity,
             "tokens": self.data.tokens,
         }
-        return State(self.config, tensors, optimizer, progress)
+
+        def state(tensors: Tensors, optimizer: OptimizerState) -> State:
+            return State(self.config, tensors, optimizer, progress)
+
+        checkpoints = self.checkpoints
+        self.trainer.save(
+            write=lambda *parts: checkpoints.save_now(state(*parts)),
+            write_later=lambda *parts: checkpoints.save(state(*parts)),
+        )
+
+
+def _as_dtype(tensors: Tensors, dtype: np.dtype) -> Tensors:
+    """The same tensors, rounded or widened as each is read."""
+
+    def cast(header: LazyTensor) -> LazyTensor:
+        return LazyTensor(header.shape, dtype, lambda: header.read().astype(dtype))
+
+    return Tensors({name: cast(header) for name, header in tensors.headers.items()})
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from alibi_cli.arguments import add_backend_option, count, path
 from alibi_cli.exit_codes import OK
@@ -39,8 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train a byte-level BPE tokenizer of so many tokens on data.train first",
     )
     parser.add_argument("--device", help="of PyTorch (default: a GPU where there is one)")
+    parser.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=SIZE,...",
+        help="of PyTorch, under torchrun: axes data, fsdp, tensor, such as fsdp=4,tensor=2",
+    )
     parser.add_argument("--no-plot", action="store_true", help="draw no picture of the loss")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The size of each axis of a mesh."""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        sizes[axis.strip()] = count(size)
+    return sizes
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,8 +66,23 @@ def run(options: argparse.Namespace) -> int:
         ValueError: settings or data that do not fit, or a loss that is not finite.
         CheckpointError: a checkpoint that is broken or cannot be written.
     """
+    if options.mesh is None:
+        return _run(options, None)
+    from alibi_train.processes import processes
+
+    if options.backend == "flax" or options.device or options.train_tokenizer:
+        raise ValueError(
+            "--mesh is for PyTorch, on the devices of torchrun, with a tokenizer that is there; "
+            "leave out --backend flax, --device and --train-tokenizer"
+        )
+    with processes(options.mesh) as mesh:
+        return _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: Any) -> int:
     from alibi_convert.machine import require
     from alibi_train import read_settings, train
+    from alibi_train.processes import is_first
     from alibi_train.records import plot_log
 
     settings = read_settings(options.settings, options.set)
@@ -72,7 +103,10 @@ def run(options: argparse.Namespace) -> int:
         until=options.until,
         device=options.device,
         progress=not options.json,
+        mesh=mesh,
     )
+    if not is_first(mesh):
+        return OK
     picture = None if options.no_plot else plot_log(options.output)
     if options.json:
         print_json(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,8 +280,13 @@ def to_torch(
     config: ALiBiConfig,
     like: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     names: Sequence[str] | None = None,
+    place: Callable[[str, Any], Any] = lambda name, moment: moment,  # noqa: ARG005
 ) -> dict[str, Any]:
     """The state dict of a state; arguments as for `optax_to_torch`.
+
+    Args:
+        place: of a parameter's name and a moment: what to put in its place, before the next is
+            read.
 
     Raises:
         CheckpointError: `like` is of another kind, or has other parameters.
@@ -294,7 +299,9 @@ def to_torch(
             raise CheckpointError(f"{name} has a state and is in no param group; {NAME_THEM}")
     has_moments = set(state.names)
     entries = {
-        number: _entry(state, name) for name, number in numbers.items() if name in has_moments
+        number: _entry(state, name, place)
+        for name, number in numbers.items()
+        if name in has_moments
     }
     saved: dict[str, Any] = {"state": entries, "param_groups": list(numbered.groups)}
     if state.step is not None and not KINDS[state.kind].has_step:
@@ -302,11 +309,12 @@ def to_torch(
     return saved
 
 
-def _entry(state: OptimizerState, name: str) -> dict[str, Any]:
+def _entry(state: OptimizerState, name: str, place: Callable[[str, Any], Any]) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     if KINDS[state.kind].has_step:
         entry["step"] = _counter(state.step)
-    return entry | {word: as_torch(tensors[name]) for word, tensors in state.moments.items()}
+    moments = state.moments.items()
+    return entry | {word: place(name, as_torch(tensors[name])) for word, tensors in moments}
 
 
 def _counter(step: int | None) -> Any:

@@ -421,7 +421,7 @@ FAULTS = (
     Mutant(
         "masks are filled without the bias of the head",
         "alibi_torch/model.py",
-        "logits = logits + self.head_bias",
+        "logits = logits + whole(self.head_bias)",
         "logits = logits + 0 * self.head_bias",
         "test_filling.py -k lower_id",
     ),

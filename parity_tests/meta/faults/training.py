@@ -155,8 +155,8 @@ FAULTS = (
     Mutant(
         "a mean of means in torch",
         "alibi_torch/training.py",
-        "mean = loss(model, part)[0] / count",
-        "mean = torch.div(*loss(model, part)) / recipe.accumulation_steps",
+        "mean = loss(model, own_part(part, model.mesh))[0] / count",
+        "mean = torch.div(*loss(model, own_part(part, model.mesh))) / recipe.accumulation_steps",
         "test_training.py -k 'parts and torch'",
     ),
     Mutant(
