@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax.traverse_util import unflatten_dict
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alibi_flax.kernels.partition import automatic_mesh
@@ -70,7 +71,8 @@ def constrained(x: Array, *axes: str) -> Array:
         axes: logical names of the array's axes, as for `activation_axes`.
     """
     mesh = automatic_mesh()
-    if mesh is None:
+    is_on_one_device = not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding)
+    if mesh is None or is_on_one_device:  # outside of jit it stays where it is
         return x
     divided = activation_axes(dict(zip(axes, x.shape, strict=True)), mesh.shape)
     return jax.lax.with_sharding_constraint(x, _spec(*divided.values()))

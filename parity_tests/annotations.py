@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType
 from jaxtyping import AbstractArray, TypeCheckError, install_import_hook
 
 PACKAGES = ("alibi_spec", "alibi_torch", "alibi_flax", "alibi_train")
@@ -72,6 +73,7 @@ def _has_array(hint: Any) -> bool:
 
 def check_all() -> None:
     """Import every module, run what they hold, and name what was not run."""
+    jax.config.update("jax_num_cpu_devices", 2)
     _give_the_spec_its_types()
     with install_import_hook(PACKAGES, f"{__name__}.{checked.__name__}"):
         for package in map(importlib.import_module, PACKAGES):
@@ -81,9 +83,22 @@ def check_all() -> None:
     _run_training()
     _read_documents()
     _run_kernels()
+    _run_on_a_mesh()
     _pass_a_wrong_dtype()
     missing = {name for name in _annotated - _called if not name.startswith(NOT_RUN)}
     assert not missing, f"never called with its annotations checked: {sorted(missing)}"
+
+
+def _run_on_a_mesh() -> None:
+    import alibi_flax
+
+    config = alibi_flax.ALiBiConfig(num_layers=1, d_model=8, num_heads=2, dropout=0.0)
+    model = alibi_flax.ALiBiTransformer(config, implementation="blockwise", windows=((3, 3),))
+    x = jnp.ones((1, 8, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        model.apply({"params": params}, x)
 
 
 def _give_the_spec_its_types() -> None:
