@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training extrapolate test-gpu bench-gpu lint types mutants clean
+.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training extrapolate test-gpu test-tpu test-cpu bench-gpu lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,8 +55,16 @@ extrapolate: setup  ## how far beyond their training length models of any positi
 	$(BIN)/alibi extrapolate --output docs/extrapolation --overwrite
 
 # No set-up: a machine with a GPU has its own builds of torch and jax; PYTHON is where they are.
-test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of PYTHON
-	$(PYTHON) -m pytest -k 'cuda or gpu' -m 'not slow' parity_tests
+REPORTS := benchmarks/results/devices
+
+test-gpu:  ## the tests of whatever GPU torch and jax see, with the packages of PYTHON; a report
+	$(PYTHON) -m pytest -k 'cuda or gpu' -m 'not slow' --report $(REPORTS)/gpu.json parity_tests
+
+test-tpu:  ## the same of a TPU
+	$(PYTHON) -m pytest -k tpu -m 'not slow' --report $(REPORTS)/tpu.json parity_tests
+
+test-cpu: setup  ## the same of the CPU, for comparison
+	$(BIN)/pytest --report $(REPORTS)/cpu.json parity_tests/test_devices.py -k cpu
 
 bench-gpu:  ## attention on a CUDA device beside its peers, with the packages of PYTHON
 	$(PYTHON) -m benchmarks.attention_gpu_torch

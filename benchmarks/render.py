@@ -328,11 +328,38 @@ def compile_times() -> str:
     return f"{table(header, lines)}\n{origin('compile_time')}"
 
 
+def devices() -> str:
+    """What the tests found on each device that a report is there of, by subject."""
+    lines = []
+    for file in sorted((RESULTS / "devices").glob("*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        where = ", ".join(
+            f"{name}: {', '.join(kinds)}" for name, kinds in report["devices"].items()
+        )
+        subjects: dict[str, list[dict[str, Any]]] = {}
+        for test in report["tests"]:
+            name = test["test"].partition("::")[2]
+            level = re.search(r"test_the_kit\[(\w+)-", name)
+            subject = name.partition("[")[0] if level is None else f"kit, {level[1]}"
+            subjects.setdefault(subject, []).append(test)
+        for subject, tests in subjects.items():
+            counts = [
+                str(sum(test["outcome"] == outcome for test in tests))
+                for outcome in ("passed", "failed", "skipped")
+            ]
+            worst = max((test["error"] for test in tests if test.get("error")), default=None)
+            error = "" if worst is None else f"{worst:.1e}"
+            lines.append([where, report["date"][:10], subject, *counts, error])
+    header = ("device", "date", "subject", "passed", "failed", "skipped", "largest relative error")
+    return table(header, lines)
+
+
 FIGURES: dict[str, Callable[..., str]] = {
     "attention": attention,
     "compile_times": compile_times,
     "conversion": conversion,
     "demo": demo,
+    "devices": devices,
     "experiment": experiment,
     "extrapolation": extrapolation,
     "goals": goals,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parity_tests.compilation import shared_by_environment
+from parity_tests.device_report import DeviceReport
 from parity_tests.implementations import IMPLEMENTATIONS, absences
 
 # 64-bit numbers are on, so that a float32 model which drifts to float64 is caught by its dtype.
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     `make test` compiles quickly; `make test-all` and `make test-gpu` compile as users do.
     """
+    if config.option.report is not None:
+        config.pluginmanager.register(DeviceReport(config.option.report))
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # in a worker, or with a fault planted
         return
     folder = tempfile.TemporaryDirectory(prefix="alibi-compiled-")
@@ -48,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         choices=[each.name for each in IMPLEMENTATIONS],
         help="fail unless this implementation can run here",
+    )
+    parser.addoption(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write what became of every test, and on which devices, as JSON",
     )
     parser.addoption(
         "--implementation",

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh
 
 import alibi_flax
 from alibi_convert import torch_to_flax
+from alibi_flax.dispatch import attention_within
 from alibi_spec import ALiBiConfig, Recipe, parameter_table, slopes
 from alibi_spec.bounds import model_windows
 from alibi_spec.budgets import AGREEMENTS, BUDGETS, gradient_floor
@@ -174,14 +175,15 @@ def check_generation(config: ALiBiConfig, mesh: Mesh, rules: Any) -> None:
     with jax.set_mesh(mesh):
         several = alibi_flax.generate(model, placed, prompts, 24, **options)
         read = jax.jit(lambda *a: model.apply({"params": a[0]}, a[1], cache=a[2]))
-        _, cache = read(placed, prompts, alibi_flax.KVCache.empty(config, BATCH, 64))
+        empty = alibi_flax.KVCache.empty(config, BATCH, 64)
+        _, cache = read(placed, prompts, empty)
         step = read.lower(placed, prompts[:, :1], cache).compile().as_text()
     assert_bitwise(np.asarray(several.tokens), np.asarray(one.tokens), "tokens")
     of_heads = mesh.shape.get("tensor", 1) if rules is None else 1
     of_batch = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
     if "fsdp" not in mesh.shape:  # along which weights are gathered
         assert collectives(step)["bytes"] < cache.keys[0][0].nbytes, collectives(step)
-    for key in (*cache.keys, *cache.values):
+    for key in (*empty.keys, *cache.keys, *cache.values):
         local = key[0].addressable_shards[0].data
         assert local.size * of_heads * of_batch <= key[0].size, (local.shape, key[0].shape)
 
@@ -208,13 +210,30 @@ def check_neighbours(mesh: Mesh) -> dict[str, Any]:
             what = f"{'gradient' if number < 4 else 'values'} {number}, {causal=}, {rate=}"
             limit = BUDGETS["float64", "cpu"].gradient
             assert_within(np.asarray(actual), np.asarray(exact), limit, what)
+    check_a_far_key(mesh)
     return check_windows(mesh)
+
+
+def check_a_far_key(mesh: Mesh) -> None:
+    """A key outweighs its distance, and its device is not asked for it: no number is right."""
+    own = SEQ // mesh.size
+    query, key = np.ones((1, SEQ, 1, 4)), np.full((1, SEQ, 1, 4), 0.1)
+    key[0, own // 2] = 500
+    arrays = (jnp.asarray(query), jnp.asarray(key), jnp.asarray(key), jnp.asarray([0.5]))
+    options: dict[str, Any] = dict.fromkeys(("scale", "attention_mask", "segment_ids"))
+    options |= {"causal": True, "implementation": "blockwise", "distance": "absolute"}
+    options |= {"dropout": 0.0, "dropout_rng": None}
+    with jax.set_mesh(mesh):
+        found = np.asarray(attention_within((60,), *arrays, **options))
+    assert np.isfinite(found[:, : 2 * own]).all()  # which have it, or its device's neighbour
+    assert np.isnan(found[:, 2 * own :]).all()
 
 
 def check_windows(mesh: Mesh) -> dict[str, Any]:
     config = ALiBiConfig(
         **{"num_layers": 2, "d_model": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 104},
-        **{"max_len": SEQ, "dropout": 0.0},
+        # The heads that need the most keys are the first.
+        **{"max_len": SEQ, "dropout": 0.0, "slopes": tuple(map(float, slopes(8)[::-1]))},
     )
     params, tokens = params_of(config, "float32"), tokens_of(0, SEQ)
     proved = model_windows(config, initial_parameters(config, 0))

@@ -100,10 +100,10 @@ FAULTS = (
         f"{_RULES} positions_over",
     ),
     Mutant(
-        "the largest norm of a key forgotten",
+        "keys of other devices taken for small",
         "alibi_flax/kernels/neighbours.py",
         "jax.lax.pmax(norms.max(axis=-1), axes)",
-        "0 * jax.lax.pmax(norms.max(axis=-1), axes)",
+        "norms.max(axis=-1)",
         f"{_RULES} positions_over",
     ),
     Mutant(
