@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.core import Tracer
@@ -71,11 +72,14 @@ def constrained(x: Array, *axes: str) -> Array:
         axes: logical names of the array's axes, as for `activation_axes`.
     """
     mesh = automatic_mesh()
-    is_on_one_device = not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding)
-    if mesh is None or is_on_one_device:  # outside of jit it stays where it is
-        return x
+    if mesh is None or not (isinstance(x, Tracer) or _is_on_a_mesh(x)):
+        return x  # outside of jit it stays where it is
     divided = activation_axes(dict(zip(axes, x.shape, strict=True)), mesh.shape)
     return jax.lax.with_sharding_constraint(x, _spec(*divided.values()))
+
+
+def _is_on_a_mesh(x: Array | np.ndarray) -> bool:
+    return isinstance(x, Array) and isinstance(x.sharding, NamedSharding)
 
 
 def on_each_device(function: Callable[[Array], Array], x: Array, *axes: str) -> Array:

@@ -8,7 +8,7 @@ magnitude of the exact array. A sum of n independent roundings of relative size 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,9 +89,20 @@ BUDGETS: Mapping[tuple[str, str], Budget] = {
     ("bfloat16", "cpu"): _BFLOAT16,
     ("float16", "cpu"): _FLOAT16,
     ("float64", "gpu"): _FLOAT64,
-    ("float32", "gpu"): _FLOAT32,  # with IEEE matmuls, not TF32
+    ("float32", "gpu"): replace(
+        _FLOAT32,
+        derivation=f"{_FLOAT32.derivation} Products are IEEE's, in full_precision: with TF32's "
+        "factors, u = 2^-11, emulated models err by more than ten times this "
+        "(benchmarks/results/precision.json).",
+    ),
     ("bfloat16", "gpu"): _BFLOAT16,
-    ("float32", "tpu"): _FLOAT32,  # with precision "highest", six bfloat16 passes
+    ("float32", "tpu"): replace(
+        _FLOAT32,
+        derivation=f"{_FLOAT32.derivation} Products are of six bfloat16 passes, in full_precision: "
+        "three parts of 8 bits are float32's 24, and emulated models err like float32. Three "
+        "passes, u = 2^-16, are at its edge, one pass is far beyond "
+        "(benchmarks/results/precision.json).",
+    ),
     ("bfloat16", "tpu"): _BFLOAT16,
 }
 

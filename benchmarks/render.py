@@ -354,6 +354,32 @@ def devices() -> str:
     return table(header, lines)
 
 
+def precision() -> str:
+    """The errors of float32 models on emulated devices."""
+    results = _read("precision")
+    found = {(row["device"], row["model"]): row for row in results["rows"]}
+    models = list(dict.fromkeys(model for _, model in found))
+    lines = []
+    for device, (default, highest) in results["devices"].items():
+        rows = [found[device, model] for model in models]
+        cells = (f"{row['forward']:.1e}, {row['gradient']:.1e}" for row in rows)
+        lines.append([device, default, highest, *cells])
+    header = ("tensors, gradients", "products", "in attention", *models)
+    return f"{table(header, lines)}\n{results['length']:,} tokens. {origin('precision')}"
+
+
+def sharded_loading() -> str:
+    """Opening a checkpoint on several devices: time, and memory beyond theirs."""
+    results = _read("sharded_loading")
+    lines = [
+        [row["way"], f"{row['seconds']:.1f}", f"{row['extra_bytes'] / 1e6:,.0f}"]
+        for row in results["rows"]
+    ]
+    size, largest = results["nbytes"] / 1e9, results["largest_tensor_bytes"] / 1e6
+    facts = f"{size:.1f} GB, largest tensor {largest:,.0f} MB. {origin('sharded_loading')}"
+    return f"{table(('', 's', 'MB beyond what the devices hold'), lines)}\n{facts}"
+
+
 FIGURES: dict[str, Callable[..., str]] = {
     "attention": attention,
     "compile_times": compile_times,
@@ -369,8 +395,10 @@ FIGURES: dict[str, Callable[..., str]] = {
     "origin": origin,
     "other_inputs": other_inputs,
     "pairs": pairs,
+    "precision": precision,
     "products": products,
     "rates": rates,
+    "sharded_loading": sharded_loading,
     "tpu_meshes": tpu_meshes,
     "trainers": trainers,
     "training": training,

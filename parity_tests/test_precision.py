@@ -29,6 +29,7 @@ from alibi_torch import precision
 from alibi_verify.backends import FlaxBackend
 from alibi_verify.emulation import ALGORITHMS, emulated
 from alibi_verify.explanations import EXPLANATIONS, explain, rounded
+from benchmarks.precision import DEVICES, MODELS, Measured
 from parity_tests.cases import CONFIGS, draw_inputs, draw_parameters
 from parity_tests.compare import assert_within
 
@@ -289,3 +290,17 @@ def _trace(config: Any, parameters: Any, inputs: Any, default: str, highest: str
         params, jnp.asarray(inputs)
     )
     return {name: np.asarray(array) for name, array in found.items()}
+
+
+@pytest.mark.slow
+def test_budgets_of_devices() -> None:
+    """In `full_precision` a model keeps float32's budget on a TPU; by default it is far beyond."""
+    measured = Measured(MODELS["`ALiBiConfig()`"], 64)
+    budget = BUDGETS["float32", "tpu"]
+    found = measured.errors(*DEVICES["TPU, in `full_precision()`"])
+    assert found["forward"] <= budget.forward
+    assert found["gradient"] <= budget.gradient
+    for device, platform in (("recent GPU, by default", "gpu"), ("TPU, by default", "tpu")):
+        found, budget = measured.errors(*DEVICES[device]), BUDGETS["float32", platform]
+        assert found["forward"] > 10 * budget.forward, device
+        assert found["gradient"] > 10 * budget.gradient, device

@@ -31,8 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 PACKAGES = (
     *("alibi_spec", "alibi_convert", "alibi_torch", "alibi_flax", "alibi_verify", "alibi_train"),
-    "alibi_cli",
-    "parity_tests",
+    *("alibi_cli", "benchmarks", "parity_tests"),
 )
 # Importing them takes longer than many of the tests: every process is forked from one that has.
 LIBRARIES = ("jax", "torch", "flax", "optax", "orbax.checkpoint", "transformers", "pytest")
