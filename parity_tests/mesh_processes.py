@@ -6,6 +6,7 @@ Nothing here imports JAX: every process would.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,6 +90,9 @@ def run(task: Callable[..., None], count: int, *arguments: Any, **options: Any) 
 def _as_another(number: int, *given: Any) -> None:
     torch.set_num_threads(1)
     _joined(number + 1, *given)
+    # Its work is done. While Python shuts down, PyTorch has aborted ("terminate called without an
+    # active exception"), rarely and for a reason that is not known.
+    os._exit(0)
 
 
 def _joined(
