@@ -14,6 +14,8 @@ import jax
 import pytest
 import torch
 
+from parity_tests.implementations import absences
+
 
 class DeviceReport:
     """A plugin that writes every outcome, and where it was, when the run ends."""
@@ -54,5 +56,6 @@ def described() -> dict[str, Any]:
             "torch": cuda or [f"cpu ({torch.backends.cpu.get_cpu_capability()})"],
             "jax": sorted({device.device_kind for device in jax.devices()}),
         },
+        "absent": absences(),  # and so skipped
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

@@ -6,6 +6,8 @@ kit in test_conformance.py, and this is for the record (`make test-cpu`).
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from alibi_spec.parameters import initial_parameters
 from alibi_verify.conformance import conformance
 from alibi_verify.conforming import Flax, Torch
 from parity_tests.compare import assert_bitwise
+from parity_tests.device_report import DeviceReport
 from parity_tests.implementations import IMPLEMENTATIONS, Implementation, absences
 
 each_device = pytest.mark.parametrize(
@@ -94,3 +97,31 @@ def of_torch(
             model.eval().to(device), prompt, 20, attention_mask=visible, seed=5, **options
         )
     return generated.tokens.numpy(force=True)
+
+
+def test_the_report_says_what_became_of_each_test(tmp_path: Path) -> None:
+    """One row for each test, also for one that was skipped before it was called."""
+    report = DeviceReport(tmp_path / "folder" / "report.json")
+    for name, when, outcome in (
+        ("good", "setup", "passed"),
+        ("good", "call", "passed"),
+        ("good", "teardown", "passed"),
+        ("bad", "setup", "passed"),
+        ("bad", "call", "failed"),
+        ("absent", "setup", "skipped"),
+    ):
+        phase: Any = pytest.TestReport(
+            *(f"parity_tests/file.py::{name}", ("", 0, ""), {}, outcome, None, when),
+            user_properties=[("error", 0.5)],
+            duration=2.0,
+        )
+        report.pytest_runtest_logreport(phase)
+    report.pytest_sessionfinish()
+    written = json.loads(report.file.read_text(encoding="utf-8"))
+    outcomes = {"good": "passed", "bad": "failed", "absent": "skipped"}
+    assert written["tests"] == [
+        {"test": f"file.py::{name}", "outcome": outcome, "seconds": 2.0, "error": 0.5}
+        for name, outcome in outcomes.items()
+    ]
+    assert written["absent"] == absences()
+    assert written["devices"]["jax"]

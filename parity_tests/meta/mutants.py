@@ -36,6 +36,7 @@ PACKAGES = (
 # Importing them takes longer than many of the tests: every process is forked from one that has.
 LIBRARIES = ("jax", "torch", "flax", "optax", "orbax.checkpoint", "transformers", "pytest")
 _FORKS = multiprocessing.get_context("forkserver")
+DID_NOT_RUN = 70
 TESTS_FAILED = 1  # pytest's exit code; a mutant that does not even import proves nothing
 
 
@@ -67,7 +68,11 @@ def _test(copy: Path, tests: str) -> None:
     os.dup2(output, 2)
     path, *options = shlex.split(tests)
     ours = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    os._exit(pytest.main(["-x", "-q", "-W", ours, f"parity_tests/{path}", *options]))
+    exit_code = DID_NOT_RUN
+    try:
+        exit_code = pytest.main(["-x", "-q", "-W", ours, f"parity_tests/{path}", *options])
+    finally:  # an error of pytest's own would end a process with 1, as failing tests do
+        os._exit(exit_code)
 
 
 def healthy(tests: str) -> str | None:

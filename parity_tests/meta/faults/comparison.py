@@ -82,4 +82,18 @@ FAULTS = (
         '"caught"',
         "meta/test_faults.py -k recorded",
     ),
+    Mutant(
+        "a report of devices in which every test passed",
+        "parity_tests/device_report.py",
+        '"outcome": report.outcome',
+        '"outcome": "passed"',
+        "test_devices.py -k report_says",
+    ),
+    Mutant(
+        "a report of devices without what was skipped",
+        "parity_tests/device_report.py",
+        'if report.when == "call" or report.outcome != "passed":',
+        'if report.when == "call":',
+        "test_devices.py -k report_says",
+    ),
 )
