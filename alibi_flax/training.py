@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float, Integer, Key
 
 from alibi_flax.kernels.call import has_values_on_host
+from alibi_flax.kernels.partition import automatic_mesh
 from alibi_flax.model import ALiBiLM, checked_tokens
 from alibi_flax.sharding import parameter_tree
 from alibi_flax.stacking import is_stacked
@@ -31,6 +32,7 @@ from alibi_spec.checks import (
     check_predicts,
     check_recipe,
 )
+from alibi_spec.sharding import batch_axes
 from alibi_spec.training import IGNORED, Metrics, Recipe, decayed, learning_rates
 
 Batch = Mapping[str, Integer[Array, "batch seq"] | Integer[np.ndarray, "batch seq"]]
@@ -114,10 +116,15 @@ def train_step(
         batch: as for `loss`.
 
     Raises:
-        ValueError: as for `loss`; another number of sequences, or no targets (where they can be
-            read without waiting for a device; else the loss is NaN).
+        ValueError: as for `loss`; another number of sequences, a part of the batch that the mesh
+            of `jax.set_mesh` does not divide, or no targets (where they can be read without
+            waiting for a device; else the loss is NaN).
     """
     check_batch({name: array.shape for name, array in batch.items()}, recipe.batch_size)
+    mesh = automatic_mesh()
+    if mesh is not None:  # what its devices do not divide, all of them would compute
+        part = recipe.batch_size // recipe.accumulation_steps
+        batch_axes((part, batch["tokens"].shape[1]), mesh.shape)
     checked_tokens(jnp.asarray(batch["tokens"]), model.config.output_dim)
     is_counted, _ = _targets(model.config, batch)
     if has_values_on_host(is_counted):

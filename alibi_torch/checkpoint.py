@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -10,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
-from alibi_convert.tensors import Tensors, as_torch
+from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_numpy, as_torch
 from alibi_convert.writing.origin import Origin, origin_of, save_folder
 from alibi_spec import ALiBiConfig, parameter_table
-from alibi_torch.divided import placed_like
+from alibi_torch.divided import placed_like, whole
 
 
 class PretrainedModule(nn.Module):
@@ -120,6 +122,48 @@ class PretrainedModule(nn.Module):
         if self.mesh is None:
             write(Tensors.of(tensors))
         else:
-            from alibi_torch.sharding import with_gathered
-
             with_gathered(tensors, write)
+
+
+def with_gathered(arrays: Mapping[str, Any], use: Callable[[Tensors], None]) -> None:
+    """Call `use` in the first process, with tensors that are gathered each time they are read.
+
+    The others help until it is done. Every process holds one whole tensor at a time. An error of
+    the first is raised in all.
+
+    Args:
+        arrays: of torch, the same names in every process; some may be divided.
+        use: may read them in any order.
+    """
+
+    one_at_a_time = threading.Lock()  # several files may be written, by several threads
+
+    def read(name: str) -> Any:
+        with one_at_a_time:
+            return as_numpy(whole(arrays[_told(name)]))
+
+    error: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            use(Tensors({name: _header(array, name, read) for name, array in arrays.items()}))
+        except Exception as raised:  # told to the others, and raised below
+            error = raised
+        _told(error)
+    else:
+        while isinstance(asked := _told(), str):
+            whole(arrays[asked])
+        error = asked
+    if error is not None:
+        raise error
+
+
+def _told(message: Any = None) -> Any:
+    """What the first process says, in every process."""
+    box = [message]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _header(array: Tensor, name: str, read: Callable[[str], Any]) -> LazyTensor:
+    dtype = DTYPES[str(array.dtype).removeprefix("torch.")]
+    return LazyTensor(tuple(array.shape), dtype, lambda: read(name))

@@ -9,7 +9,7 @@ heads are its own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,12 +26,10 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_numpy
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.sharding import Rules, check_sharding, resolved_rules, torch_axes
 from alibi_spec.training import COMPUTE_DTYPES
 from alibi_torch.checkpoint import PretrainedModule
-from alibi_torch.divided import whole
 
 if TYPE_CHECKING:
     from alibi_torch.model import Attention
@@ -102,47 +100,6 @@ def parallelize(
         model.gathered_dtype = compute_dtype
     model.mesh = mesh
     return model
-
-
-def with_gathered(arrays: Mapping[str, Any], use: Callable[[Tensors], None]) -> None:
-    """Call `use` in the first process, with tensors that are gathered each time they are read.
-
-    The others help until it is done. Every process holds one whole tensor at a time. An error of
-    the first is raised in all.
-
-    Args:
-        arrays: of torch, the same names in every process; some may be divided.
-        use: may read them in any order.
-    """
-
-    def read(name: str) -> Any:
-        return as_numpy(whole(arrays[_told(name)]))
-
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            use(Tensors({name: _header(array, name, read) for name, array in arrays.items()}))
-        except Exception as raised:  # told to the others, and raised below
-            error = raised
-        _told(error)
-    else:
-        while isinstance(asked := _told(), str):
-            whole(arrays[asked])
-        error = asked
-    if error is not None:
-        raise error
-
-
-def _told(message: Any = None) -> Any:
-    """What the first process says, in every process."""
-    box = [message]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _header(array: Tensor, name: str, read: Callable[[str], Any]) -> LazyTensor:
-    dtype = DTYPES[str(array.dtype).removeprefix("torch.")]
-    return LazyTensor(tuple(array.shape), dtype, lambda: read(name))
 
 
 # Checks

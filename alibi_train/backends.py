@@ -116,7 +116,7 @@ def _save_gathered(
     config: ALiBiConfig, tensors: dict[str, Any], optimizer: dict[str, Any], write: Write
 ) -> None:
     """Write what is divided over devices: in the first process, one tensor after the other."""
-    from alibi_torch.sharding import with_gathered
+    from alibi_torch.checkpoint import with_gathered
 
     moments, shown = {}, {}
     names = [name for group in optimizer["param_groups"] for name in group["param_names"]]

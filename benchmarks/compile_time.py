@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 
 import alibi_flax
 from alibi_flax.training import compiled_step
-from benchmarks.conversion import machine
+from benchmarks.compare import write
 
 RESULTS = Path(__file__).parent / "results" / "compile_time.json"
 LAYERS = (24, 48, 70)
@@ -66,13 +65,7 @@ def main() -> None:
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
-    results = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(RESULTS, {"versions": versions, "rows": rows})
 
 
 if __name__ == "__main__":

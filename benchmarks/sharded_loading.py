@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from alibi_convert import convert, open_checkpoint
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.origin import save_folder
 from alibi_spec import ALiBiConfig, parameter_table
-from benchmarks.conversion import library_versions, machine
+from benchmarks.compare import write
+from benchmarks.conversion import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "sharded_loading.json"
 GIB = 2**30
@@ -120,14 +120,12 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     results = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
         "versions": library_versions(),
         "nbytes": sum(4 * int(np.prod(row.shape)) for row in parameter_table(config)),
         "largest_tensor_bytes": max(4 * int(np.prod(r.shape)) for r in parameter_table(config)),
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(RESULTS, results)
     print(json.dumps(results, indent=1))
 
 

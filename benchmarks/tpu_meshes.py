@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import alibi_flax
 from alibi_flax.generation import BLOCK, _block, _State
 from alibi_flax.training import compiled_step
 from alibi_spec.sampling import Sampling
-from benchmarks.conversion import machine
+from benchmarks.compare import write
 from parity_tests.on_a_mesh import collectives
 
 RESULTS = Path(__file__).parent / "results" / "tpu_meshes.json"
@@ -179,13 +178,7 @@ def main() -> None:
         rows.append(case_in_its_process(name))
         print(json.dumps(rows[-1]), flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "libtpu")}
-    results = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(RESULTS, {"versions": versions, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from alibi_convert.tensors import Tensors, as_numpy
 from alibi_spec import ALiBiConfig, Recipe
 from alibi_torch import ALiBiLM, Trainer, generate, loss
+from alibi_torch.checkpoint import with_gathered
 from alibi_torch.divided import own_part, summed, total_norm, whole
 from alibi_torch.sharding import device_mesh, parallelize
+from parity_tests.compare import assert_bitwise
 
 Results = dict[str, np.ndarray]
 
@@ -182,6 +187,7 @@ def on_a_mesh(
         results[name] = computed(model)
         _require_the_same(name, results[name])
         model.save_pretrained(folder / f"saved {name}")
+        with_gathered(model.state_dict(), partial(_require_whole, name))
         again = ALiBiLM.from_pretrained(folder / f"plain {name}", mesh=mesh, rules=RULES.get(name))
         results[f"opened {name}"] = weights(again)
     if trains:
@@ -193,6 +199,14 @@ def on_a_mesh(
     if dist.get_rank() == 0:
         for name, arrays in results.items():
             np.savez(folder / f"{name}.npz", **arrays)
+
+
+def _require_whole(name: str, gathered: Tensors) -> None:
+    """Read by several threads, as several files are written."""
+    exact = drawn_model(name).state_dict()
+    with ThreadPoolExecutor(4) as pool:
+        for key, found in zip(exact, pool.map(gathered.__getitem__, exact), strict=True):
+            assert_bitwise(as_numpy(found), as_numpy(exact[key]), f"{key} gathered")
 
 
 def _require_the_same(what: str, found: Results) -> None:

@@ -300,6 +300,8 @@ def test_budgets_of_devices() -> None:
     found = measured.errors(*DEVICES["TPU, in `full_precision()`"])
     assert found["forward"] <= budget.forward
     assert found["gradient"] <= budget.gradient
+    edge = measured.errors(*DEVICES["TPU, three passes"])["forward"]
+    assert budget.forward / 2 < edge < 2 * budget.forward
     for device, platform in (("recent GPU, by default", "gpu"), ("TPU, by default", "tpu")):
         found, budget = measured.errors(*DEVICES[device]), BUDGETS["float32", platform]
         assert found["forward"] > 10 * budget.forward, device

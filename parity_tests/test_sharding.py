@@ -7,15 +7,16 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import alibi_flax
-from alibi_spec import ALiBiConfig, parameter_table
+from alibi_spec import ALiBiConfig, Recipe, parameter_table
 from alibi_spec.sharding import (
     batch_axes,
     check_sharding,
@@ -173,7 +174,22 @@ def test_neighbours_needed() -> None:
     assert neighbours_needed(None, 2, own, devices) == [4, 4]
 
 
+def test_batches_that_a_mesh_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of training does not let every device compute all of them."""
+    config = replace(CONFIG, slopes="paper", dropout=0.0)
+    model = alibi_flax.ALiBiLM(config)
+    tokens = np.zeros((4, 8), np.int32)
+    recipe = Recipe(steps=1, batch_size=4, accumulation_steps=2)
+    trainer = alibi_flax.Trainer(model, model.init(jax.random.key(0), tokens)["params"], recipe)
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    monkeypatch.setattr("alibi_flax.training.automatic_mesh", lambda: mesh)
+    with pytest.raises(ValueError, match="batch of a batch, 2, is fewer than the 4 devices"):
+        trainer.step({"tokens": tokens, "targets": tokens})
+
+
 def test_windows_of_another_model() -> None:
+    with pytest.raises(ValueError, match="windows are those of a decoder; pass windows=None"):
+        alibi_flax.ALiBiLM(replace(CONFIG, causal=False), windows=((4,) * 12,))
     with pytest.raises(
         ValueError, match=r"windows have shape \(1, 3\); expected \(1, 12\), layers"
     ):

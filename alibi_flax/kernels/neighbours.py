@@ -17,10 +17,9 @@ from jaxtyping import Bool, Float
 
 from alibi_flax.kernels.call import wide_dtype
 from alibi_flax.kernels.certificate import bounding_norm, keys_needed
-from alibi_spec.sharding import neighbours_needed
+from alibi_spec.sharding import MeshAxes, neighbours_needed
 
 Arrays = dict[str, Any]  # arrays, or None, by the names of their layouts
-MeshAxes = tuple[str, ...]
 
 
 def attend(

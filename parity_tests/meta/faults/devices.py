@@ -105,4 +105,18 @@ FAULTS = (
         "if False:",
         "test_torch_mesh.py -k fewer",
     ),
+    Mutant(
+        "two tensors gathered at once",
+        "alibi_torch/checkpoint.py",
+        "        with one_at_a_time:\n            return as_numpy(whole(arrays[_told(name)]))",
+        "        return as_numpy(whole(arrays[_told(name)]))",
+        "test_torch_mesh.py -k two_devices",
+    ),
+    Mutant(
+        "a batch that the devices do not divide, computed by all of them",
+        "alibi_flax/training.py",
+        "    if mesh is not None:  # what its",
+        "    if mesh is None and batch is None:  # what its",
+        "test_sharding.py -k does_not_divide",
+    ),
 )
