@@ -42,7 +42,7 @@ from alibi_torch.dispatch import (
 )
 from alibi_torch.divided import own, placed_like, whole
 from alibi_torch.kernels.finite import has_values_on_host
-from alibi_torch.linear import in_common_dtype, linear
+from alibi_torch.linear import Packed, in_common_dtype, linear
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
 SegmentIds = Integer[Tensor, "batch seq"]
@@ -59,17 +59,21 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Linear(nn.Linear):
     """A linear map in the common dtype of its input and its parameters (SPEC.md §5.1)."""
 
+    packed: Packed | None = None  # of `packed_weights`
+
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.packed)
 
 
 class TokenEmbedding(nn.Embedding):
     """A vector for every token; also the other way round, as the head of tied embeddings."""
 
+    packed: Packed | None = None  # of `packed_weights`
+
     def forward(self, input: Num[Tensor, "batch seq *width"]) -> Float[Tensor, "batch seq any"]:
         """The vectors of tokens, or the products of hidden states with the vectors of all."""
         if input.is_floating_point():
-            return linear(input, self.weight)
+            return linear(input, self.weight, packed=self.packed)
         return super().forward(input)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
+from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS
+from alibi_torch import ALiBiLM, generate
 from alibi_torch import linear as module
-from alibi_torch.linear import linear
+from alibi_torch.linear import Packed, linear, packed_weights
 from parity_tests.compare import assert_within
 
 IN, OUT = 512, 300
@@ -118,6 +123,88 @@ def test_recorders_see_an_ordinary_linear_map() -> None:
         found = functional_call(_Map(), state, X)
     expected = X @ (WEIGHT + 1).T
     assert_within(found.numpy(), expected.numpy(), LIMIT, "functional_call")
+
+
+ON_X86 = pytest.mark.skipif(not module._is_x86(), reason="weights are packed on x86 only")
+
+
+@ON_X86
+@pytest.mark.parametrize("case", ["a step", "rows", "rows that lie apart", "a view of a weight"])
+def test_packed_numbers(case: str) -> None:
+    x, weight, bias = CALLS[case]
+    exact = x.double().numpy() @ weight.double().numpy().T + BIAS.double().numpy()
+    with torch.no_grad():
+        packed = Packed.of(weight)
+        assert packed.serves(x, weight) == (case != "a step")
+        found = linear(x, weight, bias, packed)
+    assert_within(found.numpy(), exact, LIMIT, case, dtype="float32")
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda model: model.token_embedding.weight.mul_(2),
+    "loaded": lambda model: model.load_state_dict(
+        {k: 2 * v for k, v in model.state_dict().items()}
+    ),
+    "rounded": lambda model: model.half().float(),
+    "another parameter": lambda model: setattr(
+        model.token_embedding, "weight", torch.nn.Parameter(2 * model.token_embedding.weight)
+    ),
+}
+
+
+def _model() -> ALiBiLM:
+    torch.manual_seed(0)
+    config = ALiBiConfig(num_layers=1, d_model=512, num_heads=4, vocab_size=300)
+    return ALiBiLM(config).eval()
+
+
+@ON_X86
+@torch.no_grad()
+def test_packed_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All large maps of a model are packed, within the block only; copies of it are not."""
+    served: list[bool] = []
+    serves = Packed.serves
+    monkeypatch.setattr(
+        *(Packed, "serves"), lambda *call: served.append(serves(*call)) or served[-1]
+    )
+    model, tokens = _model(), torch.arange(12).reshape(4, 3)
+    expected, plain = model(tokens), generate(model, tokens, 5).tokens
+    assert served == []
+    with packed_weights(model):
+        model(tokens)
+        assert served == [True] * 7  # four of attention, two of the feed-forward part, the head
+        assert_within(model(tokens).numpy(), expected.numpy(), LIMIT, "logits")
+        assert torch.equal(generate(model, tokens, 5).tokens, plain)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert all(getattr(each, "packed", None) is None for each in other.modules())
+        with packed_weights(model):
+            pass
+        assert model.token_embedding.packed is not None
+    assert all(getattr(each, "packed", None) is None for each in model.modules())
+
+
+@ON_X86
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_packed_weights_that_change(change: str) -> None:
+    """They are no longer used."""
+    tokens, exact = torch.arange(12).reshape(4, 3), _model()
+    CHANGES[change](exact)
+    model = _model()
+    with packed_weights(model):
+        CHANGES[change](model)
+        assert_within(model(tokens).numpy(), exact(tokens).numpy(), LIMIT, change)
+
+
+def test_models_that_cannot_be_packed() -> None:
+    with torch.inference_mode():
+        of_inference = _model()
+    for model in (_model().double(), _model().to("meta"), of_inference):
+        with (
+            pytest.raises(ValueError, match="no weight of this model can be packed: expected"),
+            packed_weights(model),
+        ):
+            pass
 
 
 class _Map(torch.nn.Module):
