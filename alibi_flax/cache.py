@@ -41,7 +41,7 @@ _Heads = Float[Array, "batch _ _ head_dim"]
     data_fields=(
         *("keys", "values", "largest", "is_proved", "visible", "length", "interpolated_len"),
     ),
-    meta_fields=("config", "capacity", "rings"),
+    meta_fields=("config", "capacity", "rings", "is_new"),
 )
 @dataclass(frozen=True)
 class KVCache:
@@ -59,6 +59,7 @@ class KVCache:
             newest at the end.
         length: positions that were read, padding included: the next query stands there.
         interpolated_len: number of keys for interpolated slopes; None is `length`.
+        is_new: it is known to the program that nothing was read yet.
     """
 
     config: ALiBiConfig
@@ -71,6 +72,7 @@ class KVCache:
     visible: Bool[Array, "batch recent"]
     length: Int32[Array, ""]
     interpolated_len: Int32[Array, ""] | None = None
+    is_new: bool = False
 
     @classmethod
     def empty(
@@ -206,6 +208,9 @@ class KVCache:
             kept = _both(
                 lambda x, _: jnp.roll(x[:, :, -size:], self.length % size, axis=2), seen, new
             )
+        if self.is_new:  # nothing of the cache need be moved for the queries
+            inputs = inputs | {"attention_mask": self.visible[:, -new_len:]}
+            return attention(**inputs, implementation=implementation), kept
         # The certificate gathers keys by position; without this, XLA would move the keys of the
         # whole cache into the layout that suits it, and back.
         key = _in_order(seen[0])
@@ -259,7 +264,8 @@ class KVCache:
         if self.capacity is not None:
             is_right &= self.length <= self.capacity
         recent = max(ring.size for of_layer in self.rings for ring in of_layer)
-        return jnp.where(is_right, x, jnp.nan), replace(self, visible=self.visible[:, -recent:])
+        visible = self.visible[:, -recent:]
+        return jnp.where(is_right, x, jnp.nan), replace(self, visible=visible, is_new=False)
 
 
 _AXES = ("batch", "kv_heads", "slots", "head_dim")

@@ -235,6 +235,8 @@ def _steps(
     read_len, logits = jnp.int32(prompt_len), jnp.zeros(0)
     for start in range(0, prompts.shape[1], prefill_chunk):
         chunk = slice(start, start + prefill_chunk)
+        # What reads the first chunk is another program than what reads the others.
+        cache = replace(cache, is_new=start == 0)
         logits, cache = _read(model, params, prompts[:, chunk], visible[:, chunk], read_len, cache)
     eos = np.array(sorted(endings.eos), np.int32)
     uniform = None if drawn is None else next(drawn)

@@ -306,7 +306,10 @@ def test_stream_is_generate(backend: str) -> None:
 
 
 def test_flax_compiles_once_for_prompts_of_a_bucket() -> None:
-    """Of any length in it, and for any number of steps that ends in the same bucket."""
+    """Of any length in it, and for any number of steps that ends in the same bucket.
+
+    Later chunks of a prompt have one program more, and the steps after them none.
+    """
     config = dataclasses.replace(CONFIG, norm_eps=3e-5)  # nobody else's
     _generated("flax", PROMPTS[:, :20], 20, config=config)
     before = [each._cache_size() for each in (flax_generation._read, flax_generation._block)]
@@ -316,6 +319,10 @@ def test_flax_compiles_once_for_prompts_of_a_bucket() -> None:
         assert_bitwise(found, same.astype(found.dtype), f"{length}")
     after = [each._cache_size() for each in (flax_generation._read, flax_generation._block)]
     assert after == before
+    for chunks in (2, 3):
+        _generated("flax", PROMPTS[:, : 8 * chunks], 20, config=config, prefill_chunk=8)
+    after = [each._cache_size() for each in (flax_generation._read, flax_generation._block)]
+    assert after == [before[0] + 2, before[1]]
 
 
 @pytest.mark.parametrize("eos", [[], list(range(VOCAB // 2))])

@@ -552,6 +552,27 @@ FAULTS = (
         "test_linear.py",
     ),
     Mutant(
+        "every chunk of a prompt is read as the first",
+        "alibi_flax/generation.py",
+        "is_new=start == 0",
+        "is_new=True",
+        "test_generation.py -k 'as_if_by_itself and flax'",
+    ),
+    Mutant(
+        "a cache stays new after the first chunk",
+        "alibi_flax/cache.py",
+        "replace(self, visible=visible, is_new=False)",
+        "replace(self, visible=visible)",
+        "test_generation.py -k compiles",
+    ),
+    Mutant(
+        "the first chunk is read with the mask of what was not read",
+        "alibi_flax/cache.py",
+        "self.visible[:, -new_len:]}",
+        "self.visible[:, :new_len]}",
+        "test_generation.py -k compiles",
+    ),
+    Mutant(
         "packed weights that have changed in place",
         "alibi_torch/linear.py",
         "            and self.weight._version == self.version\n",
