@@ -20,7 +20,7 @@ demo: setup  ## train, convert, verify and plot on real text
 test: setup  ## the parity tests
 	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow'
 
-test-clients: setup  ## other libraries on the families' models: adapters that peft trains
+test-clients: setup  ## programs of other libraries on our models, and adapters that peft trains
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	$(BIN)/pytest parity_tests/clients
 

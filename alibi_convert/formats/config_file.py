@@ -11,8 +11,16 @@ from alibi_convert.files import read_json
 from alibi_convert.writing.layout import sidecar
 from alibi_spec import ALiBiConfig
 
-OURS = "alibi-duo"  # what `format` says, where other libraries say `model_type`
+OURS = "alibi-duo"  # what `format` says, and `model_type` for other libraries
 VERSION = 1
+# What transformers writes beside a model's own options, and that changes no number here.
+OF_TRANSFORMERS = frozenset(
+    {
+        *("architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id"),
+        *("is_decoder", "model_type", "pad_token_id", "tie_word_embeddings", "torch_dtype"),
+        *("transformers_version", "use_cache"),
+    }
+)
 
 
 def parse_config(values: dict[str, Any], origin: str) -> ALiBiConfig:
@@ -34,7 +42,9 @@ def parse_config(values: dict[str, Any], origin: str) -> ALiBiConfig:
             "upgrade alibi-duo if the checkpoint is newer"
         )
     try:
-        return ALiBiConfig.from_dict(values)
+        return ALiBiConfig.from_dict(
+            {name: value for name, value in values.items() if name not in OF_TRANSFORMERS}
+        )
     except ValueError as error:
         raise CheckpointError(f"{origin}: {error}") from None
 
@@ -46,7 +56,8 @@ def read_config(path: Path) -> ALiBiConfig:
 
 def config_json(config: ALiBiConfig) -> str:
     """The text of `config.json`."""
-    values = {"format": OURS, "format_version": VERSION, **config.to_dict()}
+    head = {"format": OURS, "format_version": VERSION, "model_type": OURS}
+    values = head | config.to_dict()
     return json.dumps(values, indent=2) + "\n"
 
 

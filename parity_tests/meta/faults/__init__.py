@@ -9,6 +9,7 @@ from parity_tests.meta.faults import (
     conformance,
     conversion,
     devices,
+    ecosystem,
     families,
     files,
     flax_attention,
@@ -43,5 +44,6 @@ FAULTS = (
     *optimizer.FAULTS,
     *comparison.FAULTS,
     *conformance.FAULTS,
+    *ecosystem.FAULTS,
     *command.FAULTS,
 )
