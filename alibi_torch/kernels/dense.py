@@ -90,8 +90,13 @@ def _rounded_bias(
     else:
         visible = attention_mask.to(torch.bool).long()
         position = (visible.cumsum(dim=-1) - 1) * visible
-    rounded = slopes.bfloat16()[None, :, None] * position.bfloat16()[:, None, :]
-    return rounded[:, :, None, :]
+
+    def rounded(x: Tensor) -> Tensor:
+        # Products of such numbers are exact in float32, and ONNX has none of bfloat16.
+        return x.bfloat16().float()
+
+    slopes, position = rounded(slopes), rounded(position)
+    return rounded(slopes[None, :, None] * position[:, None, :])[:, :, None, :]
 
 
 def _relative_position(call: Call) -> Integer[Tensor, "query_len key_len"]:
