@@ -94,7 +94,8 @@ def divide_positions(model: nn.Module, transformer: Any, positions: Positions) -
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, _DropoutOfPositions(child.p, positions))
+                of_positions = _DropoutOfPositions(child.p, positions)
+                setattr(module, name, of_positions.train(child.training))
 
 
 class _DropoutOfPositions(nn.Dropout):

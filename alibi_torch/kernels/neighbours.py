@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from alibi_spec.sharding import neighbours_needed
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.certificate import keys_needed
+from alibi_torch.kernels.finite import is_broken
 from alibi_torch.positions import Positions
 
 # Heads of keys by how many places before this device they are sent from; behind it, if negative.
@@ -207,13 +208,13 @@ def _exchange(
 
 @torch.no_grad()
 def _largest(call: Call, positions: Positions) -> Float[Tensor, "batch kv_heads"]:
-    """The largest norm of a visible key of any device; inf where one is no number."""
+    """The largest norm of a visible key of any device; inf where one or its value is not finite."""
     dtype = torch.promote_types(call.key.dtype, torch.float32)
     norms = torch.linalg.vector_norm(call.key, dim=-1, dtype=dtype)
+    norms = norms.masked_fill(is_broken(call.key) | is_broken(call.value), math.inf)
     if call.attention_mask is not None:
         norms = norms.masked_fill(~call.attention_mask.to(torch.bool)[:, None], 0.0)
     largest = norms.amax(dim=-1).to(torch.float64)
-    largest = largest.masked_fill(largest.isnan(), math.inf)
     dist.all_reduce(largest, dist.ReduceOp.MAX, positions.mesh.get_group())
     return largest
 
