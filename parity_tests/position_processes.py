@@ -62,12 +62,20 @@ def check_positions() -> None:
     assert positions is not None
     for options, has_masks in itertools.product(OPTIONS, (False, True)):
         _check_attention(positions, options, has_masks)
-    for implementation in ("auto", "blockwise"):
-        _check_windows(positions, implementation)
+    padding = torch.arange(OWN * positions.count).expand(BATCH, -1) < 5
+    for options in (
+        {},
+        {"implementation": "blockwise"},
+        {"dropout": 0.2},
+        {"attention_mask": ~padding},
+    ):
+        _check_windows(positions, options)
     _check_a_far_key(positions)
     _check_calls_of_models(mesh)
     _check_dropout(mesh)
-    _check_windows_of_models(mesh, positions)
+    _check_windows_of_models(mesh)
+    if dist.get_world_size() == 4:
+        _check_windows_of_models(device_mesh({"sequence": 2, "tensor": 2}))
 
 
 def _arrays(positions: Positions) -> tuple[Any, dict[str, Any]]:
@@ -129,7 +137,7 @@ def _check_attention(positions: Positions, options: Any, has_masks: bool) -> Non
     _compare(positions, None, arrays, given, f"{options} {has_masks=}")
 
 
-def _check_windows(positions: Positions, implementation: str) -> None:
+def _check_windows(positions: Positions, options: Any) -> None:
     """Nothing is sent but what windows reach, and the gradients of that return."""
     arrays, _ = _arrays(positions)
     windows = (1, 1, 20, 20, 2 * OWN, 2 * OWN, -1, 40)
@@ -137,8 +145,10 @@ def _check_windows(positions: Positions, implementation: str) -> None:
     after, before = positions.count - 1 - positions.number, positions.number
     pair = BATCH * OWN * 2 * WIDTH * 8
     with _counted() as sent:
-        _compare(positions, windows, arrays, {"implementation": implementation}, "windows")
-    assert sent == [pair * sum(min(each, there) for each in hops) for there in (after, before)]
+        _compare(positions, windows, arrays, options, f"windows with {[*options]}")
+    nbytes = [pair * sum(min(each, there) for each in hops) for there in (after, before)]
+    of_masks = [BATCH * OWN * min(max(hops), after)] * ("attention_mask" in options)
+    assert sent == [nbytes[0], *of_masks, nbytes[1]]
 
 
 @contextmanager
@@ -237,9 +247,10 @@ def _check_dropout(mesh: Any) -> None:
         assert_within(actual, exact.detach().numpy(), limit, f"{name} with dropout")
 
 
-def _check_windows_of_models(mesh: Any, positions: Positions) -> None:
+def _check_windows_of_models(mesh: Any) -> None:
     """With the windows that weights prove less is sent; with too small ones nothing is right."""
-    seq = 640
+    seq, positions, tensor = 640, Positions.of(mesh), mesh["tensor"]
+    assert positions is not None
     config = ALiBiConfig(
         **{"num_layers": 2, "d_model": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 104},
         # The heads that need the most keys are the first.
@@ -262,10 +273,11 @@ def _check_windows_of_models(mesh: Any, positions: Positions) -> None:
             assert_within(found, exact, BUDGETS["float32", "cpu"].forward, f"logits with {name}")
     after = positions.count - 1 - positions.number
     pairs = proved.reshape(2, 4, 2).max(axis=2)  # of each head of keys
+    pairs = np.split(pairs, tensor.size(), axis=1)[tensor.get_local_rank()]
     hops = np.minimum(-(-(pairs - 1) // own), after)
     numbers = 2 * own * config.head_dim * 2  # of keys and values of one head and one hop
     assert sent["windows"] == [int(each) * numbers * 4 for each in hops.sum(axis=1)]
-    assert after < 2 or sum(sent["windows"]) < 0.9 * sum(sent["all"])
+    assert after < 2 or tensor.size() > 1 or sum(sent["windows"]) < 0.9 * sum(sent["all"])
     model.windows = ((1,) * 8,) * 2
     before = {name: whole(each).detach().clone() for name, each in model.named_parameters()}
     trainer = Trainer(model, Recipe(steps=1, batch_size=2))

@@ -96,8 +96,10 @@ def _blocks(call: Call, positions: Positions, readers: _Readers) -> dict[str, di
     there = [hop for hop in readers if hop != 0 and 0 <= positions.number - hop < positions.count]
     own, *received = _Exchange.apply(pairs, positions, readers)
     blocks = {"pairs": dict(zip([0, *there], [own, *received], strict=True))}
-    masks = {"attention_mask": call.attention_mask, "segment_ids": call.segment_ids}
-    for name, mask in masks.items():
+    for name, mask in (
+        ("attention_mask", call.attention_mask),
+        ("segment_ids", call.segment_ids),
+    ):
         if mask is not None:
             others = _received(mask[:, None, :, None], positions, {hop: [0] for hop in readers})
             blocks[name] = {0: mask} | {hop: x[:, 0, :, 0] for hop, x in others.items()}
@@ -115,8 +117,8 @@ def _joined(
     """With the keys of some devices in order. Where there is no device, there are no keys."""
     pairs, own = blocks["pairs"], call.key.shape[2]
     hops = [hop for hop in readers if hop in pairs and hop <= count]
-    first, last = positions.number - hops[0], positions.number - hops[-1] + 1
-    several = [_of_readers(pairs[hop], readers[hop] if hop else None, keys) for hop in hops]
+    first, last = (positions.number - hop for hop in (hops[0], hops[-1]))
+    several = [_of_readers(pairs[hop], readers[hop], keys) for hop in hops]
     widths = [call.key.shape[3], call.value.shape[3]]
     key, value = torch.cat(several, dim=2).split(widths, dim=3)
     masks: Any = {
@@ -126,17 +128,16 @@ def _joined(
     }
     dropout = call.dropout
     if dropout is not None:
-        dropout = dropout._replace(key_hashes=dropout.key_hashes[first * own : last * own])
+        dropout = dropout._replace(key_hashes=dropout.key_hashes[first * own : (last + 1) * own])
     return replace(
         *(call,), key=key, value=value, dropout=dropout, query_start=hops[0] * own, **masks
     )
 
 
 def _of_readers(
-    pairs: Float[Tensor, "batch some own pair"], there: list[int] | None, keys: list[int]
+    pairs: Float[Tensor, "batch some own pair"], there: list[int], keys: list[int]
 ) -> Float[Tensor, "batch chosen own pair"]:
-    chosen = keys if there is None else [there.index(head) for head in keys]
-    return pairs if len(chosen) == pairs.shape[1] else pairs[:, chosen]
+    return pairs if keys == there else pairs[:, [there.index(head) for head in keys]]
 
 
 class _Exchange(torch.autograd.Function):
