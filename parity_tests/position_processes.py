@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from alibi_torch.divided import whole
 from alibi_torch.kernels import neighbours
 from alibi_torch.positions import Positions
 from alibi_torch.sharding import device_mesh, parallelize
-from parity_tests.compare import assert_bitwise, assert_within
+from parity_tests.compare import assert_bitwise, assert_gradients_within, assert_within
 from parity_tests.mesh_processes import on_a_mesh
 
 BUDGET = BUDGETS["float64", "cpu"]
@@ -72,6 +72,7 @@ def check_positions() -> None:
         _check_windows(positions, options)
     _check_a_far_key(positions)
     _check_calls_of_models(mesh)
+    _check_gradients_of_whole_logits(mesh)
     _check_dropout(mesh)
     _check_windows_of_models(mesh)
     if dist.get_world_size() == 4:
@@ -228,6 +229,20 @@ def _check_calls_of_models(mesh: Any) -> None:
     assert_within(found.numpy(), alone, limit, "hidden states")
 
 
+def _check_gradients_of_whole_logits(mesh: Any) -> None:
+    """Where every process computes the same of them, as in a loop of one's own."""
+    tokens = torch.arange(48).reshape(2, 24) % 32
+    models = [_model(SMALL).double() for _ in range(2)]
+    parallelize(models[1], mesh)
+    for model in models:
+        model(tokens).square().sum().backward()
+    expected, found = (
+        {name: whole(cast(Any, each.grad)).numpy() for name, each in model.named_parameters()}
+        for model in models
+    )
+    assert_gradients_within(found, expected, BUDGET.gradient, "of whole logits")
+
+
 def _check_dropout(mesh: Any) -> None:
     """The numbers of one device are dropped, also where blocks are computed again."""
     options: dict[str, Any] = {"embedding_dropout": 0.2, "attention_bias": False}
@@ -261,24 +276,25 @@ def _check_windows_of_models(mesh: Any) -> None:
     own = seq // positions.count
     with torch.no_grad():
         exact = _model(config)(tokens).numpy()
-    model, sent = parallelize(_model(config), mesh), {}
-    for name, windows in (("all", None), ("windows", proved), ("few", np.ones((2, 8), int))):
-        model.windows = None if windows is None else tuple(map(tuple, windows.tolist()))
-        with torch.no_grad(), _counted() as sent[name]:
+    model, nbytes = parallelize(_model(config), mesh), {}
+    after, far = positions.count - 1 - positions.number, np.full((2, 8), seq)
+    few = np.repeat([[seq, 1]] * 2, 4, axis=1)
+    for name, windows in (("all", far), ("windows", proved), ("few", few)):
+        model.windows = tuple(map(tuple, windows.tolist()))
+        with torch.no_grad(), _counted() as sent:
             found = model(tokens).numpy()
+        pairs = windows.reshape(2, 4, 2).max(axis=2)  # of each head of keys
+        pairs = np.split(pairs, tensor.size(), axis=1)[tensor.get_local_rank()]
+        hops = np.minimum(-(-(pairs - 1) // own), after)
+        numbers = 2 * own * config.head_dim * 2  # of keys and values of one head and one hop
+        assert sent == [int(each) * numbers * 4 for each in hops.sum(axis=1)]
+        nbytes[name] = sum(sent)
         if name == "few":  # the first device lacks no key
             assert np.isfinite(found[:, :own]).all()
             assert np.isnan(found[:, own:]).all()
         else:
             assert_within(found, exact, BUDGETS["float32", "cpu"].forward, f"logits with {name}")
-    after = positions.count - 1 - positions.number
-    pairs = proved.reshape(2, 4, 2).max(axis=2)  # of each head of keys
-    pairs = np.split(pairs, tensor.size(), axis=1)[tensor.get_local_rank()]
-    hops = np.minimum(-(-(pairs - 1) // own), after)
-    numbers = 2 * own * config.head_dim * 2  # of keys and values of one head and one hop
-    assert sent["windows"] == [int(each) * numbers * 4 for each in hops.sum(axis=1)]
-    assert after < 2 or tensor.size() > 1 or sum(sent["windows"]) < 0.9 * sum(sent["all"])
-    model.windows = ((1,) * 8,) * 2
+    assert after < 2 or nbytes["windows"] < 0.9 * nbytes["all"]
     before = {name: whole(each).detach().clone() for name, each in model.named_parameters()}
     trainer = Trainer(model, Recipe(steps=1, batch_size=2))
     metrics = trainer.step({"tokens": tokens, "targets": tokens.roll(-1, 1)})
