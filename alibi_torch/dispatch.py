@@ -128,14 +128,15 @@ def attention_within(
         drawn = drawn_dropout(dropout, dropout_rng, query, start, key_len)
         call = replace(call, dropout=drawn)
 
-    def attend(call: Call) -> Float[Tensor, "batch some query_len value_dim"]:
-        return KERNELS[_chosen(call, implementation)].run(call)
-
     if positions is None:
-        return attend(call)
+        return KERNELS[_chosen(call, implementation)].run(call)
     if implementation == "dense" or not causal or beyond_windows(distance, causal) is not None:
         windows = None  # which hold for neither
-    return neighbours.attend(attend, call, positions, windows)
+
+    def attend_here(call: Call) -> Float[Tensor, "batch some query_len value_dim"]:
+        return KERNELS[_chosen(call, implementation)].run(call)
+
+    return neighbours.attend(attend_here, call, positions, windows)
 
 
 def biased_logits(
@@ -208,7 +209,7 @@ def _chosen(call: Call, implementation: str) -> str:
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():
             text = warning_of_dense_dropout(call.distance, call.causal)
-            warnings.warn(text, stacklevel=3)  # Python shows it once per calling line
+            warnings.warn(text, stacklevel=4)  # Python shows it once per calling line
         return name
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:

@@ -115,11 +115,15 @@ class _DropoutOfPositions(nn.Dropout):
 
 
 @contextmanager
-def of_own_positions(model: Any) -> Iterator[None]:
-    """Let calls of a model return the results of this process's positions only."""
+def of_own_positions(model: Any) -> Iterator[Positions | None]:
+    """Let calls of a model return the results of these positions, this process's, only."""
+    positions = Positions.of(model.mesh)
+    if positions is None:
+        yield None
+        return
     model.gathers_positions = False
     try:
-        yield
+        yield positions
     finally:
         model.gathers_positions = True
 

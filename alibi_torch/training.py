@@ -27,7 +27,7 @@ from alibi_spec.checks import (
 from alibi_spec.training import IGNORED, Metrics, Recipe, decayed, learning_rates
 from alibi_torch.divided import PARTS, PARTS_OF_SEQUENCES, own_part, place, summed, total_norm
 from alibi_torch.model import ALiBiLM, checked_tokens
-from alibi_torch.positions import Positions, of_own_positions
+from alibi_torch.positions import of_own_positions
 
 Batch = Mapping[str, Integer[Tensor, "batch seq"]]
 
@@ -65,10 +65,9 @@ def loss(model: ALiBiLM, batch: Batch) -> tuple[Float[Tensor, ""], Integer[Tenso
     check_predicts(model.config.head)
     check_batch({name: array.shape for name, array in batch.items()})
     options = {name: batch[name] for name in BATCH_OPTIONS if name in batch}
-    with of_own_positions(model):
+    with of_own_positions(model) as positions:
         logits = model(batch["tokens"], **options)
-    positions, targets = Positions.of(model.mesh), batch["targets"]
-    targets = targets if positions is None else positions.own(targets)
+    targets = batch["targets"] if positions is None else positions.own(batch["targets"])
     is_counted, chosen = _targets(model.config, targets)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     found = F.cross_entropy(wide.flatten(0, 1), chosen.flatten(), reduction="none")
