@@ -2,8 +2,9 @@
 
 Along "tensor" parameters are DTensors, and between modules every device has ordinary tensors: those
 of its own heads and hidden units inside attention and feed-forward, whole ones elsewhere. Along
-"data" and "fsdp" it is FSDP2 that divides and gathers. The model knows nothing of it but which
-heads are its own. Along "sequence" it computes a run of the positions (`positions`).
+"data" and "fsdp" it is FSDP2 that divides and gathers. Along "sequence" a device has the positions
+that `positions` gives it. The model knows nothing of all this but which heads and positions are its
+own.
 """
 
 from __future__ import annotations
@@ -35,12 +36,8 @@ from alibi_torch.positions import Positions, divide_positions
 if TYPE_CHECKING:
     from alibi_torch.model import Attention
 
-AXES = (
-    "data",
-    "fsdp",
-    "sequence",
-    "tensor",
-)  # from the outermost: neighbours share what they tell most
+# From the outermost: neighbours share what they tell most.
+AXES = ("data", "fsdp", "sequence", "tensor")
 _NORMS_OVER_HEADS = ("query_norm", "key_norm")
 _MAY_BE_WHOLE = ("vocab", "heads", "kv_heads", "mlp")
 Model = TypeVar("Model", bound=PretrainedModule)
