@@ -77,7 +77,8 @@ def parameter_axes(
     axes = tuple(() if is_whole else known.get(axis, ()) for axis in row.logical_axes)
     _require_once(row, axes)
     for axis, names in zip(row.logical_axes, axes, strict=True):
-        _require_divided(f"{axis} of {row.name}", axis, row.axis_sizes[axis], names, mesh)
+        hint = f"keep it whole with rules={{{axis!r}: None}}"
+        _require_divided(f"{axis} of {row.name}", row.axis_sizes[axis], names, mesh, hint)
     return axes
 
 
@@ -112,7 +113,7 @@ def batch_axes(
     known = resolved_rules(mesh, rules)
     axes = known["batch"], known["seq"]
     for axis, size, names in zip(("batch", "seq"), shape, axes, strict=False):
-        _require_divided(f"{axis} of a batch", axis, size, names, mesh)
+        _require_divided(f"{axis} of a batch", size, names, mesh, f"another {axis}")
     return axes
 
 
@@ -170,7 +171,7 @@ def _require_once(row: Parameter, axes: tuple[MeshAxes, ...]) -> None:
 
 
 def _require_divided(
-    what: str, axis: str, size: int, names: MeshAxes, mesh: Mapping[str, int]
+    what: str, size: int, names: MeshAxes, mesh: Mapping[str, int], hint: str
 ) -> None:
     count = devices_of(names, mesh)
     if size % count == 0:
@@ -179,5 +180,5 @@ def _require_divided(
     relation = "is fewer than" if size < count else "is not a multiple of"
     raise ValueError(
         f"{what}, {size}, {relation} the {count} devices of {sizes}; take a mesh that divides it, "
-        f"or keep it whole with rules={{{axis!r}: None}}"
+        f"or {hint}"
     )

@@ -25,6 +25,7 @@ class PretrainedModule(nn.Module):
     origin: Origin | None = None  # the checkpoint that it was loaded from
     mesh: Any = None  # the DeviceMesh that `alibi_torch.sharding.parallelize` divided it over
     gathered_dtype: str | None = None  # that FSDP rounds the weights to; None without it
+    gathers_positions: bool = True  # from the devices among which they are divided
 
     def __init__(self, config: ALiBiConfig, *, implementation: str = "auto") -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from alibi_spec.biases import default_scale
 from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import (
     RefusalError,
+    beyond_windows,
     check_attention,
     check_attention_options,
     check_count,
@@ -22,11 +23,12 @@ from alibi_spec.checks import (
     check_slopes,
     warning_of_dense_dropout,
 )
-from alibi_torch.kernels import KERNELS, certificate, dense
+from alibi_torch.kernels import KERNELS, certificate, dense, neighbours
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.certificate import AttentionPlan
 from alibi_torch.kernels.dropout import drawn_dropout
 from alibi_torch.kernels.finite import has_values_on_host
+from alibi_torch.positions import Positions
 
 
 def attention(
@@ -77,15 +79,64 @@ def attention(
             (on the CPU), an unknown option, or an implementation that cannot compute this call,
             with the reason.
     """
+    return attention_within(
+        *(None, None, query, key, value, slopes),
+        causal=causal,
+        scale=scale,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        tolerance=tolerance,
+        implementation=implementation,
+        distance=distance,
+        dropout=dropout,
+        dropout_rng=dropout_rng,
+    )
+
+
+def attention_within(
+    windows: tuple[int, ...] | None,
+    positions: Positions | None,
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch kv_heads key_len head_dim"],
+    value: Float[Tensor, "batch kv_heads key_len value_dim"],
+    slopes: Float[Tensor, " heads"],
+    *,
+    causal: bool,
+    scale: float | None,
+    attention_mask: Integer[Tensor, "batch key_len"] | Bool[Tensor, "batch key_len"] | None,
+    segment_ids: Integer[Tensor, "batch key_len"] | None,
+    implementation: str,
+    distance: str,
+    dropout: float,
+    dropout_rng: torch.Generator | None = None,
+    tolerance: str | float = "dtype",
+) -> Float[Tensor, "batch heads query_len value_dim"]:
+    """`attention` among all positions, of which the arrays are this device's; None: these are all.
+
+    Heads are known to need no more keys than `windows`, -1 for all; None if that is not known.
+    Devices that divide the positions of a decoder send no others (SPEC.md §19).
+    """
     call = _checked_call(
         *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
         *(tolerance, distance),
     )
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0:
-        drawn = drawn_dropout(dropout, dropout_rng, query, call.query_start, key.shape[2])
+        start, key_len = call.query_start, key.shape[2]
+        if positions is not None:
+            start, key_len = positions.number * key_len, positions.count * key_len
+        drawn = drawn_dropout(dropout, dropout_rng, query, start, key_len)
         call = replace(call, dropout=drawn)
-    return KERNELS[_chosen(call, implementation)].run(call)
+
+    if positions is None:
+        return KERNELS[_chosen(call, implementation)].run(call)
+    if implementation == "dense" or not causal or beyond_windows(distance, causal) is not None:
+        windows = None  # which hold for neither
+
+    def attend_here(call: Call) -> Float[Tensor, "batch some query_len value_dim"]:
+        return KERNELS[_chosen(call, implementation)].run(call)
+
+    return neighbours.attend(attend_here, call, positions, windows)
 
 
 def biased_logits(
@@ -158,7 +209,7 @@ def _chosen(call: Call, implementation: str) -> str:
         name = next(name for name, kernel in KERNELS.items() if kernel.refuses(call) is None)
         if name == "dense" and call.dropout is not None and not torch.compiler.is_compiling():
             text = warning_of_dense_dropout(call.distance, call.causal)
-            warnings.warn(text, stacklevel=3)  # Python shows it once per calling line
+            warnings.warn(text, stacklevel=4)  # Python shows it once per calling line
         return name
     reason = KERNELS[implementation].refuses(call)
     if reason is not None:

@@ -16,6 +16,10 @@ from torch.nn.utils import get_total_norm
 
 from alibi_spec.sharding import batch_axes
 
+# The axes of a mesh over which a batch is divided.
+PARTS_OF_SEQUENCES = ("sequence",)
+PARTS = ("data", "fsdp", *PARTS_OF_SEQUENCES)
+
 
 def own(x: Tensor) -> Tensor:
     """This device's part; all of a tensor that is not divided."""
@@ -56,20 +60,22 @@ def placed_like(parameter: Tensor, values: Tensor, device: Any) -> Tensor:
 def own_part(batch: Mapping[str, Tensor], mesh: Any) -> Mapping[str, Tensor]:
     """The sequences of a batch that this process computes: all of them without a mesh.
 
+    They are whole, also where their positions are divided, as inputs of a model are.
+
     Raises:
         ValueError: the devices do not divide the batch.
     """
     if mesh is None:
         return batch
-    rows = len(next(iter(batch.values())))
-    batch_axes((rows,), dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)))
+    rows, *_ = shape = next(iter(batch.values())).shape
+    batch_axes(shape, dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)))
     number, count = place(mesh)
     size = rows // count
     return {name: array[number * size : (number + 1) * size] for name, array in batch.items()}
 
 
 def place(mesh: Any) -> tuple[int, int]:
-    """Which part of a batch this process computes, and how many parts there are."""
+    """Which part of the sequences of a batch this process computes, and how many there are."""
     if mesh is None:
         return 0, 1
     data, fsdp = mesh["data"], mesh["fsdp"]
@@ -79,18 +85,18 @@ def place(mesh: Any) -> tuple[int, int]:
 
 def require_gathered(mesh: Any, what: str) -> None:
     """Raise ValueError for a model that FSDP has divided: only whole calls gather its weights."""
-    if place(mesh)[1] > 1:
+    if mesh is not None and any(mesh[axis].size() > 1 for axis in PARTS):
         raise ValueError(
-            f"{what} calls parts of the model, whose weights are divided over data and fsdp; "
+            f"{what} calls parts of the model, whose weights are divided over {', '.join(PARTS)}; "
             "divide it over the axis tensor only, or load it on one device"
         )
 
 
-def summed(value: Float[Tensor, ""] | Integer[Tensor, ""], mesh: Any) -> Tensor:
+def summed(
+    value: Float[Tensor, ""] | Integer[Tensor, ""], mesh: Any, axes: Sequence[str] = PARTS
+) -> Tensor:
     """The sum of a number over the parts of a batch, in every process."""
-    if mesh is None:
-        return value
-    return _sum(value, mesh, ("data", "fsdp"))
+    return value if mesh is None else _sum(value, mesh, axes)
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -30,22 +30,25 @@ from alibi_spec.checks import (
     check_token_range,
     check_token_types,
     check_tokens,
+    check_windows,
     forbid_vocabulary,
     require_vocabulary,
 )
 from alibi_torch.cache import KVCache
 from alibi_torch.checkpoint import PretrainedModule
 from alibi_torch.dispatch import (
-    attention,
     attention_implementations,
+    attention_within,
     biased_logits,
 )
 from alibi_torch.divided import own, placed_like, whole
 from alibi_torch.kernels.finite import has_values_on_host
 from alibi_torch.linear import Packed, in_common_dtype, linear
+from alibi_torch.positions import Positions
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
 SegmentIds = Integer[Tensor, "batch seq"]
+Windows = tuple[tuple[int, ...], ...]  # of layers and heads; -1 is all keys
 
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -116,6 +119,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer, self.implementation = config, layer, implementation
         self.heads = slice(None)  # that are computed here: `parallelize` leaves the others out
+        self.positions: Positions | None = None  # likewise; None is all
+        self.windows: tuple[int, ...] | None = None  # of all heads
         width, has_bias = config.d_model, config.attention_bias
         kv_width = config.kv_heads * config.head_dim
         is_learned = config.slopes == "learned"
@@ -144,7 +149,13 @@ class Attention(nn.Module):
         inputs = self.attention_inputs(x, slope_factor, attention_mask, segment_ids)
         if cache is None:
             dropout = self.config.probability_dropout if self.training else 0.0
-            attended = attention(**inputs, implementation=self.implementation, dropout=dropout)
+            windows = None if self.windows is None else self.windows[self.heads]
+            attended = attention_within(
+                *(windows, self.positions),
+                **inputs,
+                implementation=self.implementation,
+                dropout=dropout,
+            )
         else:
             attended = cache.attend(self.layer, inputs, self.implementation)
         attended = attended.transpose(1, 2).flatten(2)
@@ -315,14 +326,24 @@ class ALiBiTransformer(PretrainedModule):
         config: without a vocabulary.
         implementation: of attention: "auto" or one of `attention_implementations()`.
         recompute: compute each block again in the backward pass instead of keeping what it needs.
+        windows: of each layer and head, those of `alibi_spec.bounds.model_windows` as tuples:
+            devices that divide the positions send each other no more keys than these, and the
+            results are NaN where an input needs more (SPEC.md §19). It is an attribute, too.
 
     Raises:
-        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, or the implementation
-            is not known.
+        ValueError: the configuration has a vocabulary, which is `ALiBiLM`'s, the implementation
+            is not known, or the windows are not the model's.
     """
 
+    positions: Positions | None = None  # of the inputs: `parallelize` leaves the others out
+
     def __init__(
-        self, config: ALiBiConfig, *, implementation: str = "auto", recompute: bool = False
+        self,
+        config: ALiBiConfig,
+        *,
+        implementation: str = "auto",
+        recompute: bool = False,
+        windows: Windows | None = None,
     ) -> None:
         forbid_vocabulary(config.vocab_size)
         check_implementation(implementation, attention_implementations())
@@ -333,7 +354,21 @@ class ALiBiTransformer(PretrainedModule):
         )
         if config.final_norm:
             self.final_norm = _norm(config, config.d_model)
+        self.windows = windows
         self.reset_parameters()
+
+    @property
+    def windows(self) -> Windows | None:
+        """How many keys the heads of each layer are known to need."""
+        return self._windows
+
+    @windows.setter
+    def windows(self, windows: Windows | None) -> None:
+        _check_windows(self.config, windows)
+        self._windows = windows
+        layers: Any = self.layers
+        for number, layer in enumerate(layers):
+            layer.attn.windows = None if windows is None else windows[number]
 
     def reset_parameters(self) -> None:
         """Draw fresh weights as `alibi_spec.parameter_table` says."""
@@ -364,11 +399,14 @@ class ALiBiTransformer(PretrainedModule):
         """
         check_array("embeddings", x, (Tensor,), "a torch.Tensor")
         check_embeddings(x.shape, x.is_floating_point(), self.config.d_model)
-        batch, key_len = x.shape[:2]  # these inputs are all the keys there are
+        batch, key_len = x.shape[:2]
         for name, mask in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
             if mask is not None:
                 check_array(name, mask, (Tensor,), "a torch.Tensor")
                 check_mask(name, mask.shape, not mask.is_floating_point(), batch, key_len)
+        if cache is None and self.positions is not None:
+            key_len *= self.positions.count
+        # Without a cache these are all the keys there are.
         if segment_ids is not None:
             check_segments(self.config, key_len, cache is not None)
         slope_factor = interpolation(self.config, key_len)
@@ -394,13 +432,19 @@ class ALiBiLM(PretrainedModule):
         config: with a vocabulary.
         implementation: of attention: "auto" or one of `attention_implementations()`.
         recompute: compute each block again in the backward pass instead of keeping what it needs.
+        windows: those of `ALiBiTransformer`.
 
     Raises:
-        ValueError: the configuration has no vocabulary, or the implementation is not known.
+        ValueError: the configuration has no vocabulary, or as for `ALiBiTransformer`.
     """
 
     def __init__(
-        self, config: ALiBiConfig, *, implementation: str = "auto", recompute: bool = False
+        self,
+        config: ALiBiConfig,
+        *,
+        implementation: str = "auto",
+        recompute: bool = False,
+        windows: Windows | None = None,
     ) -> None:
         vocab_size, width = require_vocabulary(config.vocab_size), config.d_model
         super().__init__(config, implementation=implementation)
@@ -414,6 +458,7 @@ class ALiBiLM(PretrainedModule):
             dataclasses.replace(config, vocab_size=None),
             implementation=implementation,
             recompute=recompute,
+            windows=windows,
         )
         if config.head == "masked_lm":
             self.head_transform = Linear(width, width)
@@ -424,6 +469,15 @@ class ALiBiLM(PretrainedModule):
         if config.adaptive_cutoffs is not None:
             self.cluster_head = Linear(width, len(config.adaptive_cutoffs), bias=False)
         self.reset_parameters()
+
+    @property
+    def windows(self) -> Windows | None:
+        """Those of the transformer."""
+        return self.transformer.windows
+
+    @windows.setter
+    def windows(self, windows: Windows | None) -> None:
+        self.transformer.windows = windows
 
     def reset_parameters(self) -> None:
         """Draw fresh weights as `alibi_spec.parameter_table` says."""
@@ -512,6 +566,14 @@ def _adaptive_log_probabilities(
         chosen = head[..., first + cluster, None]
         parts.append(chosen + logits[..., start:end].log_softmax(dim=-1))
     return torch.cat(parts, dim=-1)
+
+
+def _check_windows(config: ALiBiConfig, windows: Windows | None) -> None:
+    if windows is not None:
+        if not config.causal:
+            raise ValueError("windows are those of a decoder; pass windows=None for an encoder")
+        shape = (len(windows), *{len(of_layer) for of_layer in windows})
+        check_windows(shape, any(each >= 0 for of_layer in windows for each in of_layer), config)
 
 
 def _norm(config: ALiBiConfig, width: int) -> nn.Module:

@@ -12,6 +12,7 @@ from alibi_spec.certificate import BLOCK_SIZE
 from alibi_spec.checks import check_plannable
 from alibi_torch.dispatch import AttentionPlan, attention_plan
 from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
+from alibi_torch.positions import require_whole_positions
 
 
 def model_plans(
@@ -26,9 +27,10 @@ def model_plans(
     """Run the model and return `attention_plan` of every layer, first layer first.
 
     Raises:
-        ValueError: as for the model's own call and for `attention_plan`; or the model's bias has
-            no plan.
+        ValueError: as for the model's own call and for `attention_plan`; the model's bias has no
+            plan, or its positions are divided over devices.
     """
+    require_whole_positions(model.mesh, "model_plans")
     check_plannable(model.config.distance, model.config.causal)
     plans: list[AttentionPlan] = []
 

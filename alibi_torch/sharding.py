@@ -2,8 +2,9 @@
 
 Along "tensor" parameters are DTensors, and between modules every device has ordinary tensors: those
 of its own heads and hidden units inside attention and feed-forward, whole ones elsewhere. Along
-"data" and "fsdp" it is FSDP2 that divides and gathers. The model knows nothing of it but which
-heads are its own.
+"data" and "fsdp" it is FSDP2 that divides and gathers. Along "sequence" a device has the positions
+that `positions` gives it. The model knows nothing of all this but which heads and positions are its
+own.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.sharding import Rules, check_sharding, resolved_rules, torch_axes
 from alibi_spec.training import COMPUTE_DTYPES
 from alibi_torch.checkpoint import PretrainedModule
+from alibi_torch.positions import Positions, divide_positions
 
 if TYPE_CHECKING:
     from alibi_torch.model import Attention
 
-AXES = ("data", "fsdp", "tensor")  # from the outermost: neighbours share what they tell most
+# From the outermost: neighbours share what they tell most.
+AXES = ("data", "fsdp", "sequence", "tensor")
 _NORMS_OVER_HEADS = ("query_norm", "key_norm")
 _MAY_BE_WHOLE = ("vocab", "heads", "kv_heads", "mlp")
 Model = TypeVar("Model", bound=PretrainedModule)
@@ -44,7 +47,7 @@ def device_mesh(sizes: Mapping[str, int], device_type: str | None = None) -> Dev
     """The mesh of all processes with these sizes; an axis that is not named has size 1.
 
     Args:
-        sizes: by axis: "data", "fsdp" and "tensor".
+        sizes: by axis: "data", "fsdp", "sequence" and "tensor".
         device_type: "cuda" or "cpu"; None is a GPU where there is one.
 
     Raises:
@@ -75,7 +78,7 @@ def parallelize(
     Args:
         model: an `ALiBiLM` or `ALiBiTransformer`, on the mesh's kind of device, or without data
             (`torch.device("meta")`).
-        mesh: of all processes, with axes among "data", "fsdp" and "tensor".
+        mesh: of all processes, with axes among "data", "fsdp", "sequence" and "tensor".
         rules: in place of some of `alibi_spec.sharding.RULES`: None for "vocab", "heads",
             "kv_heads" or "mlp" keeps it whole.
         compute_dtype: "float32" is that of the weights; "bfloat16" rounds what FSDP gathers, as
@@ -93,11 +96,14 @@ def parallelize(
     _check_rules(model.config, sizes, rules)
     _check_model(model, mesh)
     mesh = _with_every_axis(mesh)
+    weights, positions = _of_weights(mesh), Positions.of(mesh)
     if mesh["tensor"].size() > 1:
-        _divide_computation(model, mesh["tensor"], sizes, rules)
-    if mesh["data"].size() * mesh["fsdp"].size() > 1:
-        _divide_storage(model, mesh["data", "fsdp"], sizes, rules, compute_dtype)
+        _divide_computation(model, weights["tensor"], sizes, rules)
+    if weights["data"].size() * weights["fsdp"].size() > 1:
+        _divide_storage(model, weights["data", "fsdp"], sizes, rules, compute_dtype)
         model.gathered_dtype = compute_dtype
+    if positions is not None:
+        divide_positions(model, _transformer(model), positions)
     model.mesh = mesh
     return model
 
@@ -129,11 +135,6 @@ def _sizes(mesh: DeviceMesh) -> dict[str, int]:
 
 def _require_known(sizes: Mapping[str, int]) -> None:
     for axis in sizes:
-        if axis == "sequence":
-            raise ValueError(
-                "a mesh with the axis 'sequence' divides sequences, which PyTorch models cannot "
-                f"yet; expected axes among {', '.join(AXES)}"
-            )
         if axis not in AXES:
             raise ValueError(f"unknown axis {axis!r} of a mesh; expected some of {', '.join(AXES)}")
 
@@ -203,6 +204,14 @@ def _with_every_axis(mesh: DeviceMesh) -> DeviceMesh:
     shape = [_sizes(mesh).get(axis, 1) for axis in AXES]
     ranks = mesh.mesh.permute(order).reshape(shape)
     return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=AXES)
+
+
+def _of_weights(mesh: DeviceMesh) -> DeviceMesh:
+    """The same devices as weights know them: those of "sequence" are more of "data"."""
+    if mesh["sequence"].size() == 1:
+        return mesh
+    ranks = mesh.mesh.movedim(AXES.index("sequence"), 1).flatten(0, 1)
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("data", "fsdp", "tensor"))
 
 
 # The axis "tensor"

@@ -8,6 +8,7 @@ from jaxtyping import Float, Integer, Num
 from torch import Tensor
 
 from alibi_torch.model import ALiBiLM, ALiBiTransformer, AttentionMask
+from alibi_torch.positions import require_whole_positions
 
 
 def trace(
@@ -25,8 +26,9 @@ def trace(
         on a mesh, biased logits are of this device's heads.
 
     Raises:
-        ValueError: as for the model's own call.
+        ValueError: as for the model's own call; positions that are divided over devices.
     """
+    require_whole_positions(model.mesh, "trace")
     values: dict[str, Float[Tensor, "..."]] = {}
     transformer = model.transformer if isinstance(model, ALiBiLM) else model
     handles = []

@@ -25,8 +25,9 @@ from alibi_spec.checks import (
     check_recipe,
 )
 from alibi_spec.training import IGNORED, Metrics, Recipe, decayed, learning_rates
-from alibi_torch.divided import own_part, place, summed, total_norm
+from alibi_torch.divided import PARTS, PARTS_OF_SEQUENCES, own_part, place, summed, total_norm
 from alibi_torch.model import ALiBiLM, checked_tokens
+from alibi_torch.positions import of_own_positions
 
 Batch = Mapping[str, Integer[Tensor, "batch seq"]]
 
@@ -55,7 +56,8 @@ def loss(model: ALiBiLM, batch: Batch) -> tuple[Float[Tensor, ""], Integer[Tenso
             "attention_mask" and "token_type_ids", all [batch, seq].
 
     Returns:
-        The sum, float32 (float64), and the number of targets that are not -100.
+        The sum, float32 (float64), and the number of targets that are not -100; of positions that
+        are divided over devices, those of this process.
 
     Raises:
         ValueError: as for the model's own call; arrays that make no batch.
@@ -63,8 +65,10 @@ def loss(model: ALiBiLM, batch: Batch) -> tuple[Float[Tensor, ""], Integer[Tenso
     check_predicts(model.config.head)
     check_batch({name: array.shape for name, array in batch.items()})
     options = {name: batch[name] for name in BATCH_OPTIONS if name in batch}
-    logits = model(batch["tokens"], **options)
-    is_counted, chosen = _targets(model.config, batch)
+    with of_own_positions(model) as positions:
+        logits = model(batch["tokens"], **options)
+    targets = batch["targets"] if positions is None else positions.own(batch["targets"])
+    is_counted, chosen = _targets(model.config, targets)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     found = F.cross_entropy(wide.flatten(0, 1), chosen.flatten(), reduction="none")
     return found.masked_fill(~is_counted.flatten(), 0).sum(), is_counted.sum()
@@ -106,7 +110,7 @@ def train_step(
             that the mesh does not divide, or another dtype to compute in than `parallelize` got.
     """
     check_batch({name: array.shape for name, array in batch.items()}, recipe.batch_size)
-    is_counted, _ = _targets(model.config, batch)
+    is_counted, _ = _targets(model.config, batch["targets"])
     count = is_counted.sum()
     check_counted(int(count))
     step = steps_taken(optimizer)
@@ -182,9 +186,8 @@ class Trainer:
         divides = len(batch["tokens"]) % place(mesh)[1] == 0
         with _computed_in(self.recipe.compute_dtype, self.model):
             total, count = loss(self.model, own_part(batch, mesh) if divides else batch)
-        if divides:
-            total, count = summed(total, mesh), summed(count, mesh)
-        return float(total), int(count)
+        axes = PARTS if divides else PARTS_OF_SEQUENCES
+        return float(summed(total, mesh, axes)), int(summed(count, mesh, axes))
 
     def _placed(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         device = next(self.model.parameters()).device
@@ -194,10 +197,10 @@ class Trainer:
         }
 
 
-def _targets(config: ALiBiConfig, batch: Batch) -> tuple[Tensor, Tensor]:
+def _targets(config: ALiBiConfig, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Which positions count, and a token for each: 0 where it does not."""
-    is_counted = batch["targets"] != IGNORED
-    chosen = batch["targets"].masked_fill(~is_counted, 0)
+    is_counted = targets != IGNORED
+    chosen = targets.masked_fill(~is_counted, 0)
     return is_counted, checked_tokens(chosen, config.output_dim, "target")
 
 

@@ -16,7 +16,7 @@ def processes(sizes: Mapping[str, int]) -> Iterator[Any]:
     """The mesh of the processes that torchrun has started, in each of them.
 
     Args:
-        sizes: by axis: "data", "fsdp" and "tensor", as for `alibi_torch.sharding.device_mesh`.
+        sizes: by axis, as for `alibi_torch.sharding.device_mesh`.
 
     Raises:
         ValueError: torchrun has not started this process, or another number of them.

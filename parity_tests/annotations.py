@@ -99,6 +99,25 @@ def _run_on_a_mesh() -> None:
     mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         model.apply({"params": params}, x)
+    _divide_positions_in_torch()
+
+
+def _divide_positions_in_torch() -> None:
+    """As the second of two devices; what the first one sends is not there."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import alibi_torch
+    from alibi_torch.sharding import device_mesh, parallelize
+
+    config = alibi_torch.ALiBiConfig(**SMALL, slopes=(40.0, 1.0, 0.1), num_kv_heads=3)
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    model = parallelize(alibi_torch.ALiBiLM(config), device_mesh({"sequence": 2}, "cpu"))
+    model.windows = ((1, 9, -1),)
+    tokens, mask = torch.tensor(TOKENS)[:, :8], torch.tensor(MASK)[:, :8]
+    model(tokens, mask, segment_ids=mask).sum().backward()
+    alibi_torch.loss(model, {"tokens": tokens, "targets": tokens})
+    dist.destroy_process_group()
 
 
 def _give_the_spec_its_types() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -73,28 +74,23 @@ RECIPE = Recipe(
 
 
 def run(task: Callable[..., None], count: int, *arguments: Any, **options: Any) -> None:
-    """Call a function in so many processes, which are one group; this is the first of them.
+    """Call a function in so many new processes, which are one group.
+
+    This one is none of them: DTensor remembers meshes of groups that were before, by whose names
+    torch then finds other groups.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: another one raised.
+        torch.multiprocessing.ProcessRaisedException: one of them raised.
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (count, f"{folder}/store", task, arguments, options)
-        others = torch.multiprocessing.spawn(_as_another, given, nprocs=count - 1, join=False)
-        try:
-            _joined(0, *given)
-        except Exception:
-            others.join(timeout=5)  # raises what they raised
-            for each in others.processes:
-                each.kill()
-            raise
-        while not others.join():
-            pass
+        torch.multiprocessing.spawn(_as_one, given, nprocs=count)
 
 
-def _as_another(number: int, *given: Any) -> None:
+def _as_one(rank: int, *given: Any) -> None:
     torch.set_num_threads(1)
-    _joined(number + 1, *given)
+    warnings.simplefilter("error")
+    _joined(rank, *given)
     # Its work is done. While Python shuts down, PyTorch has aborted ("terminate called without an
     # active exception"), rarely and for a reason that is not known.
     os._exit(0)

@@ -5,12 +5,14 @@ The devices are processes on the CPU. What the JAX wing does is in `test_shardin
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from parity_tests.mesh_processes import (
     trained,
     weights,
 )
+from parity_tests.position_processes import SMALL, check_positions, on_meshes
 
 BUDGET = BUDGETS["float64", "cpu"]
 TRAINING = AGREEMENTS["float32 training"].relative
@@ -51,6 +54,9 @@ MESHES = {
     "fsdp and tensor": {"fsdp": 2, "tensor": 2},
     "data and fsdp": {"data": 2, "fsdp": 2},
     "data and tensor": {"data": 2, "tensor": 2},
+    "sequence": {"sequence": 4},
+    "sequence and tensor": {"sequence": 2, "tensor": 2},
+    "fsdp and sequence": {"fsdp": 2, "sequence": 2},
 }
 SLOW = pytest.mark.slow
 
@@ -139,13 +145,21 @@ def test_checkpoints(mesh: str, config: str, found: Any) -> None:
 
 
 def test_two_devices(tmp_path: Path) -> None:
-    """The cheapest of the proofs above."""
+    """The cheapest of the proofs above, and positions over both."""
     names = ("decoder", "gated")
-    for name in names:
-        drawn_model(name).save_pretrained(tmp_path / f"plain {name}")
-    run(on_a_mesh, 2, {"tensor": 2}, tmp_path, names, trains=False)
-    for name in names:
-        assert_alike(read(tmp_path / f"{name}.npz"), alone(name), f"{name} on two devices")
+    meshes = {tmp_path / axis: {axis: 2} for axis in ("tensor", "sequence")}
+    for folder, name in itertools.product(meshes, names):
+        drawn_model(name).save_pretrained(folder / f"plain {name}")
+    run(on_meshes, 2, meshes, names)
+    for folder, name in itertools.product(meshes, names):
+        what = f"{name} on two devices of {folder.name}"
+        assert_alike(read(folder / f"{name}.npz"), alone(name), what)
+
+
+@SLOW
+def test_positions_over_four_devices() -> None:
+    """Attention of every kind, what is sent with windows, and that what needs more is NaN."""
+    run(check_positions, 4)
 
 
 # One process that stands for the first of several: what is divided, and what is refused
@@ -183,15 +197,25 @@ def test_axes_in_any_order() -> None:
     ranks = torch.arange(8).reshape(2, 4)
     mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("tensor", "fsdp"))
     model = parallelize(empty_model(num_heads=4), mesh)
-    assert model.mesh.mesh_dim_names == ("data", "fsdp", "tensor")
-    assert model.mesh.mesh.tolist() == [[[0, 4], [1, 5], [2, 6], [3, 7]]]
+    assert model.mesh.mesh_dim_names == ("data", "fsdp", "sequence", "tensor")
+    assert model.mesh.mesh.tolist() == [[[[0, 4]], [[1, 5]], [[2, 6]], [[3, 7]]]]
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_weights_on_devices_that_divide_positions() -> None:
+    """They are more of the axis data, which has the whole of everything."""
+    sizes = {"fsdp": 2, "sequence": 2, "tensor": 2}
+    model = parallelize(empty_model(num_heads=4), device_mesh(sizes))
+    weight: Any = model.transformer.layers[0].ffn.fc1.weight
+    assert weight.device_mesh.mesh_dim_names == ("data", "fsdp", "tensor")
+    assert weight.device_mesh.mesh.tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert own(weight).shape == (24, 24)  # of (48, 48)
 
 
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize(
     ("sizes", "options", "rules", "message"),
     [
-        ({"sequence": 8}, {}, None, "'sequence' divides sequences, which PyTorch models cannot"),
         ({"model": 8}, {}, None, "unknown axis 'model' of a mesh; expected some of data, fsdp,"),
         ({"tensor": 4}, {}, None, "a mesh of tensor=4 needs 4 processes, and there are 8; start 4"),
         ({"tensor": 8}, {"num_heads": 4}, None, "heads of .*, 4, is fewer than the 8 devices"),
@@ -260,6 +284,7 @@ def test_windows_of_divided_heads() -> None:
 
 
 @pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("axis", ["fsdp", "sequence"])
 @pytest.mark.parametrize(
     "use",
     [
@@ -269,25 +294,55 @@ def test_windows_of_divided_heads() -> None:
     ],
     ids=["token_log_probabilities", "fill_masks", "encode"],
 )
-def test_parts_of_models_that_fsdp_has_divided(use: Any) -> None:
-    model = parallelize(empty_model(num_heads=4), device_mesh({"fsdp": 8}, "cpu")).eval()
+def test_parts_of_models_that_fsdp_has_divided(use: Any, axis: str) -> None:
+    model = parallelize(empty_model(num_heads=4), device_mesh({axis: 8}, "cpu")).eval()
     with pytest.raises(ValueError, match="calls parts of the model, whose weights are divided"):
         use(model, torch.zeros(1, 4, dtype=torch.long))
 
 
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("use", [alibi_torch.trace, alibi_torch.model_plans])
+def test_what_shows_all_positions(use: Any) -> None:
+    model = parallelize(empty_model(num_heads=4), device_mesh({"sequence": 8}, "cpu")).eval()
+    with pytest.raises(ValueError, match="the attention of all positions, which are divided over"):
+        use(model, torch.zeros(1, 8, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_batches_that_are_refused() -> None:
+    model = parallelize(ALiBiLM(SMALL), device_mesh({"fsdp": 4, "sequence": 2}, "cpu"))
+    trainer = alibi_torch.Trainer(model, Recipe(steps=1, batch_size=4))
+    for shape, message in (
+        ((4, 7), "seq of a batch, 7, is not a multiple of the 2 devices of sequence=2; take a mes"),
+        ((4, 1), "seq of a batch, 1, is fewer than the 2 devices of sequence=2"),
+    ):
+        tokens = torch.zeros(shape, dtype=torch.long)
+        with pytest.raises(ValueError, match=message):
+            trainer.step({"tokens": tokens, "targets": tokens})
+
+
+def test_windows_of_another_model() -> None:
+    with pytest.raises(ValueError, match="windows are those of a decoder; pass windows=None"):
+        ALiBiLM(replace(SMALL, causal=False), windows=((4, 4),) * 2)
+    model = ALiBiLM(SMALL, windows=((4, 4),) * 2)
+    with pytest.raises(ValueError, match=r"windows have shape \(1, 3\); expected \(2, 2\), layers"):
+        model.windows = ((4, 5, 6),)
+    assert model.windows == ((4, 4),) * 2
+
+
 def test_dropout_differs_from_part_to_part() -> None:
-    """And not along the axis tensor, where devices compute the same sequences."""
+    """And not along the axes tensor and sequence, where devices have the same sequences."""
     drawn = []
-    for rank in range(4):
-        dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    for rank in (0, 1, 2, 4):
+        dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
         model = empty_model(num_heads=4)
-        model.mesh = device_mesh({"fsdp": 2, "tensor": 2}, "cpu")
+        model.mesh = device_mesh({"fsdp": 2, "sequence": 2, "tensor": 2}, "cpu")
         with _dropout_of_step(RECIPE, 3, torch.device("cpu"), model):
             drawn.append(float(torch.rand(())))
         dist.destroy_process_group()
     with _dropout_of_step(RECIPE, 3, torch.device("cpu"), empty_model(num_heads=4)):
         assert drawn[0] == float(torch.rand(()))
-    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+    assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
 
 
 def test_no_processes() -> None:
@@ -356,7 +411,7 @@ def test_a_run_goes_on_with_fewer_processes(tmp_path: Path) -> None:
 
     assert main(command(tmp_path, "one")) == 0
     of_torchrun(4, command(tmp_path, "mesh", "--mesh", "fsdp=2,tensor=2", "--until", "8"))
-    of_torchrun(2, command(tmp_path, "mesh", "--mesh", "fsdp=2"))
+    of_torchrun(2, command(tmp_path, "mesh", "--mesh", "sequence=2"))
     assert_same_run(tmp_path / "mesh", tmp_path / "one")
     lines = (tmp_path / "mesh" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [*range(1, 13)]

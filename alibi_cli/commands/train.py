@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         type=mesh_sizes,
         metavar="AXIS=SIZE,...",
-        help="of PyTorch, under torchrun: axes data, fsdp, tensor, such as fsdp=4,tensor=2",
+        help="of PyTorch, under torchrun: data, fsdp, sequence, tensor, such as fsdp=4,tensor=2",
     )
     parser.add_argument("--no-plot", action="store_true", help="draw no picture of the loss")
     parser.add_argument("--json", action="store_true", help="print JSON")
