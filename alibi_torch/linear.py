@@ -36,7 +36,7 @@ class Packed:
     version: int
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "features width"]) -> Packed:
+    def of(cls, weight: Tensor) -> Packed:
         """The copy of a weight that `_can_be_packed`."""
         operators: Any = torch.ops.mkldnn
         weight = weight.detach()
