@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
-from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
+from alibi_convert.errors import CheckpointError
+from alibi_convert.rules import flax_tree, flax_view, unread_tensors
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.origin import origin_of, save_folder
+from alibi_flax.divided import OnHost
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.sharding import parameter_sharding
 from alibi_flax.stacking import stacked
 from alibi_spec import Parameter
+
+_FAILED = "!"  # no name of a tensor begins like this
+_MESSAGE_BYTES = 2048
 
 
 def from_pretrained(
@@ -66,21 +75,10 @@ def from_pretrained(
 
     place = _placing(sharding)
 
-    def placed(row: Parameter, tensor: np.ndarray) -> jax.Array:
-        view = flax_view(row, tensor)
-        wanted = dtype
-        if dtype is not None and row.is_wide:
-            wanted = jnp.promote_types(dtype, jnp.float32)
-        if place is None:
-            return jnp.array(view, wanted)
-        goal = place(row)
+    def read(row: Parameter, tensor: np.ndarray) -> jax.Array:
+        return placed(row, tensor, dtype, None if place is None else place(row))
 
-        def part(index: Any) -> np.ndarray:
-            return np.array(view[index], wanted, order="C")
-
-        return jax.make_array_from_callback(view.shape, goal, part)
-
-    params = flax_tree(checkpoint.tensors, checkpoint.config, placed)
+    params = flax_tree(checkpoint.tensors, checkpoint.config, read)
     if scan_layers:
         params = stacked(params)
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
@@ -94,6 +92,28 @@ def from_pretrained(
         origin=origin_of(checkpoint),
     )
     return model, params
+
+
+def placed(
+    row: Parameter, tensor: np.ndarray, dtype: Any = None, sharding: Sharding | None = None
+) -> jax.Array:
+    """A parameter, or a moment of one, from the torch layout: to each device its own part.
+
+    Args:
+        dtype: None keeps the tensor's; learned slopes never become narrower than float32.
+        sharding: None is JAX's default device.
+    """
+    view = flax_view(row, tensor)
+    wanted = dtype
+    if dtype is not None and row.is_wide:
+        wanted = jnp.promote_types(dtype, jnp.float32)
+    if sharding is None:
+        return jnp.array(view, wanted)
+
+    def part(index: Any) -> np.ndarray:
+        return np.array(view[index], wanted, order="C")
+
+    return jax.make_array_from_callback(view.shape, sharding, part)
 
 
 def _placing(
@@ -115,7 +135,10 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and `model.safetensors`, for both backends.
 
-    Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from.
+    Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from. Params
+    are brought to the host one by one while they are written. Where they are divided over several
+    hosts every process calls this, and the first one writes, once for all, to a folder that the
+    others need not see; each holds one whole tensor at a time.
 
     Args:
         folder: a path that does not exist yet.
@@ -124,7 +147,65 @@ def save_pretrained(
         overwrite: replace the model in a checkpoint's folder; its other files stay.
 
     Raises:
-        CheckpointError: a ValueError: the folder exists, or the params do not fit the model.
+        CheckpointError: a ValueError: the folder exists, or the params do not fit the model. An
+            error of the first process is raised in all.
     """
-    tensors = canonical_tensors(params, model.config)
-    save_folder(Path(folder), model.config, Tensors.of(tensors), model.origin, overwrite)
+
+    def write(tensors: Tensors) -> None:
+        save_folder(Path(folder), model.config, tensors, model.origin, overwrite)
+
+    with_gathered(unread_tensors(on_host(params), model.config), write)
+
+
+def on_host(tree: Any) -> Any:
+    """The tree, with arrays that are brought to the host each time they are read."""
+    return jax.tree.map(lambda leaf: OnHost(leaf) if hasattr(leaf, "shape") else leaf, tree)
+
+
+def with_gathered(tensors: Tensors, use: Callable[[Tensors], None]) -> None:
+    """Call `use` in the first process, with tensors that all processes read with it.
+
+    The others help until it is done. An error of the first is raised in all.
+
+    Args:
+        tensors: the same names in every process, read by `OnHost`.
+        use: may read them in any order.
+
+    Raises:
+        CheckpointError: in the other processes, what the first one raises.
+    """
+    if jax.process_count() == 1:
+        use(tensors)
+    elif jax.process_index() == 0:
+        _use_as_first(tensors, use)
+    else:
+        while asked := _told():
+            if asked.startswith(_FAILED):
+                raise CheckpointError(f"the first process wrote nothing: {asked[len(_FAILED) :]}")
+            tensors[asked]  # which gathers it
+
+
+def _use_as_first(tensors: Tensors, use: Callable[[Tensors], None]) -> None:
+    one_at_a_time = threading.Lock()  # several files may be written, by several threads
+
+    def read(name: str) -> np.ndarray:
+        with one_at_a_time:
+            _told(name)
+            return tensors[name]
+
+    asking = {
+        name: replace(header, read=partial(read, name)) for name, header in tensors.headers.items()
+    }
+    try:
+        use(Tensors(asking))
+    except BaseException as error:
+        _told(f"{_FAILED}{error or type(error).__name__}")
+        raise
+    _told("")
+
+
+def _told(message: str = "") -> str:
+    """What the first process says, in every process; at most `_MESSAGE_BYTES` of it."""
+    data = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8))
+    return bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="ignore")

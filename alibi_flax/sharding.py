@@ -6,7 +6,8 @@ mesh. So the axes are a separate tree, which also serves loaded params.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,32 @@ from alibi_flax.kernels.partition import automatic_mesh
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.parameters import stacked_table
 from alibi_spec.sharding import Rules, activation_axes, batch_axes, parameter_axes
+
+AXES = ("data", "fsdp", "sequence", "tensor")  # from the outermost: neighbours tell most
+
+
+def device_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of all devices with these sizes, of all processes if there are several.
+
+    Args:
+        sizes: by axis, of "data", "fsdp", "sequence" and "tensor".
+
+    Raises:
+        ValueError: an unknown axis, or another number of devices.
+    """
+    for axis in sizes:
+        if axis not in AXES:
+            raise ValueError(f"unknown axis {axis!r} of a mesh; expected some of {', '.join(AXES)}")
+    written = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    needed, there = math.prod(sizes.values()), jax.device_count()
+    if needed != there:
+        raise ValueError(
+            f"a mesh of {written} needs {needed} devices, and JAX has {there} "
+            f"({jax.default_backend()}); give sizes whose product is {there}"
+        )
+    names = tuple(axis for axis in AXES if axis in sizes)
+    shape = tuple(sizes[axis] for axis in names)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def partition_specs(config: ALiBiConfig, *, scan_layers: bool = False) -> dict[str, Any]:

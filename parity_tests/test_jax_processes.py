@@ -1,0 +1,160 @@
+"""Models over the devices of several processes of JAX: opened, saved, and trained (SPEC.md §19)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import alibi_flax
+from alibi_convert import torch_to_flax
+from alibi_convert.formats.safetensors import write_safetensors
+from alibi_convert.optimizers.file import as_file
+from alibi_convert.optimizers.state import Group, OptimizerState
+from alibi_convert.tensors import Tensors, as_numpy
+from alibi_convert.writing.layout import OPTIMIZER_FILE, WEIGHTS_FILE
+from alibi_spec.parameters import initial_parameters, parameter_names
+from alibi_torch import ALiBiLM
+from parity_tests.compare import assert_bitwise
+from parity_tests.jax_processes import CONFIGS, MESHES
+from parity_tests.mesh_runs import ENVIRONMENT, assert_same_run, command
+
+PORT = 21000 + os.getpid() % 9000  # below those that systems give to outgoing connections
+
+
+def together(commands: list[list[str]], **environment: str) -> list[str]:
+    """Run processes that wait for one another; what each printed."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        told = [each.communicate(timeout=300) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    for each, (_, errors) in zip(started, told, strict=True):
+        assert each.returncode == 0, errors
+    return [printed for printed, _ in told]
+
+
+def write_plain(folder: Path) -> None:
+    """The models of the program, on one device, and the state of an optimizer."""
+    for name, config in CONFIGS.items():
+        dtype = jnp.bfloat16 if name == "rounded" else jnp.float32
+        params = torch_to_flax(initial_parameters(config, 0), config)
+        params = jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), params)
+        alibi_flax.save_pretrained(folder / name, alibi_flax.ALiBiLM(config), params)
+    config = CONFIGS["plain"]
+    moments = {
+        word: Tensors.of(initial_parameters(config, seed))
+        for seed, word in enumerate(("exp_avg", "exp_avg_sq"), start=1)
+    }
+    state = OptimizerState("adam", 3, moments, (Group(parameter_names(config), {}),))
+    write_safetensors(folder / "plain" / OPTIMIZER_FILE, *as_file(state))
+
+
+def assert_same_files(folder: Path, name: str, sizes: Any) -> None:
+    """Bit by bit what one device writes."""
+    resumed = f"{name} resumed on {sizes}"
+    for saved in (f"{name} on {sizes}", f"{name} on {sizes}, stacked", resumed):
+        if saved == resumed and name != "plain":
+            continue
+        for file in (WEIGHTS_FILE, *([OPTIMIZER_FILE] if saved == resumed else [])):
+            assert (folder / saved / file).read_bytes() == (folder / name / file).read_bytes()
+
+
+def program(folder: Path, devices: int, *group: Any) -> list[str]:
+    return ["-m", "parity_tests.jax_processes", str(folder), str(devices), *map(str, group)]
+
+
+def test_one_process_of_two_devices(tmp_path: Path) -> None:
+    write_plain(tmp_path)
+    together([program(tmp_path, 2)])
+    assert_same_files(tmp_path, "plain", MESHES[2][0])
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices(tmp_path: Path) -> None:
+    write_plain(tmp_path)
+    together([program(tmp_path, 2, 2, number, PORT) for number in range(2)])
+    for sizes in MESHES[4]:
+        for name in CONFIGS:
+            assert_same_files(tmp_path, name, sizes)
+        expected = ALiBiLM.from_pretrained(tmp_path / "rounded").state_dict()
+        files = tmp_path / f"rounded in files of {sizes}"
+        assert len([*files.glob("model-*.safetensors")]) > 2
+        for key, array in ALiBiLM.from_pretrained(files).state_dict().items():
+            assert_bitwise(as_numpy(array), as_numpy(expected[key]), f"{key} on {sizes}")
+
+
+def trained(folder: Path, devices: int, *groups: list[str], options: list[str]) -> None:
+    given = ["-m", "alibi_cli", *command(folder, "mesh", "--backend", "flax", *options)]
+    printed = together([[*given, *group] for group in groups], JAX_NUM_CPU_DEVICES=str(devices))
+    assert [bool(each) for each in printed] == [True, *[False] * (len(groups) - 1)]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_another_mesh(tmp_path: Path) -> None:
+    """Two processes, then one of two devices, then PyTorch: the run of one device."""
+    from alibi_cli.main import main
+
+    assert main(command(tmp_path, "one", "--backend", "flax")) == 0
+    groups = [["--processes", f"localhost:{PORT + 1},2,{number}"] for number in range(2)]
+    trained(tmp_path, 2, *groups, options=["--mesh", "fsdp=2,tensor=2", "--until", "4"])
+    trained(tmp_path, 2, [], options=["--mesh", "sequence=2", "--until", "8"])
+    assert main(command(tmp_path, "mesh")) == 0
+    assert_same_run(tmp_path / "mesh", tmp_path / "one")
+    lines = (tmp_path / "mesh" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [*range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mesh", "fsdp=2"], "a mesh of fsdp=2 needs 2 devices, and JAX has 1"),
+        (["--mesh", "model=1"], "unknown axis 'model' of a mesh; expected some of data, fsdp, seq"),
+        (["--mesh", "fsdp"], "'fsdp' in 'fsdp'; expected AXIS=SIZE, each axis once"),
+        (["--mesh", "fsdp=1,fsdp=2"], "'fsdp=2' in 'fsdp=1,fsdp=2'; expected AXIS=SIZE, each"),
+        (["--mesh", "fsdp=1", "--processes", "a,b"], "'a,b' is no group of processes; expected"),
+        (["--mesh", "fsdp=1", "--processes", "localhost:1,2,2"], "JAX cannot tell the processes"),
+    ],
+)
+def test_commands_that_are_refused(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from alibi_cli.main import main
+
+    try:
+        code = main(command(tmp_path, "mesh", "--backend", "flax", *more))
+    except SystemExit as stop:  # of argparse
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "mesh").exists()
+
+
+def test_a_batch_that_the_devices_do_not_divide(tmp_path: Path) -> None:
+    given = command(tmp_path, "mesh", "--backend", "flax", "--mesh", "data=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "alibi_cli", *given, "--set", "training.batch_size=3"],
+        env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "batch of a batch, 3, is not a multiple of the 2 devices of data=2" in done.stderr
