@@ -41,7 +41,7 @@ def device_mesh(sizes: Mapping[str, int]) -> Mesh:
     needed, there = math.prod(sizes.values()), jax.device_count()
     if needed != there:
         raise ValueError(
-            f"a mesh of {written} needs {needed} devices, and JAX has {there} "
+            f"a mesh of {written} is of {needed}, and the number of JAX's devices is {there} "
             f"({jax.default_backend()}); give sizes whose product is {there}"
         )
     names = tuple(axis for axis in AXES if axis in sizes)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import alibi_flax
 import alibi_flax.checkpoint
@@ -116,6 +117,9 @@ def check_resuming(folder: Path, saved: Path, mesh: Any) -> None:
         )
         assert all(jax.tree.leaves(is_there)), is_there
     assert inner.step_count == state.step
+    assert all(
+        isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(inner.optimizer_state)
+    )
 
 
 def check_several_files(folder: Path, model: Any, params: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from alibi_convert.optimizers.file import as_file
 from alibi_convert.optimizers.state import Group, OptimizerState
 from alibi_convert.tensors import Tensors, as_numpy
 from alibi_convert.writing.layout import OPTIMIZER_FILE, WEIGHTS_FILE
+from alibi_flax.kernels.partition import automatic_mesh
 from alibi_spec.parameters import initial_parameters, parameter_names
 from alibi_torch import ALiBiLM
 from parity_tests.compare import assert_bitwise
@@ -104,7 +106,8 @@ def test_two_processes_of_two_devices(tmp_path: Path) -> None:
 def trained(folder: Path, devices: int, *groups: list[str], options: list[str]) -> None:
     given = ["-m", "alibi_cli", *command(folder, "mesh", "--backend", "flax", *options)]
     printed = together([[*given, *group] for group in groups], JAX_NUM_CPU_DEVICES=str(devices))
-    assert [bool(each) for each in printed] == [True, *[False] * (len(groups) - 1)]
+    told = ['"step"' in each for each in printed]  # gloo prints, too
+    assert told == [True, *[False] * (len(groups) - 1)]
 
 
 @pytest.mark.slow
@@ -122,15 +125,61 @@ def test_a_run_goes_on_over_another_mesh(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [*range(1, 13)]
 
 
+def generation(folder: Path) -> list[str]:
+    """A command, by a model whose tokens are bytes."""
+    config = replace(CONFIGS["rounded"], vocab_size=256)
+    params = torch_to_flax(initial_parameters(config, 0), config)
+    alibi_flax.save_pretrained(folder / "model", alibi_flax.ALiBiLM(config), params)
+    return ["generate", str(folder / "model"), "--prompt", "To be", "--max-new-tokens", "9"]
+
+
+def test_generation_is_divided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alibi_cli.main import main
+
+    generate, seen = alibi_flax.generate, []
+
+    def watched(model: Any, params: Any, *given: Any, **options: Any) -> Any:
+        leaves = jax.tree.leaves(params)
+        seen.append({leaf.sharding.mesh.axis_names for leaf in leaves})
+        seen.append(automatic_mesh())
+        return generate(model, params, *given, **options)
+
+    monkeypatch.setattr(alibi_flax, "generate", watched)
+    given = generation(tmp_path)
+    assert main([*given, "--backend", "flax", "--mesh", "tensor=1"]) == 0
+    axes, mesh = seen
+    assert axes == {("tensor",)}
+    assert mesh is not None
+    assert main([*given[:2], "--mesh", "tensor=1"]) == 2
+    assert "the standard input is not that of every process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_generation_over_two_devices(tmp_path: Path) -> None:
+    """By either backend, at once and as a stream, the text of one device; one process prints."""
+    given = ["alibi_cli", *generation(tmp_path)]
+    flax, torchrun = ["--backend", "flax"], ["torch.distributed.run", "--standalone"]
+    for more in ([], ["--stream"]):
+        (one,) = together([["-m", *given, *more]])
+        for words in (
+            [*given, *more, *flax, "--mesh", "tensor=2"],
+            [*given, *more, *flax, "--mesh", "fsdp=2"],
+            [*torchrun, "--nproc-per-node=2", "-m", *given, *more, "--mesh", "tensor=2"],
+        ):
+            (several,) = together([["-m", *words]], JAX_NUM_CPU_DEVICES="2")
+            assert several == one, words
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--mesh", "fsdp=2"], "a mesh of fsdp=2 needs 2 devices, and JAX has 1"),
+        (["--mesh", "fsdp=2"], "a mesh of fsdp=2 is of 2, and the number of JAX's devices is 1"),
         (["--mesh", "model=1"], "unknown axis 'model' of a mesh; expected some of data, fsdp, seq"),
         (["--mesh", "fsdp"], "'fsdp' in 'fsdp'; expected AXIS=SIZE, each axis once"),
         (["--mesh", "fsdp=1,fsdp=2"], "'fsdp=2' in 'fsdp=1,fsdp=2'; expected AXIS=SIZE, each"),
         (["--mesh", "fsdp=1", "--processes", "a,b"], "'a,b' is no group of processes; expected"),
-        (["--mesh", "fsdp=1", "--processes", "localhost:1,2,2"], "JAX cannot tell the processes"),
     ],
 )
 def test_commands_that_are_refused(
@@ -147,14 +196,25 @@ def test_commands_that_are_refused(
     assert not (tmp_path / "mesh").exists()
 
 
-def test_a_batch_that_the_devices_do_not_divide(tmp_path: Path) -> None:
-    given = command(tmp_path, "mesh", "--backend", "flax", "--mesh", "data=2")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "training.batch_size=3"], "batch of a batch, 3, is not a multiple of the 2 dev"),
+        (["--mesh", "data=1"], "a mesh of data=1 is of 1, and the number of JAX's devices is 2"),
+        (["--processes", "auto"], "JAX cannot tell the processes of 'auto' (coordinator_address"),
+        (["--processes", "localhost:1,2,2"], "JAX cannot tell the processes of 'localhost:1,2,2'"),
+    ],
+)
+def test_commands_that_jax_refuses(more: list[str], message: str, tmp_path: Path) -> None:
+    """In a process of its own, since the tests have started JAX."""
+    given = command(tmp_path, "mesh", "--backend", "flax", "--mesh", "data=2", *more)
     done = subprocess.run(
-        [sys.executable, "-m", "alibi_cli", *given, "--set", "training.batch_size=3"],
+        [sys.executable, "-m", "alibi_cli", *given],
         env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert "batch of a batch, 3, is not a multiple of the 2 devices of data=2" in done.stderr
+    assert message in done.stderr
