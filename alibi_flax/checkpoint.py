@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -137,8 +139,8 @@ def save_pretrained(
 
     Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from. Params
     are brought to the host one by one while they are written. Where they are divided over several
-    hosts every process calls this, and the first one writes, once for all, to a folder that the
-    others need not see; each holds one whole tensor at a time.
+    processes every one calls this, and the first one writes, to a folder that the others need not
+    see; each holds one whole tensor at a time.
 
     Args:
         folder: a path that does not exist yet.
@@ -148,13 +150,13 @@ def save_pretrained(
 
     Raises:
         CheckpointError: a ValueError: the folder exists, or the params do not fit the model. An
-            error of the first process is raised in all.
+            error of one process is raised in all.
     """
 
     def write(tensors: Tensors) -> None:
         save_folder(Path(folder), model.config, tensors, model.origin, overwrite)
 
-    with_gathered(unread_tensors(on_host(params), model.config), write)
+    with_gathered(lambda: unread_tensors(on_host(params), model.config), write)
 
 
 def on_host(tree: Any) -> Any:
@@ -162,27 +164,51 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: OnHost(leaf) if hasattr(leaf, "shape") else leaf, tree)
 
 
-def with_gathered(tensors: Tensors, use: Callable[[Tensors], None]) -> None:
+def with_gathered(prepare: Callable[[], Tensors], use: Callable[[Tensors], None]) -> None:
     """Call `use` in the first process, with tensors that all processes read with it.
 
-    The others help until it is done. An error of the first is raised in all.
+    The others help until it is done. An error of one process is raised in all.
 
     Args:
-        tensors: the same names in every process, read by `OnHost`.
+        prepare: called in every process; gives tensors that `OnHost` reads, the same in all.
         use: may read them in any order.
 
     Raises:
-        CheckpointError: in the other processes, what the first one raises.
+        CheckpointError: another process has failed, or has other tensors.
     """
     if jax.process_count() == 1:
-        use(tensors)
-    elif jax.process_index() == 0:
+        use(prepare())
+        return
+    tensors = _agreed(prepare)
+    if jax.process_index() == 0:
         _use_as_first(tensors, use)
-    else:
-        while asked := _told():
-            if asked.startswith(_FAILED):
-                raise CheckpointError(f"the first process wrote nothing: {asked[len(_FAILED) :]}")
+        return
+    while asked := _told():
+        if asked.startswith(_FAILED):
+            raise CheckpointError(f"the first process wrote nothing: {asked[len(_FAILED) :]}")
+        with suppress(RuntimeError):  # of JAX, also in the first process, which tells of it
             tensors[asked]  # which gathers it
+
+
+def _agreed(prepare: Callable[[], Tensors]) -> Tensors:
+    """What `prepare` gives, once every process has got the same names, shapes and dtypes."""
+    tensors, error = Tensors({}), None
+    try:
+        tensors = prepare()
+    except Exception as raised:  # told to the others, and raised below
+        error = raised
+    headers = {name: (each.shape, str(each.dtype)) for name, each in tensors.headers.items()}
+    mark = 0 if error is not None else zlib.crc32(repr(headers).encode()) | 1
+    marks = np.asarray(multihost_utils.process_allgather(np.uint32(mark)))
+    if error is not None:
+        raise error
+    for number, other in enumerate(marks):
+        if other != mark:
+            did = "has failed" if other == 0 else "has tensors of other names, shapes or dtypes"
+            raise CheckpointError(
+                f"nothing was written: process {number} {did}; all must pass the same params"
+            )
+    return tensors
 
 
 def _use_as_first(tensors: Tensors, use: Callable[[Tensors], None]) -> None:
@@ -199,7 +225,7 @@ def _use_as_first(tensors: Tensors, use: Callable[[Tensors], None]) -> None:
     try:
         use(Tensors(asking))
     except BaseException as error:
-        _told(f"{_FAILED}{error or type(error).__name__}")
+        _told(f"{_FAILED}{str(error) or type(error).__name__}")
         raise
     _told("")
 

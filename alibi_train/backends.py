@@ -181,9 +181,8 @@ class _FlaxTrainer:
         if self._mesh is None:
             write_later(_copied(tensors), _in_memory(state))
             return
-        moments = _named_moments(state)
-        every = Tensors(tensors.headers | moments)
-        with_gathered(every, partial(_write_parts, write, [*tensors], state))
+        every = Tensors(tensors.headers | _named_moments(state))
+        with_gathered(lambda: every, partial(_write_parts, write, [*tensors], state))
 
 
 def _named_moments(state: OptimizerState) -> dict[str, LazyTensor]:

@@ -84,12 +84,12 @@ def check_opening(folder: Path, mesh: Any) -> tuple[Any, Any]:
 def check_saving(folder: Path, model: Any, params: Any) -> None:
     """In memory for one tensor, besides pieces; layers apart and stacked."""
     largest = max(4 * int(np.prod(row.shape)) for row in parameter_table(model.config))
-    alibi_flax.save_pretrained(folder, model, params)  # compiles what gathers
     tracemalloc.start()
-    alibi_flax.save_pretrained(folder, model, params, overwrite=True)
+    alibi_flax.save_pretrained(folder, model, params)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * largest + 2**20, f"{peak:,} bytes for tensors of at most {largest:,}"
+    # Besides a tensor: pieces of it, and what compiling the gathering leaves.
+    assert peak < 4 * largest + 2**22, f"{peak:,} bytes for tensors of at most {largest:,}"
     alibi_flax.save_pretrained(
         folder.with_name(f"{folder.name}, stacked"), model.clone(scan_layers=True), stacked(params)
     )
@@ -128,11 +128,11 @@ def check_several_files(folder: Path, model: Any, params: Any) -> None:
     def use(tensors: Tensors) -> None:
         write_folder(folder, model.config, tensors, max_shard_bytes=10_000)
 
-    with_gathered(unread_tensors(on_host(params), model.config), use)
+    with_gathered(lambda: unread_tensors(on_host(params), model.config), use)
 
 
 def check_errors(folder: Path, model: Any, params: Any) -> None:
-    """What the first process raises, all raise; nothing is written."""
+    """What one process raises, all raise; nothing is written."""
     before = sorted(folder.parent.rglob("*"))
     with pytest.raises(CheckpointError, match="exists; choose another name"):
         alibi_flax.save_pretrained(folder, model, params)
@@ -143,7 +143,16 @@ def check_errors(folder: Path, model: Any, params: Any) -> None:
 
     kind = OSError if jax.process_index() == 0 else CheckpointError
     with pytest.raises(kind, match="the disk is on fire"):
-        with_gathered(unread_tensors(on_host(params), model.config), use)
+        with_gathered(lambda: unread_tensors(on_host(params), model.config), use)
+    is_first = jax.process_index() == 0
+    plain = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+    wider = jax.tree.map(lambda x: np.zeros(x.shape, np.float64), params)
+    for wrong, message, of_the_first in (
+        (plain | {"more": np.ones(3)}, "1 unexpected", "process 1 has failed"),
+        (wider, "process 0 has tensors of other", "process 1 has tensors of other names"),
+    ):
+        with pytest.raises(CheckpointError, match=of_the_first if is_first else message):
+            alibi_flax.save_pretrained(folder / "new", model, plain if is_first else wrong)
     assert sorted(folder.parent.rglob("*")) == before
 
 

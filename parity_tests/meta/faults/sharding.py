@@ -172,6 +172,13 @@ FAULTS = (
         f"{_PROCESSES} two_processes",
     ),
     Mutant(
+        "processes that save what another one has not",
+        "alibi_flax/checkpoint.py",
+        "        if other != mark:",
+        "        if other == 0:",
+        f"{_PROCESSES} two_processes",
+    ),
+    Mutant(
         "each process reads the whole of every tensor",
         "alibi_flax/checkpoint.py",
         'np.array(view[index], wanted, order="C")',
