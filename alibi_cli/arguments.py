@@ -95,6 +95,30 @@ def add_backend_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """Over which devices the model is divided."""
+    parser.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=SIZE,...",
+        help="divide the model over devices: axes data, fsdp, sequence, tensor, such as "
+        "fsdp=4,tensor=2; in PyTorch over the processes of torchrun, in JAX over all devices",
+    )
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """The size of each axis of a mesh."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if not size.isdecimal() or int(size) < 1 or axis in sizes:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} in {text!r}; expected AXIS=SIZE, each axis once, as in fsdp=4,tensor=2"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """How a checkpoint is read; and `--json`."""
     parser.add_argument(

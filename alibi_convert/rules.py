@@ -15,7 +15,7 @@ import einops
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
-from alibi_convert.tensors import Tensors, contiguous_chunks
+from alibi_convert.tensors import LazyTensor, Tensors, as_numpy, contiguous_chunks
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.parameters import pattern_shape
 
@@ -174,10 +174,19 @@ def to_flax_layout(row: Parameter, tensor: np.ndarray) -> np.ndarray:
     return np.array(flax_view(row, tensor), order="C")
 
 
-def to_torch_layout(row: Parameter, tensor: np.ndarray) -> np.ndarray:
-    """One parameter from the Flax layout to the torch layout."""
+def torch_view(row: Parameter, array: Any) -> LazyTensor:
+    """One parameter in the torch layout, unread; without a copy where strides can say it."""
     source, target = row.pattern.split("->")
-    return np.array(_rearrange(tensor, f"{target}->{source}", row), order="C")
+    return LazyTensor(
+        row.shape,
+        np.dtype(array.dtype),
+        lambda: _rearrange(as_numpy(array), f"{target}->{source}", row),
+    )
+
+
+def to_torch_layout(row: Parameter, array: Any) -> np.ndarray:
+    """One parameter from the Flax layout to the torch layout."""
+    return np.array(torch_view(row, array).read(), order="C")
 
 
 def _rearrange(tensor: np.ndarray, pattern: str, row: Parameter) -> np.ndarray:
@@ -214,9 +223,16 @@ def canonical_tensors(params: Mapping[str, Any], config: ALiBiConfig) -> dict[st
     """
     leaves = check_tree(params, config)
     return {
-        row.name: to_torch_layout(row, np.asarray(leaves[row.flax_path]))
-        for row in parameter_table(config)
+        row.name: to_torch_layout(row, leaves[row.flax_path]) for row in parameter_table(config)
     }
+
+
+def unread_tensors(params: Mapping[str, Any], config: ALiBiConfig) -> Tensors:
+    """`canonical_tensors`, each of which is read from the params when it is asked for."""
+    leaves = check_tree(params, config)
+    return Tensors(
+        {row.name: torch_view(row, leaves[row.flax_path]) for row in parameter_table(config)}
+    )
 
 
 def check_tree(params: Mapping[str, Any], config: ALiBiConfig) -> dict[tuple[str, ...], Any]:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
+import threading
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 
 from alibi_convert.checkpoint import Reading, open_checkpoint
-from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
+from alibi_convert.errors import CheckpointError
+from alibi_convert.rules import flax_tree, flax_view, unread_tensors
 from alibi_convert.tensors import Tensors
 from alibi_convert.writing.origin import origin_of, save_folder
+from alibi_flax.divided import OnHost
 from alibi_flax.model import ALiBiLM, ALiBiTransformer
 from alibi_flax.sharding import parameter_sharding
 from alibi_flax.stacking import stacked
 from alibi_spec import Parameter
+
+_FAILED = "!"  # no name of a tensor begins like this
+_MESSAGE_BYTES = 2048
 
 
 def from_pretrained(
@@ -66,21 +77,10 @@ def from_pretrained(
 
     place = _placing(sharding)
 
-    def placed(row: Parameter, tensor: np.ndarray) -> jax.Array:
-        view = flax_view(row, tensor)
-        wanted = dtype
-        if dtype is not None and row.is_wide:
-            wanted = jnp.promote_types(dtype, jnp.float32)
-        if place is None:
-            return jnp.array(view, wanted)
-        goal = place(row)
+    def read(row: Parameter, tensor: np.ndarray) -> jax.Array:
+        return placed(row, tensor, dtype, None if place is None else place(row))
 
-        def part(index: Any) -> np.ndarray:
-            return np.array(view[index], wanted, order="C")
-
-        return jax.make_array_from_callback(view.shape, goal, part)
-
-    params = flax_tree(checkpoint.tensors, checkpoint.config, placed)
+    params = flax_tree(checkpoint.tensors, checkpoint.config, read)
     if scan_layers:
         params = stacked(params)
     model_class = ALiBiTransformer if checkpoint.config.vocab_size is None else ALiBiLM
@@ -94,6 +94,28 @@ def from_pretrained(
         origin=origin_of(checkpoint),
     )
     return model, params
+
+
+def placed(
+    row: Parameter, tensor: np.ndarray, dtype: Any = None, sharding: Sharding | None = None
+) -> jax.Array:
+    """A parameter, or a moment of one, from the torch layout: to each device its own part.
+
+    Args:
+        dtype: None keeps the tensor's; learned slopes never become narrower than float32.
+        sharding: None is JAX's default device.
+    """
+    view = flax_view(row, tensor)
+    wanted = dtype
+    if dtype is not None and row.is_wide:
+        wanted = jnp.promote_types(dtype, jnp.float32)
+    if sharding is None:
+        return jnp.array(view, wanted)
+
+    def part(index: Any) -> np.ndarray:
+        return np.array(view[index], wanted, order="C")
+
+    return jax.make_array_from_callback(view.shape, sharding, part)
 
 
 def _placing(
@@ -115,7 +137,10 @@ def save_pretrained(
 ) -> None:
     """Write `config.json` and `model.safetensors`, for both backends.
 
-    Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from.
+    Copies the companions (tokenizer, …) of the checkpoint that the model was loaded from. Params
+    are brought to the host one by one while they are written. Where they are divided over several
+    processes every one calls this, and the first one writes, to a folder that the others need not
+    see; each holds one whole tensor at a time.
 
     Args:
         folder: a path that does not exist yet.
@@ -124,7 +149,89 @@ def save_pretrained(
         overwrite: replace the model in a checkpoint's folder; its other files stay.
 
     Raises:
-        CheckpointError: a ValueError: the folder exists, or the params do not fit the model.
+        CheckpointError: a ValueError: the folder exists, or the params do not fit the model. An
+            error of one process is raised in all.
     """
-    tensors = canonical_tensors(params, model.config)
-    save_folder(Path(folder), model.config, Tensors.of(tensors), model.origin, overwrite)
+
+    def write(tensors: Tensors) -> None:
+        save_folder(Path(folder), model.config, tensors, model.origin, overwrite)
+
+    with_gathered(lambda: unread_tensors(on_host(params), model.config), write)
+
+
+def on_host(tree: Any) -> Any:
+    """The tree, with arrays that are brought to the host each time they are read."""
+    return jax.tree.map(lambda leaf: OnHost(leaf) if hasattr(leaf, "shape") else leaf, tree)
+
+
+def with_gathered(prepare: Callable[[], Tensors], use: Callable[[Tensors], None]) -> None:
+    """Call `use` in the first process, with tensors that all processes read with it.
+
+    The others help until it is done. An error of one process is raised in all.
+
+    Args:
+        prepare: called in every process; gives tensors that `OnHost` reads, the same in all.
+        use: may read them in any order.
+
+    Raises:
+        CheckpointError: another process has failed, or has other tensors.
+    """
+    if jax.process_count() == 1:
+        use(prepare())
+        return
+    tensors = _agreed(prepare)
+    if jax.process_index() == 0:
+        _use_as_first(tensors, use)
+        return
+    while asked := _told():
+        if asked.startswith(_FAILED):
+            raise CheckpointError(f"the first process wrote nothing: {asked[len(_FAILED) :]}")
+        with suppress(RuntimeError):  # of JAX, also in the first process, which tells of it
+            tensors[asked]  # which gathers it
+
+
+def _agreed(prepare: Callable[[], Tensors]) -> Tensors:
+    """What `prepare` gives, once every process has got the same names, shapes and dtypes."""
+    tensors, error = Tensors({}), None
+    try:
+        tensors = prepare()
+    except Exception as raised:  # told to the others, and raised below
+        error = raised
+    headers = {name: (each.shape, str(each.dtype)) for name, each in tensors.headers.items()}
+    mark = 0 if error is not None else zlib.crc32(repr(headers).encode()) | 1
+    marks = np.asarray(multihost_utils.process_allgather(np.uint32(mark)))
+    if error is not None:
+        raise error
+    for number, other in enumerate(marks):
+        if other != mark:
+            did = "has failed" if other == 0 else "has tensors of other names, shapes or dtypes"
+            raise CheckpointError(
+                f"nothing was written: process {number} {did}; all must pass the same params"
+            )
+    return tensors
+
+
+def _use_as_first(tensors: Tensors, use: Callable[[Tensors], None]) -> None:
+    one_at_a_time = threading.Lock()  # several files may be written, by several threads
+
+    def read(name: str) -> np.ndarray:
+        with one_at_a_time:
+            _told(name)
+            return tensors[name]
+
+    asking = {
+        name: replace(header, read=partial(read, name)) for name, header in tensors.headers.items()
+    }
+    try:
+        use(Tensors(asking))
+    except BaseException as error:
+        _told(f"{_FAILED}{str(error) or type(error).__name__}")
+        raise
+    _told("")
+
+
+def _told(message: str = "") -> str:
+    """What the first process says, in every process; at most `_MESSAGE_BYTES` of it."""
+    data = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8))
+    return bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="ignore")

@@ -6,7 +6,8 @@ mesh. So the axes are a separate tree, which also serves loaded params.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +20,36 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from alibi_flax.kernels.partition import automatic_mesh
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.parameters import stacked_table
-from alibi_spec.sharding import Rules, activation_axes, batch_axes, parameter_axes
+from alibi_spec.sharding import (
+    AXES,
+    Rules,
+    activation_axes,
+    batch_axes,
+    check_mesh_axes,
+    parameter_axes,
+)
+
+
+def device_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of all devices with these sizes, of all processes if there are several.
+
+    Args:
+        sizes: by axis, of "data", "fsdp", "sequence" and "tensor".
+
+    Raises:
+        ValueError: an unknown axis, or another number of devices.
+    """
+    check_mesh_axes(sizes)
+    written = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    needed, there = math.prod(sizes.values()), jax.device_count()
+    if needed != there:
+        raise ValueError(
+            f"a mesh of {written} is of {needed}, and the number of JAX's devices is {there} "
+            f"({jax.default_backend()}); give sizes whose product is {there}"
+        )
+    names = tuple(axis for axis in AXES if axis in sizes)
+    shape = tuple(sizes[axis] for axis in names)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def partition_specs(config: ALiBiConfig, *, scan_layers: bool = False) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Float, Integer, Key
 
+from alibi_flax.divided import beside
 from alibi_flax.kernels.call import has_values_on_host
 from alibi_flax.kernels.partition import automatic_mesh
 from alibi_flax.model import ALiBiLM, checked_tokens
@@ -224,7 +225,7 @@ class Trainer:
         self.model = model.clone(recompute=model.recompute or recipe.recompute)
         self.params = jax.tree.map(jnp.array, params)
         self.optimizer = adamw(model.config, recipe)
-        self.optimizer_state = self.optimizer.init(self.params)
+        self.optimizer_state = beside(self.params, self.optimizer.init(self.params))
 
     @property
     def step_count(self) -> int:

@@ -137,17 +137,23 @@ def initial_parameters(config: ALiBiConfig, seed: int) -> dict[str, Float[np.nda
     The numbers of a parameter are those of NumPy's Philox4x64-10 with the key (seed, its place in
     the table); those of `init` and `reset_parameters` are the frameworks' own.
     """
-    fresh: dict[str, np.ndarray] = {}
-    for number, row in enumerate(parameter_table(config)):
-        if row.init == "slopes":
-            fresh[row.name] = slopes(config.num_heads, config.bias_max)
-        elif isinstance(row.init, str):
-            fresh[row.name] = np.full(row.shape, _CONSTANTS[row.init], np.float32)
-        else:
-            key = np.array([seed, number], np.uint64)
-            drawn = np.random.Generator(np.random.Philox(key=key)).standard_normal(row.shape)
-            fresh[row.name] = (row.init * drawn).astype(np.float32)
-    return fresh
+    return {
+        row.name: initial_parameter(config, row, seed, number)
+        for number, row in enumerate(parameter_table(config))
+    }
+
+
+def initial_parameter(
+    config: ALiBiConfig, row: Parameter, seed: int, number: int
+) -> Float[np.ndarray, "..."]:
+    """One of `initial_parameters`: a row of the table, and its place there."""
+    if row.init == "slopes":
+        return slopes(config.num_heads, config.bias_max)
+    if isinstance(row.init, str):
+        return np.full(row.shape, _CONSTANTS[row.init], np.float32)
+    key = np.array([seed, number], np.uint64)
+    drawn = np.random.Generator(np.random.Philox(key=key)).standard_normal(row.shape)
+    return (row.init * drawn).astype(np.float32)
 
 
 def parameter_names(config: ALiBiConfig) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from alibi_spec.config import ALiBiConfig
 from alibi_spec.parameters import Parameter, parameter_table
 
+# Of a mesh, from the outermost: devices that are next to each other share what they tell most.
+AXES = ("data", "fsdp", "sequence", "tensor")
 MeshAxes = tuple[str, ...]  # that divide one axis of an array together; none keep it whole
 Rules = Mapping[str, str | Sequence[str] | None]
 
@@ -27,6 +29,13 @@ RULES: Mapping[str, MeshAxes] = {
     "mlp": ("tensor",),
     "layers": (),
 }
+
+
+def check_mesh_axes(axes: Iterable[str]) -> None:
+    """Raise ValueError for an axis of a mesh that is none of `AXES`."""
+    for axis in axes:
+        if axis not in AXES:
+            raise ValueError(f"unknown axis {axis!r} of a mesh; expected some of {', '.join(AXES)}")
 
 
 def resolved_rules(mesh: Mapping[str, int], rules: Rules | None = None) -> dict[str, MeshAxes]:

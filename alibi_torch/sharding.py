@@ -28,7 +28,14 @@ from torch.distributed.tensor import (
 )
 
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
-from alibi_spec.sharding import Rules, check_sharding, resolved_rules, torch_axes
+from alibi_spec.sharding import (
+    AXES,
+    Rules,
+    check_mesh_axes,
+    check_sharding,
+    resolved_rules,
+    torch_axes,
+)
 from alibi_spec.training import COMPUTE_DTYPES
 from alibi_torch.checkpoint import PretrainedModule
 from alibi_torch.positions import Positions, divide_positions
@@ -36,8 +43,6 @@ from alibi_torch.positions import Positions, divide_positions
 if TYPE_CHECKING:
     from alibi_torch.model import Attention
 
-# From the outermost: neighbours share what they tell most.
-AXES = ("data", "fsdp", "sequence", "tensor")
 _NORMS_OVER_HEADS = ("query_norm", "key_norm")
 _MAY_BE_WHOLE = ("vocab", "heads", "kv_heads", "mlp")
 Model = TypeVar("Model", bound=PretrainedModule)
@@ -53,7 +58,7 @@ def device_mesh(sizes: Mapping[str, int], device_type: str | None = None) -> Dev
     Raises:
         ValueError: an unknown axis, no group of processes, or another number of them.
     """
-    _require_known(sizes)
+    check_mesh_axes(sizes)
     _require_processes()
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     count, processes = int(torch.tensor(shape).prod()), dist.get_world_size()
@@ -120,7 +125,7 @@ def _checked_sizes(mesh: DeviceMesh) -> dict[str, int]:
     if mesh.mesh_dim_names is None:
         raise ValueError(f"the mesh has no names of axes; expected some of {', '.join(AXES)}")
     sizes = _sizes(mesh)
-    _require_known(sizes)
+    check_mesh_axes(sizes)
     if mesh.size() != dist.get_world_size():
         raise ValueError(
             f"the mesh of {_written(sizes)} has {mesh.size()} of {dist.get_world_size()} "
@@ -131,12 +136,6 @@ def _checked_sizes(mesh: DeviceMesh) -> dict[str, int]:
 
 def _sizes(mesh: DeviceMesh) -> dict[str, int]:
     return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
-
-
-def _require_known(sizes: Mapping[str, int]) -> None:
-    for axis in sizes:
-        if axis not in AXES:
-            raise ValueError(f"unknown axis {axis!r} of a mesh; expected some of {', '.join(AXES)}")
 
 
 def _require_processes() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from alibi_convert.optimizers import OptimizerState, from_optax, from_torch, to_optax, to_torch
-from alibi_convert.rules import canonical_tensors, flax_tree, flax_view
-from alibi_convert.tensors import Tensors, as_numpy
-from alibi_spec import ALiBiConfig
+from alibi_convert.rules import flax_tree, unread_tensors
+from alibi_convert.tensors import LazyTensor, Tensors, as_numpy
+from alibi_spec import ALiBiConfig, Parameter
 from alibi_spec.training import Metrics, Recipe
 
 BACKENDS = ("torch", "flax")
@@ -56,18 +58,16 @@ def trainer(
         tensors: canonical names, torch layout, in the dtype that is trained in.
         optimizer: None before the first step.
         device: of torch; None is a GPU where there is one.
-        mesh: of torch: the DeviceMesh that the model is divided over.
+        mesh: of the backend, that the model is divided over (`alibi_train.processes`).
 
     Raises:
-        ValueError: another backend, or a mesh in Flax.
+        ValueError: another backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; expected one of {BACKENDS}")
     if backend == "torch":
         return _TorchTrainer(config, recipe, tensors, optimizer, device, mesh)
-    if mesh is not None:
-        raise ValueError("a mesh of PyTorch and backend='flax'; leave one of them out")
-    return _FlaxTrainer(config, recipe, tensors, optimizer)
+    return _FlaxTrainer(config, recipe, tensors, optimizer, mesh)
 
 
 class _TorchTrainer:
@@ -127,16 +127,7 @@ def _save_gathered(
         shapes = {word: np.broadcast_to(np.float32(0), value.shape) for word, value in kept.items()}
         shown[number] = entry | shapes
     state = from_torch(optimizer | {"state": shown}, config)
-
-    def use(gathered: Tensors) -> None:
-        found = {
-            word: Tensors({name: gathered.headers[f"{word} {name}"] for name in each})
-            for word, each in state.moments.items()
-        }
-        model = Tensors({name: gathered.headers[name] for name in tensors})
-        write(model, replace(state, moments=found))
-
-    with_gathered(tensors | moments, use)
+    with_gathered(tensors | moments, partial(_write_parts, write, [*tensors], state))
 
 
 class _FlaxTrainer:
@@ -146,22 +137,71 @@ class _FlaxTrainer:
         recipe: Recipe,
         tensors: Tensors,
         optimizer: OptimizerState | None,
+        mesh: Any,
     ) -> None:
-        from alibi_flax import ALiBiLM, Trainer
+        from alibi_flax import ALiBiLM, Trainer, parameter_sharding
+        from alibi_flax.checkpoint import placed
+        from alibi_flax.divided import beside
 
-        params = flax_tree(tensors, config, lambda row, tensor: np.array(flax_view(row, tensor)))
+        def place(row: Parameter, tensor: np.ndarray) -> Any:
+            return placed(
+                row, tensor, sharding=None if mesh is None else parameter_sharding(row, mesh)
+            )
+
         dtype = next(iter(tensors.headers.values())).dtype
-        self._trainer = Trainer(ALiBiLM(config, param_dtype=dtype), params, recipe)
+        params = flax_tree(tensors, config, place)
+        self._mesh = mesh
+        self._trainer = trainer = Trainer(ALiBiLM(config, param_dtype=dtype), params, recipe)
         if optimizer is not None:
-            state = to_optax(optimizer, config, self._trainer.optimizer)
-            self._trainer.optimizer_state = state
-        self.step, self.evaluate = self._trainer.step, self._trainer.evaluate
+            like = trainer.optimizer_state
+            state = to_optax(optimizer, config, trainer.optimizer, like=like, place=place)
+            trainer.optimizer_state = beside(trainer.params, state)
 
-    def save(self, write: Write, write_later: Write) -> None:  # noqa: ARG002
+    def step(self, batch: Mapping[str, Any]) -> Metrics:
+        with self._on_the_mesh():
+            return self._trainer.step(batch)
+
+    def evaluate(self, batch: Mapping[str, Any]) -> tuple[float, int]:
+        with self._on_the_mesh():
+            return self._trainer.evaluate(batch)
+
+    def _on_the_mesh(self) -> AbstractContextManager[Any]:
+        if self._mesh is None:
+            return nullcontext()
+        import jax
+
+        return jax.set_mesh(self._mesh)
+
+    def save(self, write: Write, write_later: Write) -> None:
+        from alibi_flax.checkpoint import on_host, with_gathered
+
         trainer = self._trainer
-        optimizer = from_optax(trainer.optimizer_state, trainer.config)
-        tensors = canonical_tensors(trainer.params, trainer.config)
-        write_later(_copied(Tensors.of(tensors)), _in_memory(optimizer))
+        tensors = unread_tensors(on_host(trainer.params), trainer.config)
+        state = from_optax(on_host(trainer.optimizer_state), trainer.config)
+        if self._mesh is None:
+            write_later(_copied(tensors), _in_memory(state))
+            return
+        every = Tensors(tensors.headers | _named_moments(state))
+        with_gathered(lambda: every, partial(_write_parts, write, [*tensors], state))
+
+
+def _named_moments(state: OptimizerState) -> dict[str, LazyTensor]:
+    """The moments beside parameters, under names of their own."""
+    return {
+        f"{word} {name}": header
+        for word, tensors in state.moments.items()
+        for name, header in tensors.headers.items()
+    }
+
+
+def _write_parts(write: Write, names: Iterable[str], state: OptimizerState, every: Tensors) -> None:
+    """Give `write` parameters, and a state with moments, of which both are read."""
+    moments = {
+        word: Tensors({name: every.headers[f"{word} {name}"] for name in tensors})
+        for word, tensors in state.moments.items()
+    }
+    model = Tensors({name: every.headers[name] for name in names})
+    write(model, replace(state, moments=moments))
 
 
 def _copied(tensors: Tensors) -> Tensors:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,9 +22,9 @@ from alibi_convert.progress import progress_bar
 from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_convert.tokenizer import TOKENIZER_FILE
 from alibi_convert.writing.origin import Origin, origin_of
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.checks import check_count, require_vocabulary
-from alibi_spec.parameters import initial_parameters
+from alibi_spec.parameters import initial_parameter
 from alibi_spec.training import Metrics
 from alibi_train.backends import Trainer, trainer
 from alibi_train.batches import Batches, Rows
@@ -71,8 +72,8 @@ def train(
         until: stop after this step, and save; None is the last of `training.steps`.
         device: of torch; None is a GPU where there is one.
         progress: show a bar on the standard error stream.
-        mesh: of torch: divide the model over this DeviceMesh (`alibi_train.processes`). Every
-            process calls this alike, and sees the same folder; only the first one writes.
+        mesh: of the backend: divide the model over it (`alibi_train.processes`). Every process
+            calls this alike, and sees the same folder; only the first one writes.
 
     Raises:
         ValueError: settings that contradict each other, or those of the run in the folder; data
@@ -333,8 +334,18 @@ def _start(settings: Settings, folder: Path) -> tuple[State, Origin]:
         vocab_size = load_tokenizer(file.parent).get_vocab_size()
     defaults = {"vocab_size": vocab_size, "max_len": settings.data.length}
     config = ALiBiConfig.from_dict(defaults | dict(settings.model))
-    tensors = Tensors.of(initial_parameters(config, settings.recipe.seed))
-    return State(config, tensors, None, progress), origin
+    return State(config, _fresh(config, settings.recipe.seed), None, progress), origin
+
+
+def _fresh(config: ALiBiConfig, seed: int) -> Tensors:
+    """Parameters that are drawn as each is read."""
+
+    def unread(row: Parameter, number: int) -> LazyTensor:
+        draw = partial(initial_parameter, config, row, seed, number)
+        return LazyTensor(row.shape, np.dtype(np.float32), draw)
+
+    rows = enumerate(parameter_table(config))
+    return Tensors({row.name: unread(row, number) for number, row in rows})
 
 
 def _require_same(settings: Settings, data: _Data, start: State, folder: Path) -> None:

@@ -44,6 +44,7 @@ from parity_tests.mesh_processes import (
     trained,
     weights,
 )
+from parity_tests.mesh_runs import ENVIRONMENT, assert_same_run, command
 from parity_tests.position_processes import SMALL, check_positions, on_meshes
 
 BUDGET = BUDGETS["float64", "cpu"]
@@ -352,39 +353,6 @@ def test_no_processes() -> None:
 
 # Runs of `alibi train`
 
-SETTINGS = """
-[model]
-num_layers = 2
-d_model = 32
-num_heads = 4
-dropout = 0.0
-attention_bias = false
-[data]
-train = ["a.txt"]
-validation = ["a.txt"]
-length = 16
-[training]
-steps = 12
-batch_size = 8
-learning_rate = 3e-3
-warmup_steps = 2
-epsilon = 1e-3
-[run]
-save_every = 4
-keep_last = 9
-evaluate_every = 6
-evaluation_batches = 2
-log_every = 1
-"""
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-
-
-def command(folder: Path, name: str, *more: str) -> list[str]:
-    (folder / "run.toml").write_text(SETTINGS, encoding="utf-8")
-    (folder / "a.txt").write_text("To be, or not to be, that is the question. " * 40, "utf-8")
-    given = [str(folder / "run.toml"), "--output", str(folder / name)]
-    return ["train", *given, "--no-plot", "--json", *more]
-
 
 def of_torchrun(count: int, arguments: list[str]) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -393,16 +361,6 @@ def of_torchrun(count: int, arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     told = [json.loads(done.stdout)]  # one process prints
     assert told[0]["step"] > 0
-
-
-def assert_same_run(folder: Path, expected: Path) -> None:
-    from safetensors.numpy import load_file
-
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        actual, exact = (load_file(each / "step-00000012" / name) for each in (folder, expected))
-        assert actual.keys() == exact.keys()
-        for key, array in exact.items():
-            assert_within(actual[key], array, TRAINING, key)
 
 
 @SLOW
@@ -461,7 +419,8 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     ("more", "message"),
     [
         (["--mesh", "fsdp=2"], "a mesh needs processes, and this is the only one; start them by"),
-        (["--mesh", "fsdp=2", "--backend", "flax"], "--mesh is for PyTorch, on the devices of"),
+        (["--processes", "auto"], "--processes are those of --backend flax with a --mesh; pass"),
+        (["--mesh", "fsdp=2", "--device", "cpu"], "--mesh is of all devices, with a tokenizer"),
     ],
 )
 def test_commands_that_are_refused(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from alibi_cli.arguments import (
     SOURCE,
     add_backend_option,
+    add_mesh_options,
     add_source_options,
     count,
     path,
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=count, default=128, help="for each prompt (default: 128)"
     )
     add_backend_option(parser)
+    add_mesh_options(parser)
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
     parser.add_argument(
         "--do-sample", action="store_true", help="draw tokens (default: the likeliest)"
@@ -74,13 +76,27 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         CheckpointError: as for `open_checkpoint`.
-        ValueError: no prompt, no tokenizer, or an option that `generate` refuses.
+        ValueError: no prompt, no tokenizer, a mesh that does not fit, or an option that `generate`
+            refuses.
     """
+    if options.mesh is None:
+        return _run(options, None)
+    from alibi_train.processes import processes
+
+    if options.backend == "torch" and options.prompt is None and options.prompt_file is None:
+        raise ValueError("the standard input is not that of every process; pass --prompt")
+    with processes(options.mesh, options.backend) as mesh:
+        return _run(options, mesh)
+
+
+def _run(options: argparse.Namespace, mesh: Any) -> int:
     import numpy as np
 
     from alibi_cli.tokens import tokenizer_of
     from alibi_convert import open_checkpoint
+    from alibi_convert.tensors import as_numpy
     from alibi_spec.checks import require_vocabulary
+    from alibi_train.processes import is_first
 
     if options.stream and (options.json or len(options.prompt or ()) > 1):
         raise ValueError("--stream prints one text as it grows; pass one prompt, and no --json")
@@ -106,11 +122,13 @@ def run(options: argparse.Namespace) -> int:
     }
     begin = _torch if options.backend == "torch" else _flax
     if options.stream:
-        with begin(options, "stream", prompts, arguments) as steps:
-            _print_stream(steps, tokenizer)
+        with begin(options, mesh, "stream", prompts, arguments) as steps:
+            _print_stream(steps, tokenizer, prints=is_first(mesh))
         return OK
-    with begin(options, "generate", prompts, arguments) as generated:
-        new = np.asarray(generated.tokens)[:, width:].tolist()
+    with begin(options, mesh, "generate", prompts, arguments) as generated:
+        new = as_numpy(generated.tokens)[:, width:].tolist()
+    if not is_first(mesh):
+        return OK
     results = [
         {
             "prompt": tokenizer.decode(row),
@@ -170,7 +188,11 @@ def _windows(checkpoint: Checkpoint) -> np.ndarray:
 
 @contextmanager
 def _torch(
-    options: argparse.Namespace, what: str, prompts: np.ndarray, arguments: dict[str, Any]
+    options: argparse.Namespace,
+    mesh: Any,
+    what: str,
+    prompts: np.ndarray,
+    arguments: dict[str, Any],
 ) -> Iterator[Any]:
     """What `generate` or `stream` gives, which computes until the block ends."""
     from alibi_convert.machine import require
@@ -180,40 +202,59 @@ def _torch(
 
     import alibi_torch
 
-    model = alibi_torch.ALiBiLM.from_pretrained(options.source, **source_options(options))
+    open_model = alibi_torch.ALiBiLM.from_pretrained
+    model = open_model(options.source, mesh=mesh, **source_options(options))
+    device = "cpu" if mesh is None else mesh.device_type
     mask = arguments["attention_mask"]
-    arguments |= {"attention_mask": None if mask is None else torch.from_numpy(mask)}
+    arguments |= {"attention_mask": None if mask is None else torch.from_numpy(mask).to(device)}
+    tokens = torch.from_numpy(prompts).to(device)
     call = getattr(alibi_torch, what)
     with alibi_torch.full_precision():
-        yield call(model, torch.from_numpy(prompts), options.max_new_tokens, **arguments)
+        yield call(model, tokens, options.max_new_tokens, **arguments)
 
 
 @contextmanager
 def _flax(
-    options: argparse.Namespace, what: str, prompts: np.ndarray, arguments: dict[str, Any]
+    options: argparse.Namespace,
+    mesh: Any,
+    what: str,
+    prompts: np.ndarray,
+    arguments: dict[str, Any],
 ) -> Iterator[Any]:
     from alibi_convert.machine import require
 
     require("flax", "flax", "the Flax backend")
+    import jax
+
     import alibi_flax
 
-    model, params = alibi_flax.from_pretrained(options.source, **source_options(options))
+    open_model = alibi_flax.from_pretrained
+    model, params = open_model(options.source, sharding=mesh, **source_options(options))
     call = getattr(alibi_flax, what)
-    with alibi_flax.full_precision():
+    on_the_mesh = nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with alibi_flax.full_precision(), on_the_mesh:
         yield call(model, params, prompts, options.max_new_tokens, **arguments)
 
 
-def _print_stream(steps: Iterator[Any], tokenizer: Bytes | Subwords) -> None:
+def _print_stream(
+    steps: Iterator[Any], tokenizer: Bytes | Subwords, *, prints: bool = True
+) -> None:
     """The text as it grows; a character of several tokens is held back until it is whole.
 
     Tokens are decoded with those printed last, which spaces may depend on, and no others.
+
+    Args:
+        prints: else the tokens are only computed, with the process that prints.
     """
     ids: list[int] = []
     printed = shown = 0  # how many tokens the last text but one, and the last, ended with
     for step in steps:
+        if not prints:
+            continue
         ids.append(int(step[0]))
         before, text = tokenizer.decode(ids[printed:shown]), tokenizer.decode(ids[printed:])
         if len(text) > len(before) and not text.endswith("\ufffd"):
             print(text[len(before) :], end="", flush=True)
             printed, shown = shown, len(ids)
-    print(tokenizer.decode(ids[printed:])[len(tokenizer.decode(ids[printed:shown])) :])
+    if prints:
+        print(tokenizer.decode(ids[printed:])[len(tokenizer.decode(ids[printed:shown])) :])

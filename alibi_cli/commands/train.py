@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from alibi_cli.arguments import add_backend_option, count, path
+from alibi_cli.arguments import add_backend_option, add_mesh_options, count, path
 from alibi_cli.exit_codes import OK
 from alibi_cli.rendering import print_json
 
@@ -40,23 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train a byte-level BPE tokenizer of so many tokens on data.train first",
     )
     parser.add_argument("--device", help="of PyTorch (default: a GPU where there is one)")
+    add_mesh_options(parser)
     parser.add_argument(
-        "--mesh",
-        type=mesh_sizes,
-        metavar="AXIS=SIZE,...",
-        help="of PyTorch, under torchrun: data, fsdp, sequence, tensor, such as fsdp=4,tensor=2",
+        "--processes",
+        metavar="GROUP",
+        help="of JAX, one on each host: auto, where Slurm, Open MPI, Kubernetes or Cloud TPU "
+        "started them; or ADDRESS:PORT,COUNT,NUMBER: where the first listens, how many, and "
+        "which one this is, from 0",
     )
     parser.add_argument("--no-plot", action="store_true", help="draw no picture of the loss")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """The size of each axis of a mesh."""
-    sizes = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        sizes[axis.strip()] = count(size)
-    return sizes
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,16 +59,18 @@ def run(options: argparse.Namespace) -> int:
         ValueError: settings or data that do not fit, or a loss that is not finite.
         CheckpointError: a checkpoint that is broken or cannot be written.
     """
+    if options.processes is not None and (options.mesh is None or options.backend != "flax"):
+        raise ValueError("--processes are those of --backend flax with a --mesh; pass both")
     if options.mesh is None:
         return _run(options, None)
     from alibi_train.processes import processes
 
-    if options.backend == "flax" or options.device or options.train_tokenizer:
+    if options.device or options.train_tokenizer:
         raise ValueError(
-            "--mesh is for PyTorch, on the devices of torchrun, with a tokenizer that is there; "
-            "leave out --backend flax, --device and --train-tokenizer"
+            "--mesh is of all devices, with a tokenizer that is there; leave out --device and "
+            "--train-tokenizer"
         )
-    with processes(options.mesh) as mesh:
+    with processes(options.mesh, options.backend, options.processes) as mesh:
         return _run(options, mesh)
 
 

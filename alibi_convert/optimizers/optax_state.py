@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,9 @@ from alibi_convert.rules import (
     flax_tree,
     leaves_by_path,
     to_flax_layout,
-    to_torch_layout,
+    torch_view,
 )
-from alibi_convert.tensors import Tensors, as_numpy
+from alibi_convert.tensors import LazyTensor, Tensors, as_numpy
 from alibi_spec import ALiBiConfig, Parameter, parameter_table
 from alibi_spec.parameters import parameter_names
 
@@ -60,7 +60,7 @@ _MAX_COUNT = 2**31 - 1
 
 
 def from_optax(opt_state: Any, config: ALiBiConfig) -> OptimizerState:
-    """The neutral form of an optax state, typed, or as dicts and lists.
+    """The neutral form of an optax state, typed, or as dicts and lists; moments are not read yet.
 
     Raises:
         CheckpointError: of another model, or in a state that torch has no word for.
@@ -69,16 +69,16 @@ def from_optax(opt_state: Any, config: ALiBiConfig) -> OptimizerState:
     _require_start(found)
     owned = _owned(found, config)
     kind = _kind(found, owned)
-    moments: dict[str, dict[str, np.ndarray]] = {word: {} for word in KINDS[kind].moments}
+    moments: dict[str, dict[str, LazyTensor]] = {word: {} for word in KINDS[kind].moments}
     for field in found:
         for row, leaf in owned.get(field.path, ()):
             if row.name in moments[field.role]:
                 raise _twice(field, row.name)
-            moments[field.role][row.name] = to_torch_layout(row, as_numpy(leaf))
+            moments[field.role][row.name] = torch_view(row, leaf)
     order = parameter_names(config)
     ordered = {
-        word: Tensors.of({name: arrays[name] for name in order if name in arrays})
-        for word, arrays in moments.items()
+        word: Tensors({name: tensors[name] for name in order if name in tensors})
+        for word, tensors in moments.items()
     }
     groups = _groups(_injected(found, owned, order), order)
     return check_state(OptimizerState(kind, _step(found, ordered), ordered, groups), config)
@@ -241,8 +241,20 @@ def _torch_options(field: Field) -> dict[str, Any]:
     return {_HYPERPARAMETERS.get(name, (name,))[0]: value for name, value in values.items()}
 
 
-def to_optax(state: OptimizerState, config: ALiBiConfig, tx: Any) -> Any:
+def to_optax(
+    state: OptimizerState,
+    config: ALiBiConfig,
+    tx: Any,
+    *,
+    like: Any = None,
+    place: Callable[[Parameter, np.ndarray], Any] | None = None,
+) -> Any:
     """The state of a transformation, filled; arguments as for `torch_to_optax`.
+
+    Args:
+        like: a state of `tx` to fill; None makes one of zeros.
+        place: of a parameter and a moment in the torch layout: what to put in its place, before
+            the next is read; None is an array of JAX.
 
     Raises:
         CheckpointError: the transformation keeps other things than the state has.
@@ -252,7 +264,7 @@ def to_optax(state: OptimizerState, config: ALiBiConfig, tx: Any) -> Any:
         raise ValueError(f"tx is a {type(tx).__name__}, expected an optax.GradientTransformation")
     check_state(state, config)
     _require_said(state)
-    template = tx.init(_params(state, config))
+    template = tx.init(_params(state, config)) if like is None else like
     found = list(fields(template, "tx.init(params)"))
     owned = _owned(found, config)
     _require_wanted(state, found, owned)
@@ -263,7 +275,7 @@ def to_optax(state: OptimizerState, config: ALiBiConfig, tx: Any) -> Any:
 
     def filled(field: Field) -> Any:
         if field.is_moment:
-            return _filled(field, state, config)
+            return _filled(field, state, config, place or _as_array)
         if field.role in (COUNT, TALLY):
             return _counted(field, state.step)
         return _optioned(field, options[field.path]) if field.role == OPTIONS else field.value
@@ -336,7 +348,18 @@ def _require_wanted(state: OptimizerState, found: Sequence[Field], owned: Owned)
         )
 
 
-def _filled(field: Field, state: OptimizerState, config: ALiBiConfig) -> Any:
+def _as_array(row: Parameter, moment: np.ndarray) -> Any:
+    import jax
+
+    return jax.numpy.asarray(to_flax_layout(row, moment))
+
+
+def _filled(
+    field: Field,
+    state: OptimizerState,
+    config: ALiBiConfig,
+    place: Callable[[Parameter, np.ndarray], Any],
+) -> Any:
     """A moment's tree; zeros stay where torch has not made the moment yet."""
     import jax
 
@@ -347,13 +370,13 @@ def _filled(field: Field, state: OptimizerState, config: ALiBiConfig) -> Any:
         row = rows[tuple(str(key.key) for key in path)]
         if row.name not in tensors:
             return zeros
-        array = to_flax_layout(row, tensors[row.name])
-        if array.dtype != zeros.dtype:
+        dtype = tensors.headers[row.name].dtype
+        if dtype != zeros.dtype:
             raise CheckpointError(
-                f"{field.role} of {row.name} is {array.dtype}, and tx keeps {zeros.dtype}; give tx "
+                f"{field.role} of {row.name} is {dtype}, and tx keeps {zeros.dtype}; give tx "
                 "that dtype (mu_dtype, accumulator_dtype)"
             )
-        return jax.numpy.asarray(array)
+        return place(row, tensors[row.name])
 
     return jax.tree_util.tree_map_with_path(leaf, field.value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from parity_tests.meta.mutant import Mutant
 
 _RULES = "test_sharding.py -k"
+_PROCESSES = "test_jax_processes.py -k"
 _STACKING = "test_stacking.py -k"
 
 FAULTS = (
@@ -133,5 +134,104 @@ FAULTS = (
         "yield apart, leaf[layer] if",
         "yield apart, leaf[0] if",
         f"{_STACKING} 'checkpoints or optimizer'",
+    ),
+    Mutant(
+        "parts of other hosts left where they are",
+        "alibi_flax/divided.py",
+        "if (hosts == np.take(hosts, [0], place)).all()",
+        "if (hosts == np.take(hosts, [0], place)).any()",
+        f"{_PROCESSES} two_processes",
+    ),
+    Mutant(
+        "every stacked layer saved as the first",
+        "alibi_flax/divided.py",
+        "array = _layer_of(array, self._layer)",
+        "array = _layer_of(array, 0)",
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "all that was saved kept in the host's memory",
+        "alibi_flax/divided.py",
+        "np.asarray(jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts))",
+        "np.asarray(x)",
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "all params brought to the host before the first is written",
+        "alibi_convert/rules.py",
+        "lambda: _rearrange(as_numpy(array),",
+        "lambda array=as_numpy(array): _rearrange(array,",
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "processes that do not hear of the first one's error",
+        "alibi_flax/checkpoint.py",
+        "            if asked.startswith(_FAILED):",
+        "            if asked.startswith(_FAILED):\n                return\n"
+        "            if asked.startswith(_FAILED):",
+        f"{_PROCESSES} two_processes",
+    ),
+    Mutant(
+        "processes that save what another one has not",
+        "alibi_flax/checkpoint.py",
+        "        if other != mark:",
+        "        if other == 0:",
+        f"{_PROCESSES} two_processes",
+    ),
+    Mutant(
+        "each process reads the whole of every tensor",
+        "alibi_flax/checkpoint.py",
+        'np.array(view[index], wanted, order="C")',
+        'np.array(view[...], wanted, order="C")[index]',
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "moments that a run goes on with on one device",
+        "alibi_train/backends.py",
+        "trainer.optimizer, like=like, place=place)",
+        "trainer.optimizer, like=like)",
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "second moments loaded as the first",
+        "alibi_convert/optimizers/optax_state.py",
+        "tensors = state.moments[field.role]",
+        'tensors = state.moments["exp_avg"]',
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "the count of updates on one device, so that the second step is compiled anew",
+        "alibi_flax/training.py",
+        "beside(self.params, self.optimizer.init(self.params))",
+        "self.optimizer.init(self.params)",
+        f"{_RULES} 'one_device and tensor'",
+    ),
+    Mutant(
+        "the count that a run goes on with on one device",
+        "alibi_train/backends.py",
+        "trainer.optimizer_state = beside(trainer.params, state)",
+        "trainer.optimizer_state = state",
+        f"{_PROCESSES} one_process",
+    ),
+    Mutant(
+        "the mesh of a run not used",
+        "alibi_cli/commands/train.py",
+        "        return _run(options, mesh)",
+        "        return _run(options, None)",
+        f"{_PROCESSES} jax_refuses",
+    ),
+    Mutant(
+        "the mesh of a generation not used",
+        "alibi_cli/commands/generate.py",
+        "        return _run(options, mesh)",
+        "        return _run(options, None)",
+        f"{_PROCESSES} is_divided",
+    ),
+    Mutant(
+        "devices left idle",
+        "alibi_flax/sharding.py",
+        "    if needed != there:",
+        "    if needed > there:",
+        f"{_PROCESSES} commands_that",
     ),
 )
