@@ -7,7 +7,9 @@ is settled when JAX starts.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,4 +178,8 @@ if __name__ == "__main__":
     if group:
         count, number, port = group
         jax.distributed.initialize(f"localhost:{port}", int(count), int(number))
-    main(Path(given))
+    try:
+        main(Path(given))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # JAX would wait for the others, which wait for this one

@@ -94,8 +94,8 @@ FAULTS = (
     Mutant(
         "a process that waits for another one in vain says what torch says",
         "alibi_train/processes.py",
-        'or "gloo" in text or "Connection" in text',
-        "",
+        "(is_lost or any(word in text.lower() for word in _LOST))",
+        "is_lost",
         "test_torch_mesh.py -k killed",
     ),
     Mutant(

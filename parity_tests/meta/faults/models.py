@@ -148,7 +148,7 @@ FAULTS = (
     Mutant(
         "params copied whole before they are placed",
         "alibi_flax/checkpoint.py",
-        "params = flax_tree(checkpoint.tensors, checkpoint.config, placed)",
+        "params = flax_tree(checkpoint.tensors, checkpoint.config, read)",
         "params = jax.tree.map(jnp.array, flax_tree(checkpoint.tensors, checkpoint.config))",
         "test_pretrained.py -k 'sharding or second'",
     ),

@@ -166,9 +166,9 @@ FAULTS = (
     Mutant(
         "processes that do not hear of the first one's error",
         "alibi_flax/checkpoint.py",
-        "            if asked.startswith(_FAILED):",
-        "            if asked.startswith(_FAILED):\n                return\n"
-        "            if asked.startswith(_FAILED):",
+        "        if asked.startswith(_FAILED):",
+        "        if asked.startswith(_FAILED):\n            return\n"
+        "        if asked.startswith(_FAILED):",
         f"{_PROCESSES} two_processes",
     ),
     Mutant(
