@@ -14,6 +14,7 @@ import torch
 import alibi_flax
 import alibi_torch
 from alibi_spec import ALiBiConfig
+from alibi_torch.dispatch import attention_within
 
 CONFIG = ALiBiConfig(num_layers=2, d_model=30, num_heads=5, vocab_size=23, dropout=0.2)
 BARE = ALiBiConfig(num_layers=1, d_model=30, num_heads=5)
@@ -30,12 +31,13 @@ def attention_slopes(model: alibi_torch.ALiBiLM) -> torch.Tensor:
     """What every layer of a torch model hands to attention for short sequences: [layers, heads]."""
     seen = []
 
-    def spied(query: Any, key: Any, value: Any, slopes: torch.Tensor, **options: Any) -> Any:
+    def spied(*arrays: Any, **options: Any) -> Any:
+        slopes = options["slopes"]
         seen.append(slopes.detach())
-        return alibi_torch.attention(query, key, value, slopes, **options)
+        return attention_within(*arrays, **options)
 
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    with mock.patch("alibi_torch.model.attention", spied):
+    with mock.patch("alibi_torch.model.attention_within", spied):
         model(tokens)
     return torch.stack(seen)
 

@@ -75,7 +75,8 @@ def test_files_hold_no_slopes_and_torch_layout(tmp_path: Path) -> None:
     files = [tmp_path / "model" / name for name in ("model.safetensors", "config.json")]
     assert len({file.stat().st_mode for file in files}) == 1  # whoever reads one reads the other
     config = json.loads(files[1].read_text())
-    assert (config.pop("format"), config.pop("format_version")) == ("alibi-duo", 1)
+    head = [config.pop(key) for key in ("format", "format_version", "model_type")]
+    assert head == ["alibi-duo", 1, "alibi-duo"]
     assert ALiBiConfig.from_dict(config) == CONFIG
 
 

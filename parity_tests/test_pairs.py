@@ -177,7 +177,7 @@ def load_safetensors(path: Path, config: ALiBiConfig) -> Arrays:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir():
         values = json.loads((path / "config.json").read_text())
-        del values["format"], values["format_version"]
+        del values["format"], values["format_version"], values["model_type"]
         assert ALiBiConfig.from_dict(values) == config
     found = [safetensors.torch.load_file(file) for file in files]
     return {name: as_numpy(each) for state in found for name, each in state.items()}

@@ -133,7 +133,9 @@ def _flax_slopes() -> AbstractContextManager[Any]:
 
 
 def _narrow_products() -> AbstractContextManager[Any]:
-    def narrow(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    def narrow(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *_: Any, **__: Any
+    ) -> Any:
         return _linear(x.bfloat16().float(), weight.bfloat16().float(), bias)
 
     return mock.patch("alibi_torch.model.linear", narrow)
