@@ -34,7 +34,7 @@ CONTEXTS = (32_768, 131_072)
 THREADS, ROUNDS = 2, 7
 PACKED = "alibi_torch, packed weights"
 
-UNTIL_THE_END = ExitStack()  # of the process
+UNTIL_THE_END = ExitStack()  # of `serve`
 
 Generate = Callable[[np.ndarray, int], Any]  # prompts [batch, seq] and how many new tokens
 
@@ -167,7 +167,7 @@ def long_steps(context: int) -> dict[str, Callable[[], Any]]:
     query, key, value = (torch.from_numpy(array)[None] for array in draw(context, "trained-like"))
     config = ALiBiConfig(num_layers=1, d_model=512, num_heads=8)
     rest = {"slopes": torch.from_numpy(slopes(8)), "causal": True, "scale": 64**-0.5}
-    rest |= {"attention_mask": None, "distance": "absolute"}
+    rest |= {"attention_mask": None, "segment_ids": None, "distance": "absolute"}
 
     def read(cache: KVCache, start: int, end: int) -> tuple[KVCache, Any]:
         cache = cache.grown(cache.config, (1, end - start), None)
@@ -240,6 +240,7 @@ def serve(peer: str, folder: Path) -> None:
         seconds = time.perf_counter() - started
         tokens = [] if kind == "products" else result[:, seq:].tolist()
         print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+    UNTIL_THE_END.close()
 
 
 class Worker:

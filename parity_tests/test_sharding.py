@@ -106,8 +106,9 @@ def test_meshes_in_jax() -> None:
 
 
 # The collectives that compute logits: a sum behind each of the two branches of two layers and
-# behind the embedding; a gathering of each matrix; of keys, values and what hides them.
-SUMS, MATRICES, OF_KEYS = {"all-reduce": 5}, {"all-gather": 14}, {"all-gather": 6}
+# behind the embedding; a gathering of each matrix; keys and values of each layer, and once what
+# hides them, sent to the next device.
+SUMS, MATRICES, OF_KEYS = {"all-reduce": 5}, {"all-gather": 14}, {"collective-permute": 5}
 COLLECTIVES: dict[str, dict[str, int]] = {
     "data=8": {},
     "data=2,tensor=4": SUMS,
