@@ -144,6 +144,14 @@ class ALiBiDuoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: Any) -> None:
         pass  # `ALiBiLM` has drawn them, or they are read
 
+    def _loss(self, logits: Tensor, labels: Tensor | None, options: dict[str, Any]) -> Any:
+        """By transformers' own function for this kind of model."""
+        if labels is None:
+            return None
+        counted = {name: options[name] for name in _OF_THE_LOSS if name in options}
+        counted["vocab_size"] = self.config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, **counted)
+
     def _hidden(
         self,
         input_ids: Integer[Tensor, "batch seq"] | None,
@@ -252,7 +260,7 @@ class ALiBiDuoForCausalLM(ALiBiDuoPreTrainedModel, GenerationMixin):
             ValueError: `inputs_embeds`, `output_attentions`, a cache of fixed size, or what
                 `ALiBiLM` refuses.
         """
-        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        wanted = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and wanted and not self.training:
             past_key_values = DynamicCache()
         types = options.pop("token_type_ids", None)
@@ -262,11 +270,7 @@ class ALiBiDuoForCausalLM(ALiBiDuoPreTrainedModel, GenerationMixin):
         )
         x: Any = found.last_hidden_state
         logits = self.lm.head(x[:, -logits_to_keep:] if logits_to_keep else x)
-        loss = None
-        if labels is not None:
-            counted = {name: options[name] for name in _OF_THE_LOSS if name in options}
-            vocab: Any = {"vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, labels=labels, **vocab, **counted)
+        loss = self._loss(logits, labels, options)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -309,11 +313,8 @@ class ALiBiDuoForMaskedLM(ALiBiDuoPreTrainedModel):
             *(None, output_hidden_states, options),
         )
         x: Any = found.last_hidden_state
-        logits, loss = self.lm.head(x), None
-        if labels is not None:
-            counted = {name: options[name] for name in _OF_THE_LOSS if name in options}
-            vocab: Any = {"vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, labels=labels, **vocab, **counted)
+        logits = self.lm.head(x)
+        loss = self._loss(logits, labels, options)
         result = MaskedLMOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
         return result if _as_dict(self.config, return_dict) else result.to_tuple()
 
