@@ -582,8 +582,6 @@ def _adaptive_log_probabilities(
 
 def _check_windows(config: ALiBiConfig, windows: Windows | None) -> None:
     if windows is not None:
-        if not config.causal:
-            raise ValueError("windows are those of a decoder; pass windows=None for an encoder")
         shape = (len(windows), *{len(of_layer) for of_layer in windows})
         check_windows(shape, any(each >= 0 for of_layer in windows for each in of_layer), config)
 

@@ -265,7 +265,9 @@ def check_capacity(length: int, new_len: int, capacity: int) -> None:
 
 
 def check_windows(shape: tuple[int, ...], has_bounded: bool, config: ALiBiConfig) -> None:
-    """Raise ValueError unless a cache of this model can have such windows."""
+    """Raise ValueError unless this model can have such windows."""
+    if not config.causal:
+        raise ValueError("windows are those of a decoder; pass windows=None for an encoder")
     expected = (config.num_layers, config.num_heads)
     if shape != expected:
         raise ValueError(f"windows have shape {shape}; expected {expected}, layers and heads")
