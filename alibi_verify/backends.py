@@ -6,6 +6,7 @@ differently. Parameters are canonical tensors (torch names and layout).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -160,11 +161,18 @@ class FlaxBackend:
         dtype: str,
         implementation: str = "auto",
     ) -> dict[str, Array]:
+        import jax
+
         import alibi_flax
 
+        model = self.model(config, dtype, implementation)
+
+        @jax.jit
+        def trace(*arguments: Any) -> OrderedDict[str, Any]:  # a pytree that keeps the order
+            return OrderedDict(alibi_flax.trace(model, *arguments))
+
         with self.settings(dtype):
-            values = alibi_flax.trace(
-                self.model(config, dtype, implementation),
+            values = trace(
                 self.params(config, tensors, dtype),
                 self._inputs(config, inputs, dtype),
                 self.put(attention_mask),
@@ -185,14 +193,21 @@ class FlaxBackend:
 
         model = self.model(config, dtype, implementation)
 
-        def output(params: Any) -> Any:
-            placed = self._inputs(config, inputs, dtype)
-            return model.apply({"params": params}, placed, self.put(attention_mask))
+        @jax.jit
+        def gradients(params: Any, inputs: Any, mask: Any, cotangent: Any) -> Any:
+            value, pullback = jax.vjp(
+                lambda tree: model.apply({"params": tree}, inputs, mask), params
+            )
+            return pullback(cotangent.astype(value.dtype))[0]
 
         with self.settings(dtype):
-            value, pullback = jax.vjp(output, self.params(config, tensors, dtype))
-            (gradients,) = pullback(self.put(cotangent).astype(value.dtype))
-        return canonical_tensors(gradients, config)
+            found = gradients(
+                self.params(config, tensors, dtype),
+                self._inputs(config, inputs, dtype),
+                self.put(attention_mask),
+                self.put(cotangent),
+            )
+        return canonical_tensors(found, config)
 
     def generate(
         self, config: ALiBiConfig, tensors: Arrays, prompt: Array, max_new_tokens: int

@@ -96,10 +96,10 @@ def _run_on_a_mesh() -> None:
     config = alibi_flax.ALiBiConfig(num_layers=1, d_model=8, num_heads=2, dropout=0.0)
     model = alibi_flax.ALiBiTransformer(config, implementation="blockwise", windows=((1, 1),))
     x = jnp.ones((1, 8, 8))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
     mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
-        model.apply({"params": params}, x)
+        jax.eval_shape(model.apply, params, x)
     _divide_positions_in_torch()
 
 
@@ -198,12 +198,13 @@ def _run_training() -> None:
     batch = {"tokens": TOKENS, "targets": next_token_targets(TOKENS, MASK, MASK)}
     model = alibi_torch.ALiBiLM(config)
     params = torch_to_flax(model.state_dict(), config)
-    for trainer in (
-        alibi_torch.Trainer(model, recipe),
-        alibi_flax.Trainer(alibi_flax.ALiBiLM(config), params, recipe),
-    ):
-        trainer.step(batch)
-        trainer.evaluate(batch | {"segment_ids": MASK})
+    trainer = alibi_torch.Trainer(model, recipe)
+    trainer.step(batch)
+    trainer.evaluate(batch | {"segment_ids": MASK})
+    other = alibi_flax.Trainer(alibi_flax.ALiBiLM(config), params, recipe)
+    step = partial(alibi_flax.train_step, other.model, other.optimizer, recipe=recipe)
+    jax.eval_shape(step, other.params, other.optimizer_state, batch)
+    other.evaluate(batch | {"segment_ids": MASK})
     masked_lm_batch(TOKENS, 3, 11, seed=0, attention_mask=MASK)
     training.negative_log_likelihood(np.zeros((2, 9, 11)), batch["targets"])
 

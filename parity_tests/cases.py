@@ -126,14 +126,13 @@ each_padded_config = pytest.mark.parametrize(
 )
 
 
-def _each_narrow_config(float32_configs: Collection[str]) -> pytest.MarkDecorator:
+def _each_narrow_config(shown: Collection[str]) -> pytest.MarkDecorator:
     """In narrow dtypes what differs is the rounding: the other cases are in `make test-all`."""
-    shown = {"float32": float32_configs, "bfloat16": _ROUNDING}
     cases = [
         pytest.param(
             *(config_name, padding, dtype),
             marks=()
-            if padding == "both-and-empty" and config_name in shown[dtype]
+            if padding == "both-and-empty" and config_name in shown
             else (pytest.mark.slow,),
         )
         for config_name in CONFIGS
@@ -144,7 +143,7 @@ def _each_narrow_config(float32_configs: Collection[str]) -> pytest.MarkDecorato
     return pytest.mark.parametrize(("config_name", "padding", "dtype"), cases)
 
 
-each_narrow_config = _each_narrow_config(CONFIGS)
+each_narrow_config = _each_narrow_config(_ROUNDING)
 # The forward pass decides the dtypes.
 each_narrow_gradient = _each_narrow_config(_ROUNDED_GRADIENTS)
 

@@ -20,6 +20,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 torch.set_num_threads(1)  # the tests run in parallel processes
 
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before -m and -k leave any out
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs() -> Iterator[None]:
@@ -72,7 +74,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name != "test_conformance.py" else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = [*items]
     if config.getoption("--implementation") is not None:
         items[:] = [item for item in items if item.name == "test_the_given_implementation"]
 

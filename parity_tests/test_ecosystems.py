@@ -192,6 +192,7 @@ def test_torch_under_fsdp() -> None:
 
 
 _FSDP = """
+    import os
     import warnings
     import torch
     import torch.distributed as dist
@@ -225,6 +226,7 @@ _FSDP = """
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all(), logits
     logits.float().square().mean().backward()
     dist.destroy_process_group()
+    os._exit(0)  # see mesh_processes.py: PyTorch can abort while Python shuts down
 """
 
 

@@ -57,7 +57,7 @@ def test_outputs_and_gradients(recompute: bool) -> None:
     assert_within(np.asarray(found), np.asarray(exact), budget.forward, "logits")
 
     def gradients(model: Any, params: Any) -> Any:
-        return jax.grad(lambda params: alibi_flax.loss(model, params, BATCH)[0])(params)
+        return jax.jit(jax.grad(lambda params: alibi_flax.loss(model, params, BATCH)[0]))(params)
 
     every = flatten_dict(gradients(apart, params), sep="/")
     others = flatten_dict(unstacked(gradients(scanned, stacked(params))), sep="/")

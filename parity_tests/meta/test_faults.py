@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from _pytest.mark import KeywordMatcher
 from _pytest.mark.expression import Expression
 
+from parity_tests.conftest import COLLECTED
 from parity_tests.meta import mutants
 from parity_tests.meta.faults import FAULTS
 from parity_tests.meta.mutant import Mutant
@@ -28,15 +30,21 @@ def test_faults_can_be_planted() -> None:
     assert len({mutant.fault for mutant in FAULTS}) == len(FAULTS)
 
 
-def test_the_tests_are_there() -> None:
-    """pytest's own -k, on one collection of all tests that the rows name."""
+def test_the_tests_are_there(request: pytest.FixtureRequest) -> None:
+    """pytest's own -k, on all tests that the rows name: of this run, and of files that it left."""
     selections = sorted({mutant.tests for mutant in FAULTS})
-    files = sorted({str(ROOT / "parity_tests" / shlex.split(each)[0]) for each in selections})
-    collected = _Collected()
-    # In this process, which has imported what they need. Its options are not those of this run.
-    options = ["--collect-only", "-qq", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    assert pytest.main([*options, *files], [collected]) == 0
-    assert [each for each in selections if not selects(each, collected.items)] == []
+    items: dict[Path, list[pytest.Item]] = defaultdict(list)
+    for item in request.config.stash[COLLECTED]:
+        items[item.path].append(item)
+    files = {ROOT / "parity_tests" / shlex.split(each)[0] for each in selections} - set(items)
+    if files:
+        collected = _Collected()
+        # In this process, which has imported what they need. Its options are not those of this run.
+        options = ["--collect-only", "-qq", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        assert pytest.main([*options, *map(str, files)], [collected]) == 0
+        for item in collected.items:
+            items[item.path].append(item)
+    assert [each for each in selections if not selects(each, items)] == []
 
 
 class _Collected:
@@ -48,16 +56,14 @@ class _Collected:
         self.items = session.items
 
 
-def selects(tests: str, items: Sequence[pytest.Item]) -> bool:
-    """Whether a row's `tests`, a path and perhaps -k with an expression, select any of these."""
-    path, *options = shlex.split(tests)
+def selects(tests: str, items: Mapping[Path, Sequence[pytest.Item]]) -> bool:
+    """Whether a row's `tests`, a file and perhaps -k with an expression, select any of these."""
+    file, *options = shlex.split(tests)
     expression = Expression.compile(options[1] if options else "")
     assert options[:1] in ([], ["-k"])
-    wanted = ROOT / "parity_tests" / path
     return any(
-        (item.path == wanted or wanted in item.path.parents)
-        and (not options or expression.evaluate(KeywordMatcher.from_item(item)))
-        for item in items
+        not options or expression.evaluate(KeywordMatcher.from_item(item))
+        for item in items[ROOT / "parity_tests" / file]
     )
 
 
