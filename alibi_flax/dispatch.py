@@ -56,8 +56,9 @@ def attention(
     query stands at the last key, as in cached decoding. A query that sees no key gives zeros.
 
     Args:
-        query, key, value: of one dtype: float16, bfloat16, float32 or float64. Each head of key
-            and value serves heads / kv_heads consecutive heads of query.
+        query: of the dtype of key and value: float16, bfloat16, float32 or float64.
+        key: each of its heads serves heads / kv_heads consecutive heads of query.
+        value: with the heads of key.
         slopes: m for each head, float32; finite.
         causal: queries see no later keys.
         scale: factor on q·k; None is 1/sqrt(head_dim).

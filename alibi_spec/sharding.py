@@ -75,7 +75,8 @@ def parameter_axes(
 
     Args:
         row: of `parameter_table`.
-        mesh, rules: as for `resolved_rules`.
+        mesh: as for `resolved_rules`.
+        rules: as for `resolved_rules`.
 
     Raises:
         ValueError: an axis that no array or mesh has; one that its devices do not divide; or one

@@ -49,6 +49,38 @@ STEPS = {
     "dropout on probabilities": "`ALiBiConfig()`, dropout on probabilities",
 }
 
+# What each file of results is, the page with its figures, and the command that writes it.
+MEASURED = {
+    "attention_torch": (
+        "attention in PyTorch",
+        "attention",
+        "make bench-attention",
+    ),
+    "attention_flax": ("attention in Flax", "attention", "make bench-attention"),
+    "training_torch": (
+        "a step of training with each attention",
+        "attention",
+        "make bench-attention",
+    ),
+    "training_flax": ("training with each attention in Flax", "attention", "make bench-attention"),
+    "inference": ("reading and continuing prompts", "generating", "make bench-inference"),
+    "training": ("steps of training beside other trainers", "training", "make bench-training"),
+    "rates_demo": ("learning rates of the demo", "demo", "python -m benchmarks.learning_rates"),
+    "rates_extrapolate": (
+        *("learning rates of `alibi extrapolate`", "extrapolation"),
+        "python -m benchmarks.learning_rates",
+    ),
+    "conversion": ("converting 8 GB", "converting", "make bench"),
+    "sharded_loading": (
+        *("opening 8 GB on eight devices", "parallel"),
+        "python -m benchmarks.sharded_loading",
+    ),
+    "compile_time": ("compilation by depth", "parallel", "python -m benchmarks.compile_time"),
+    "tpu_meshes": ("what TPU programs need", "parallel", "python -m benchmarks.tpu_meshes"),
+    "precision": ("products of each device, emulated", "devices", "python -m benchmarks.precision"),
+    "mutants": ("planted faults, and which were caught", "guarantee", "make mutants"),
+}
+
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""
@@ -100,6 +132,18 @@ def goals(*names: str) -> str:
     rows = [goal for name in names for goal in _read(name)["goals"]]
     cells = ((row["goal"], _figure(row["found"]), _sign(row), _verdict(row)) for row in rows)
     return table(("", "found", "wanted", ""), cells)
+
+
+def measured() -> str:
+    """Every file of results: what, when, on what, by which command, and where its figures are."""
+    rows = []
+    for name, (what, page, command) in MEASURED.items():
+        results = _read(name)
+        machine = results.get("machine")
+        place = f"{machine['cpu']}, {machine['cores']} cores" if machine else ""
+        facts = (results["date"][:10], place, f"`{command}`", f"[{page}.md]({page}.md)")
+        rows.append((f"[{what}](../benchmarks/results/{name}.json)", *facts))
+    return table(("", "measured", "on", "by", "figures in"), rows)
 
 
 def products(backend: str) -> str:
@@ -391,6 +435,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "goals": goals,
     "growth": growth,
     "inference": inference,
+    "measured": measured,
     "mutants": mutants,
     "origin": origin,
     "other_inputs": other_inputs,

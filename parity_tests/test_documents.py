@@ -15,7 +15,7 @@ import pytest
 
 from alibi_spec import ALiBiConfig, Recipe
 from alibi_spec.options import kind_of, meaning_of
-from benchmarks.render import BLOCK, rendered
+from benchmarks.render import BLOCK, MEASURED, RESULTS, rendered
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,6 +119,10 @@ def test_figures_are_rendered() -> None:
     begins = sum((ROOT / page).read_text(encoding="utf-8").count("<!-- begin") for page in PAGES)
     blocks = sum(len(BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))) for page in PAGES)
     assert begins == blocks > 10
+
+
+def test_every_result_is_listed() -> None:
+    assert {path.stem for path in RESULTS.glob("*.json")} == set(MEASURED)
 
 
 @pytest.mark.parametrize("record", [ALiBiConfig, Recipe])

@@ -127,7 +127,8 @@ class Implementation(Protocol):
 
         Args:
             step: updates so far.
-            mean, mean_square: of the gradients so far, as AdamW keeps them, not corrected.
+            mean: of the gradients so far, as AdamW keeps it, not corrected.
+            mean_square: of their squares, likewise.
             targets: of every position, -100 for none.
 
         Returns:
