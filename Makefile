@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training extrapolate test-gpu test-tpu test-cpu bench-gpu docs lint types mutants clean
+.PHONY: help setup demo test test-clients test-all bench bench-attention bench-inference bench-training extrapolate test-gpu test-tpu test-cpu bench-gpu docs wheel lint types mutants clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,11 @@ bench-gpu:  ## attention on a CUDA device beside its peers, with the packages of
 docs: setup  ## the site of the documents, in site/; any warning is an error
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+wheel: setup  ## sdist and wheel, in dist/, and README's examples run from the wheel
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m parity_tests.wheel dist
 
 lint: setup  ## style
 	$(BIN)/ruff check .

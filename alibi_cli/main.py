@@ -14,7 +14,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from alibi_cli.arguments import path
 from alibi_cli.commands import COMMANDS, load
 from alibi_cli.exit_codes import BROKEN, BROKEN_PIPE, INTERRUPTED, MISMATCH, USAGE
 
@@ -88,12 +90,19 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         epilog="exit codes: 0 ok, 1 mismatch, 2 usage, 3 unsafe or broken input, 130 interrupted",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print what makes a shell complete this command, and exit",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     for name in COMMANDS:
         command = load(name)
         its_parser = commands.add_parser(name, help=command.HELP)
         its_parser.set_defaults(run=command.run)
-        if name in words:  # other commands' arguments can be slow to import
+        # Arguments of the other commands can be slow to import.
+        if name in words or any(word.startswith("--print-completion") for word in words):
             command.add_arguments(its_parser)
     return parser
 
@@ -110,3 +119,24 @@ class _Version(argparse.Action):
             version = "of a checkout that is not installed"
         print(f"alibi-duo {version}")
         parser.exit()
+
+
+class _Completion(argparse.Action):
+    """Prints a script of shtab, which completes paths where an argument is one."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, *__: object) -> None:
+        import shtab
+
+        for each in _parsers_of(parser):
+            for action in each._actions:
+                if action.type is path:
+                    action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Those of the commands; argparse keeps them among the choices of one action."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()

@@ -143,6 +143,30 @@ def test_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert capsys.readouterr().out == "alibi-duo of a checkout that is not installed\n"
 
 
+def test_a_shell_completes_commands_options_values_and_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As bash itself completes a line by the script that is printed for it."""
+    with pytest.raises(SystemExit) as done:
+        main(["--print-completion", "bash"])
+    assert done.value.code == 0
+    script = capsys.readouterr().out
+    (tmp_path / "a_model").mkdir()
+    for line, expected in (
+        ("alibi conv", ["convert"]),
+        ("alibi convert --overw", ["--overwrite"]),
+        ("alibi convert --to blo", ["bloom"]),
+        ("alibi inspect a_m", ["a_model"]),
+        ("alibi verify --json a_m", ["a_model"]),
+    ):
+        words = line.split()
+        asks = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_alibi"
+        show = 'printf "%s\\n" "${COMPREPLY[@]}"'
+        shell = ["bash", "-c", f"{script}\n{asks}\n{show}"]
+        ran = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert ran.stdout.split() == expected, line
+
+
 @pytest.mark.parametrize(
     ("name", "to"),
     [

@@ -6,6 +6,20 @@ from parity_tests.meta.mutant import Mutant
 
 FAULTS = (
     Mutant(
+        "a shell that is told of no arguments of the commands",
+        "alibi_cli/main.py",
+        ' or any(word.startswith("--print-completion") for word in words)',
+        "",
+        "test_command_line.py -k completes",
+    ),
+    Mutant(
+        "a shell that completes no paths",
+        "alibi_cli/main.py",
+        "action.complete = shtab.FILE",
+        "pass",
+        "test_command_line.py -k completes",
+    ),
+    Mutant(
         "a proof that fails with exit code 0",
         "alibi_cli/commands/verify.py",
         "return OK if result.passed else MISMATCH",
