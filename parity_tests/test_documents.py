@@ -65,7 +65,8 @@ def test_pages_with_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [*PAGES, "CONTRIBUTING.md", "alibi_spec/conformance/README.md"]
+    "document",
+    [*PAGES, "CONTRIBUTING.md", "alibi_spec/conformance/README.md", "examples/README.md"],
 )
 def test_links_and_paths(document: str) -> None:
     """Every relative link, its section, and every make target that is named, exists."""
