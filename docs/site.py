@@ -19,6 +19,7 @@ PAGES = {  # of the repository, and where the site has them
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "examples/README.md": "examples.md",
     "alibi_spec/conformance/README.md": "conformance.md",
 }
 MODULES = {  # of each package, public ones that it does not offer itself

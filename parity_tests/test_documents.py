@@ -11,11 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
-from alibi_spec import ALiBiConfig, Recipe
+from alibi_spec import ALiBiConfig, Recipe, slopes
 from alibi_spec.options import kind_of, meaning_of
+from benchmarks import concepts
 from benchmarks.render import BLOCK, MEASURED, RESULTS, rendered
+from parity_tests.compare import assert_bitwise
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +65,8 @@ def test_pages_with_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [*PAGES, "CONTRIBUTING.md", "alibi_spec/conformance/README.md"]
+    "document",
+    [*PAGES, "CONTRIBUTING.md", "alibi_spec/conformance/README.md", "examples/README.md"],
 )
 def test_links_and_paths(document: str) -> None:
     """Every relative link, its section, and every make target that is named, exists."""
@@ -147,3 +152,28 @@ def test_sections_that_the_code_cites_exist() -> None:
                     assert section in sections, f"{path.name} cites §{section}"
                     cited += 1
     assert cited > 10
+
+
+def test_pictures_of_concepts(tmp_path: Path) -> None:
+    """`python -m benchmarks.concepts` writes every picture that the page shows, and small ones."""
+    assert concepts.main(["--output", str(tmp_path / "new")]) == 0
+    shown = re.findall(r"\]\(concepts/(.+)\)", (ROOT / "docs/concepts.md").read_text("utf-8"))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(shown)
+    for folder in (tmp_path / "new", ROOT / "docs/concepts"):
+        for name in shown:
+            picture = (folder / name).read_bytes()
+            assert picture.startswith(b"\x89PNG")
+            assert len(picture) < 100_000
+
+
+def test_what_the_pictures_of_concepts_show() -> None:
+    """Biases are −m · distance; no query of a call needs more keys than the weights allow."""
+    axes = concepts.bias_picture().axes[0]
+    for line, slope in zip(axes.lines, slopes(concepts.HEADS), strict=True):
+        distances, biases = (np.asarray(each) for each in line.get_data())
+        assert_bitwise(biases, slope * (-distances).astype(np.float32), str(line.get_label()))
+    (axes,) = concepts.windows_picture().axes
+    marks, bars = axes.collections
+    most = np.array([segment[:, 1].max() for segment in bars.get_segments()])
+    assert (most < marks.get_offsets()[:, 1]).all()
+    plt.close("all")
