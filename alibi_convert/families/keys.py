@@ -331,14 +331,15 @@ class KeyTable:
         return fields if self.unrefine is None else self.unrefine(fields, config)
 
     def _foreign_value(self, line: Key, value: Any) -> Any:
-        if value is None and line.default is REQUIRED:
-            raise CheckpointError(f"{self.family} cannot express {line.field}=None")
         try:
-            return line.write(value)
+            foreign = line.write(value)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.family} cannot express {line.field}={value!r}: {error}"
             ) from None
+        if foreign is None and line.default is not None:
+            raise CheckpointError(f"{self.family} cannot express {line.field}=None")
+        return foreign
 
     def _field(self, line: Key, foreign: Mapping[str, Any]) -> Any:
         names = (line.foreign, *line.aliases)
