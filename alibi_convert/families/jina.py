@@ -178,7 +178,7 @@ FAMILIES = (
         aliases=bert.ALIASES,
         derived=_derived,
         write_config=partial(_write_config, _PLAIN_KEYS),
-        label="the same with plain layers",
+        label="folder, as Jina v2 with plain layers",
         neutral_keys=_PLAIN_KEYS.neutral_keys,
     ),
     Family(
@@ -190,7 +190,7 @@ FAMILIES = (
         derived=_derived,
         folds=lambda config, _: bert.zero_biases(config, f"{bert.LAYER}.mlp.up_gated_layer"),
         write_config=partial(_write_config, _TWICE_NORMALISED_KEYS),
-        label="the same with norms of queries and keys, as Jina v2's code model",
+        label="folder, as Jina v2's code model",
         neutral_keys=_TWICE_NORMALISED_KEYS.neutral_keys,
     ),
 )
