@@ -67,7 +67,8 @@ def tied_head(embedding: str) -> Callable[[ALiBiConfig], tuple[Derived, ...]]:
 class Fold:
     """One canonical tensor that is computed on import.
 
-    An export leaves it to the next import, if that computes the same bits from what was written.
+    An export leaves it to the next import, if that computes the same bits from the one tensor that
+    was written.
 
     Attributes:
         canonical: its name.
