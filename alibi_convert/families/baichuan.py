@@ -4,7 +4,7 @@ No key says which is which. The 7B models have max_position_embeddings (and rota
 13B ones have only model_max_length. Baichuan2 has z_loss_weight or its larger vocabulary; its
 logits are products with the rows of lm_head scaled to length one, which is done on import. An
 export has no z_loss_weight: it is a Baichuan-13B, unless its vocabulary is as large as that of
-Baichuan2. Then every reader scales the rows, and theirs must be a length that stays.
+Baichuan2. Then every reader scales the rows, and a model is refused that this would change.
 """
 
 from __future__ import annotations

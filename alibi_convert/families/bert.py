@@ -103,7 +103,7 @@ def with_head(config: ALiBiConfig, source: Source, hidden_act: str) -> ALiBiConf
 
 
 def without_embedding_dropout(fields: dict[str, Any], _: ALiBiConfig) -> dict[str, Any]:
-    """`unrefine` of tables in which it is that of the layers."""
+    """`unrefine` of families whose embedding has the dropout of the layers."""
     return {name: value for name, value in fields.items() if name != "embedding_dropout"}
 
 
