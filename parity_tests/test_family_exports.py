@@ -82,7 +82,7 @@ def test_its_own_models(name: str) -> None:
     assert_read_back(FOLDERS[name], of_family(name))
 
 
-@hypothesis.settings(deadline=None, max_examples=120, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=80, derandomize=True)
 @hypothesis.given(relatives())
 def test_any_model(case: tuple[Family, ALiBiConfig]) -> None:
     family, config = case
