@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alibi_convert import CheckpointError, open_checkpoint
+from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.families import Source, baichuan
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
 from parity_tests.compare import assert_bitwise
+from parity_tests.exports import assert_exported, draw, written
+from parity_tests.families import export
 from parity_tests.peers import published
 from parity_tests.peers.baichuan import SMALL, forward, shapes
 
@@ -52,6 +56,99 @@ def test_baichuan(tmp_path: Path, generation: int) -> None:
     checkpoint = open_checkpoint(tmp_path / "float32")
     assert checkpoint.family == "baichuan"
     assert list(checkpoint.folded) == (["lm_head.weight"] if generation == 2 else [])
+    back = export(baichuan.FAMILY, checkpoint.config, checkpoint.tensors, tmp_path / "back")
+    assert not open_checkpoint(back).folded  # an export is a Baichuan of the first generation
+    original, written = dict(read_tensors(tmp_path / "float32")), read_tensors(back)
+    if generation == 2:
+        original["lm_head.weight"] = checkpoint.tensors["lm_head.weight"]
+    assert set(written) == set(original)
+    for name, array in original.items():
+        assert_bitwise(written[name], array, name)
+
+
+def test_export(tmp_path: Path) -> None:
+    """From scratch: the published formula, without Baichuan2's head, reads what we write."""
+    config = replace(read(SMALL), init_std=0.01)
+    foreign = assert_exported(
+        *(tmp_path, baichuan.FAMILY, config),
+        lambda _, arrays: partial(forward, False, arrays),
+        TOKENS[:, :40],
+    )
+    assert foreign == SMALL | {
+        "architectures": ["BaichuanForCausalLM"],
+        "hidden_act": "silu",
+        "initializer_range": 0.01,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
+
+
+def large(rows: str) -> tuple[ALiBiConfig, dict[str, np.ndarray]]:
+    """A vocabulary that is read as Baichuan2's, with rows of any length or of length one."""
+    config = replace(read(SMALL), num_layers=1, vocab_size=125696)
+    arrays = draw(config)
+    if rows == "unit":
+        source = Source(baichuan.FAMILY.write_config(config), Tensors({}))
+        (fold,) = baichuan.FAMILY.folds(config, source)
+        arrays["lm_head.weight"] = fold.compute(arrays["lm_head.weight"])
+    return config, arrays
+
+
+@pytest.mark.parametrize("rows", ["unit", "any"])
+def test_export_with_the_vocabulary_of_baichuan2(tmp_path: Path, rows: str) -> None:
+    """Every reader scales the rows of its head: only those of length one say what they are."""
+    config, arrays = large(rows)
+    ours = written(tmp_path / "ours", config, arrays)
+    if rows == "any":
+        message = r"baichuan cannot express lm_head\.weight: .* rows scaled to length 1"
+        with pytest.raises(CheckpointError, match=message):
+            convert(ours, tmp_path / "theirs", to="baichuan", verify="none")
+        assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+        return
+    convert(ours, tmp_path / "theirs", to="baichuan", verify="bits")
+    found = open_checkpoint(tmp_path / "theirs")
+    assert list(found.folded) == ["lm_head.weight"]
+    assert_bitwise(found.tensors["lm_head.weight"], arrays["lm_head.weight"], "lm_head.weight")
+
+
+def test_what_returns_has_no_z_loss(tmp_path: Path) -> None:
+    """It would make the export a Baichuan2, whose head is scaled when it is read."""
+    source = write(tmp_path, SMALL | {"z_loss_weight": 0, "eos_token_id": 2}, np.float32)
+    convert(source, tmp_path / "ours", verify="none")
+    convert(tmp_path / "ours", tmp_path / "back", to="baichuan", verify="bits")
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert ("z_loss_weight" in values, values["eos_token_id"]) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tie_embeddings": True}, "tie_embeddings=True; it has False always"),
+        ({"attention_bias": True}, "attention_bias=True; it has False always"),
+        ({"ffn_bias": True}, "ffn_bias=True"),
+        ({"gated_ffn": False}, "gated_ffn=False"),
+        ({"activation": "gelu"}, "activation='gelu'"),
+        ({"norm": "layer"}, "norm='layer'"),
+        ({"num_kv_heads": 5}, "num_kv_heads=5"),
+        ({"slopes": (0.5,) * 10}, "slopes="),
+        ({"bias_max": 16.0}, "bias_max=16.0"),
+        ({"causal": False}, "causal=False"),
+        ({"vocab_size": None}, "vocab_size=None"),
+        ({"logit_scale": 2.0}, "logit_scale=2.0"),
+    ],
+)
+def test_what_it_cannot_express(fields: dict[str, Any], message: str) -> None:
+    config = replace(read(SMALL), **fields)
+    with pytest.raises(CheckpointError, match=f"baichuan cannot express {message}"):
+        baichuan.FAMILY.write_config(config)
+
+
+def test_widths_and_dropouts() -> None:
+    """A width that divides evenly is written as a number; dropout has no place in the file."""
+    config = replace(read(SMALL), expansion_factor=3, feed_forward_dim=None)
+    values = baichuan.FAMILY.write_config(replace(config, dropout=0.2, embedding_dropout=0.1))
+    assert values["intermediate_size"] == 120
+    assert read(values) == config
 
 
 def test_rows_of_the_head() -> None:

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from alibi_cli.main import main
 from alibi_convert import CheckpointError, open_checkpoint
-from alibi_convert.families import Source, btlm
+from alibi_convert.families import Family, Source, btlm
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, model_slopes
 from parity_tests.compare import assert_bitwise
+from parity_tests.exports import assert_exported
+from parity_tests.families import export, read_config
 from parity_tests.peers import published
 from parity_tests.peers.btlm import forward, shapes
 from parity_tests.peers.published import Arrays
@@ -57,6 +61,20 @@ SMALL: dict[str, Any] = {
 TOKENS = np.random.default_rng(1).integers(0, 53, (3, published.SEQ))
 
 
+SLOPES = "transformer.relative_pe.slopes"
+SCRATCH = ALiBiConfig(
+    num_layers=2,
+    d_model=30,
+    num_heads=5,
+    vocab_size=53,
+    expansion_factor=4,
+    activation="silu",
+    gated_ffn=True,
+    embedding_scale=3.5,
+    logit_scale=0.66,
+)
+
+
 def check(
     tmp_path: Path,
     config: dict[str, Any],
@@ -86,6 +104,16 @@ def test_btlm(tmp_path: Path) -> None:
     assert checkpoint.family == "btlm"
     assert set(checkpoint.derived) == set(buffers)
     assert checkpoint.config.slopes == "paper"
+    back = export(btlm.BTLM, checkpoint.config, checkpoint.tensors, tmp_path / "back")
+    original, returned = read_tensors(tmp_path / "float32"), read_tensors(back)
+    assert set(original) - set(returned) == set(buffers) - {SLOPES}  # the masks
+    for name, array in returned.items():
+        assert_bitwise(array, original[name], name)
+    values = read_config(back)
+    factor = values["mup_output_alpha"] * values["mup_width_scale"]
+    assert factor == SMALL["mup_output_alpha"] * SMALL["mup_width_scale"]
+    for name in SMALL.keys() - {"mup_output_alpha", "mup_width_scale"}:
+        assert values[name] == SMALL[name], name
 
 
 def test_jais(tmp_path: Path) -> None:
@@ -104,6 +132,116 @@ def test_jais(tmp_path: Path) -> None:
     }
     slopes = published.slopes(3).astype(np.float32) / np.float32(2.5)
     check(tmp_path, config, slopes.astype(np.float64))
+    checkpoint = open_checkpoint(tmp_path / "float32")
+    assert checkpoint.family == "jais"
+    back = export(btlm.JAIS, checkpoint.config, checkpoint.tensors, tmp_path / "back")
+    original, returned = read_tensors(tmp_path / "float32"), read_tensors(back)
+    assert_bitwise(returned[SLOPES], slopes[:, None], "slopes")  # divided already
+    assert set(returned) == {*original, SLOPES}
+    for name, array in original.items():
+        assert_bitwise(returned[name], array, name)
+    values = read_config(back)
+    assert "alibi_scaling" not in values
+    for name in config.keys() - {"alibi_scaling", "n_inner"}:
+        assert values[name] == config[name], name
+    assert values["n_inner"] == 4 * config["n_embd"]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"),
+    [
+        (
+            btlm.BTLM,
+            {"attention_scale": 1 / 6, "slopes": "geometric", "tie_embeddings": False},
+            {"mup_scale_qk_dot_by_d": True, "activation_function": "swiglu", "n_inner": 120},
+        ),
+        (
+            btlm.BTLM,
+            {"activation": "gelu_tanh", "gated_ffn": False, "bias_max": 4.0, "dropout": 0.2},
+            {"mup_scale_qk_dot_by_d": False, "activation_function": "gelu_new"},
+        ),
+        (
+            btlm.JAIS,
+            {"attention_scale": 1 / 6, "slopes": (0.5, 0.25, 0.1, 0.3, 0.7), "logit_scale": 0.3},
+            {"scale_qk_dot_by_d": True, "embeddings_scale": 3.5, "width_scale": 0.3},
+        ),
+    ],
+)
+def test_export(
+    tmp_path: Path, family: Family, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """From scratch: the published formula, with the slopes of the file, reads what we write."""
+    config = replace(SCRATCH, **fields)
+    exact = replace(config, slopes=tuple(model_slopes(config)[0].tolist()), bias_max=8.0)
+
+    def formula(foreign: dict[str, Any], arrays: Arrays) -> partial[np.ndarray]:
+        return partial(forward, foreign, arrays[SLOPES][:, 0], arrays)
+
+    foreign = assert_exported(tmp_path, family, exact, formula, TOKENS[:, :40])
+    assert foreign | expected == foreign
+    assert foreign == json.loads(json.dumps(family.write_config(config))) | {"dtype": "float32"}
+    assert foreign["position_embedding_type"] == "alibi"
+    assert "alibi_scaling" not in foreign
+    assert (
+        ("mup_width_scale" in foreign) == ("mup_output_alpha" in foreign) == (family is btlm.BTLM)
+    )
+
+
+def test_export_of_interpolated_slopes() -> None:
+    """The published code takes a mapping of two keys."""
+    config = replace(SCRATCH, slope_interpolation=96)
+    for family in btlm.FAMILIES:
+        foreign = family.write_config(config)
+        assert foreign["alibi_scaling"] == {"type": "linear", "train_seq_len": 96}
+        assert family.read_config(Source(foreign, Tensors({}))) == config
+
+
+def test_unscaled_attention_is_written() -> None:
+    foreign = btlm.BTLM.write_config(replace(SCRATCH, attention_scale=1.0))
+    assert foreign["scale_attn_weights"] is False
+    assert read(foreign).attention_scale == 1.0
+
+
+@pytest.mark.parametrize("family", btlm.FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_scale": 0.3}, "attention_scale=0.3 together"),
+        ({"slopes": "learned"}, "slopes='learned'; it has"),
+        ({"slopes": ((0.5,) * 5, (0.25,) * 5)}, "slopes="),
+        ({"activation": "relu"}, r"activation=\('relu', True\): expected"),
+        ({"attention_bias": False}, "attention_bias=False"),
+        ({"norm_bias": False}, "norm_bias=False"),
+        ({"num_kv_heads": 1}, "num_kv_heads=1"),
+        ({"embedding_norm": True}, "embedding_norm=True"),
+        ({"causal": False}, "causal=False"),
+        ({"distance": "signed"}, "distance='signed'"),
+        ({"vocab_size": None}, "vocab_size=None"),
+    ],
+)
+def test_what_it_cannot_express(family: Family, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{family.name} cannot express {message}"):
+        family.write_config(replace(SCRATCH, **fields))
+
+
+def test_there_and_back_by_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both backends run what is written; ids of special tokens return, old factors do not."""
+    config = SMALL | {"model_type": "jais", "eos_token_id": 2}
+    arrays = published.draw(shapes(config), np.float32)
+    source = published.write_folder(tmp_path / "source", config, arrays)
+    ours, back = str(tmp_path / "ours"), str(tmp_path / "back")
+    assert main(["convert", str(source), ours, "--verify", "bits"]) == 0
+    assert main(["convert", ours, back, "--to", "jais"]) == 0
+    assert "outputs against alibi_torch: alibi_flax " in capsys.readouterr().out
+    assert main(["inspect", back]) == 0
+    assert "ALiBiLM, jais (folder)" in capsys.readouterr().out
+    values = read_config(tmp_path / "back")
+    assert (values["eos_token_id"], values["model_type"]) == (2, "jais")
+    assert not [name for name in values if name.startswith("mup_")]
+    assert main(["plan", ours, "--to", "bloom"]) == 3
+    assert "bloom cannot express" in capsys.readouterr().out
 
 
 def test_slopes_of_long_sequences(tmp_path: Path) -> None:
@@ -133,7 +271,7 @@ def test_bare_names_and_a_copy_of_the_head(tmp_path: Path) -> None:
 
 def read(config: dict[str, Any], **arrays: np.ndarray) -> ALiBiConfig:
     named = {name.replace("__", "."): array for name, array in arrays.items()}
-    return btlm.FAMILY.read_config(Source(config, Tensors.of(named)))
+    return btlm.BTLM.read_config(Source(config, Tensors.of(named)))
 
 
 def test_published_configurations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alibi_convert import CheckpointError, open_checkpoint
+from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.families import Source, jina
 from alibi_convert.families.family import Family
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
+from parity_tests.checkpoints import write
+from parity_tests.compare import assert_bitwise
+from parity_tests.exports import assert_exported
+from parity_tests.families import export, read_config
 from parity_tests.peers import published
 from parity_tests.peers.encoders import (
     SMALL,
@@ -39,6 +45,25 @@ JINA_BASE_EN = """{"_name_or_path": "jinaai/jina-bert-implementation",
 
 ALIBI = SMALL | {"position_embedding_type": "alibi"}
 GATED, PLAIN, QK_NORM = jina.FAMILIES
+FAMILIES = {family.name: family for family in jina.FAMILIES}
+SCRATCH = ALiBiConfig(
+    num_layers=2,
+    d_model=30,
+    num_heads=5,
+    vocab_size=53,
+    max_len=64,
+    feed_forward_dim=23,
+    causal=False,
+    gated_ffn=True,
+    norm_placement="post",
+    norm_eps=1e-12,
+    final_norm=False,
+    embedding_norm=True,
+    embedding_dropout=0.1,
+    type_vocab_size=2,
+    head="none",
+)
+TWICE_NORMALISED: dict[str, Any] = {"qk_norm": True, "attention_output_norm": True}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +88,80 @@ def test_jina(tmp_path: Path, kind: str, extra: Shapes, family: str) -> None:
     published.assert_same(write, partial(forward, kind, arrays), TOKENS, TYPES)
     checkpoint = open_checkpoint(tmp_path / "float32")
     assert checkpoint.family == family
+    back = export(FAMILIES[family], checkpoint.config, checkpoint.tensors, tmp_path / "back")
+    original = published.draw(shapes(kind) | extra, np.float32)
+    returned = read_tensors(back)
+    assert set(returned) == {name for name in original if "pooler" not in name}
+    for name, array in returned.items():
+        assert_bitwise(array, original[name], name)
+    values = read_config(back)
+    assert values | config == values
+    has_head = kind == "geglu"
+    assert values["architectures"] == ["JinaBertForMaskedLM" if has_head else "JinaBertModel"]
+    again = open_checkpoint(back)
+    assert (again.family, again.config) == (family, checkpoint.config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "family"),
+    [
+        ("geglu", {"head": "masked_lm"}, "jina"),
+        ("reglu", {"head": "none", "activation": "relu"}, "jina"),
+        ("original", {"head": "masked_lm", "gated_ffn": False}, "jina-original"),
+        ("qk-norm", {"head": "masked_lm", **TWICE_NORMALISED}, "jina-qk-norm"),
+    ],
+)
+def test_export(tmp_path: Path, kind: str, fields: dict[str, Any], family: str) -> None:
+    """From scratch: the published formula reads what we write, with a head and without."""
+    config = replace(SCRATCH, **fields)
+    foreign = assert_exported(
+        *(tmp_path, FAMILIES[family], config),
+        lambda _, arrays: partial(forward, kind, arrays),
+        *(TOKENS[:, :40], TYPES[:, :40]),
+    )
+    has_head = fields["head"] == "masked_lm"
+    assert foreign == ALIBI | {
+        "architectures": ["JinaBertForMaskedLM" if has_head else "JinaBertModel"],
+        "attention_probs_dropout_prob": 0.1,
+        "dtype": "float32",
+        "feed_forward_type": "geglu" if kind == "qk-norm" else kind,
+        "hidden_act": config.activation,
+        "hidden_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "is_decoder": False,
+        "tie_word_embeddings": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("jina", {"gated_ffn": False}, "gated_ffn=False; it has True always"),
+        ("jina", TWICE_NORMALISED, "qk_norm=True; it has False always"),
+        ("jina", {"activation": "silu"}, "activation='silu' together with gated_ffn=True"),
+        ("jina", {"head": "linear"}, "head='linear'; expected 'masked_lm' or 'none'"),
+        ("jina", {"causal": True}, "causal=True"),
+        ("jina", {"type_vocab_size": None}, "type_vocab_size=None"),
+        ("jina", {"slopes": "learned"}, "slopes='learned'"),
+        ("jina-original", {}, "gated_ffn=True; it has False always"),
+        ("jina-original", {"gated_ffn": False, "ffn_bias": False}, "ffn_bias=False"),
+        ("jina-qk-norm", {}, "qk_norm=False; it has True always"),
+        ("jina-qk-norm", {"qk_norm": True}, "attention_output_norm=False"),
+    ],
+)
+def test_what_it_cannot_express(family: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{family} cannot express {message}"):
+        FAMILIES[family].write_config(replace(SCRATCH, **fields))
+
+
+def test_biases_that_have_no_place(tmp_path: Path) -> None:
+    config = replace(SCRATCH, **TWICE_NORMALISED)
+    ours = write(tmp_path / "ours", config=config)
+    message = (
+        r"express transformer\.layers\.0\.ffn\.(gate|fc1)\.bias: .* up_gated_layer has no bias"
+    )
+    with pytest.raises(CheckpointError, match=f"jina-qk-norm cannot {message}"):
+        convert(ours, tmp_path / "theirs", to="jina-qk-norm", verify="none")
 
 
 def read(config: dict[str, Any], *names: str, family: Family = GATED) -> ALiBiConfig:
@@ -106,7 +205,7 @@ def test_plain_layers_have_the_activation_of_the_configuration() -> None:
     ("change", "message"),
     [
         ({"position_embedding_type": "absolute"}, "position_embedding_type='absolute'"),
-        ({"feed_forward_type": "swiglu"}, "feed_forward_type='swiglu'.*geglu, reglu, original"),
+        ({"feed_forward_type": "swiglu"}, "feed_forward_type='swiglu'.*'geglu' or 'reglu' or"),
         ({"feed_forward_type": "original"}, "feed_forward_type='original' contradicts"),
         ({"hidden_act": "mish"}, "hidden_act='mish'"),
         ({"feed_forward_type": "reglu"}, "hidden_act='gelu' of the masked-language head"),

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alibi_convert import CheckpointError, open_checkpoint
+from alibi_convert import CheckpointError, convert, open_checkpoint
 from alibi_convert.families import Source, mosaicbert
+from alibi_convert.formats.shards import read_tensors
 from alibi_convert.tensors import Tensors
 from alibi_spec import ALiBiConfig
 from parity_tests.compare import assert_bitwise
+from parity_tests.exports import assert_exported, draw, written
+from parity_tests.families import export, read_config
 from parity_tests.peers import published
 from parity_tests.peers.encoders import (
     HIDDEN,
@@ -72,6 +75,74 @@ def test_mosaicbert(tmp_path: Path, extra: Shapes, saved: Callable[[Arrays], Arr
         if has_head
         else {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     )
+    back = export(mosaicbert.FAMILY, checkpoint.config, checkpoint.tensors, tmp_path / "back")
+    original = published.draw(shapes() | extra, np.float32)
+    returned = read_tensors(back)
+    assert set(returned) == {name for name in original if "pooler" not in name}
+    for name, array in returned.items():
+        assert_bitwise(array, original[name], name)
+    values = read_config(back)
+    assert values | SMALL == values
+    assert values["architectures"] == ["BertForMaskedLM" if has_head else "BertModel"]
+    assert open_checkpoint(back).config == checkpoint.config
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "none"])
+def test_export(tmp_path: Path, head: str) -> None:
+    """From scratch: the published formula reads what we write."""
+    config = replace(read(SMALL), head=head, dropout=0.2, embedding_dropout=0.2, max_len=99)
+    foreign = assert_exported(
+        *(tmp_path, mosaicbert.FAMILY, config),
+        lambda _, arrays: partial(forward, head == "masked_lm", arrays),
+        *(TOKENS[:, :40], TYPES[:, :40]),
+    )
+    assert foreign == SMALL | {
+        "architectures": ["BertForMaskedLM" if head == "masked_lm" else "BertModel"],
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": "float32",
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.2,
+        "initializer_range": 0.02,
+        "is_decoder": False,
+        "max_position_embeddings": 99,
+        "tie_word_embeddings": True,
+    }
+
+
+@pytest.mark.parametrize(("bias", "value"), [("1.ffn.gate", 1e-30), ("0.ffn.fc1", -0.0)])
+def test_biases_that_have_no_place(tmp_path: Path, bias: str, value: float) -> None:
+    """`gated_layers` has none: they are zeros, to the bit, or the export is refused."""
+    config = read(SMALL)
+    arrays, name = draw(config), f"transformer.layers.{bias}.bias"
+    arrays[name][7] = value
+    ours = written(tmp_path / "ours", config, arrays)
+    message = rf"mosaicbert cannot express {name}: it would be read back as zeros: gated_layers"
+    with pytest.raises(CheckpointError, match=message):
+        convert(ours, tmp_path / "theirs", to="mosaicbert", verify="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"head": "linear"}, "head='linear'; expected 'masked_lm' or 'none'"),
+        ({"head": "masked_lm", "norm_eps": 1e-5}, "norm_eps=1e-05 together with head='masked_lm'"),
+        ({"type_vocab_size": None}, "type_vocab_size=None"),
+        ({"embedding_dropout": 0.3}, "embedding_dropout=0.3 together"),
+        ({"activation": "silu"}, "activation='silu'"),
+        ({"gated_ffn": False}, "gated_ffn=False"),
+        ({"norm_placement": "pre"}, "norm_placement='pre'"),
+        ({"causal": True}, "causal=True"),
+        ({"embedding_norm": False}, "embedding_norm=False"),
+        ({"qk_norm": True}, "qk_norm=True"),
+        ({"slopes": "geometric"}, "slopes='geometric'"),
+        ({"tie_embeddings": False}, "tie_embeddings=False"),
+        ({"vocab_size": None}, "vocab_size=None"),
+    ],
+)
+def test_what_it_cannot_express(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"mosaicbert cannot express {message}"):
+        mosaicbert.FAMILY.write_config(replace(read(SMALL), **fields))
 
 
 def test_what_else_a_file_holds(tmp_path: Path) -> None:

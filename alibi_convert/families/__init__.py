@@ -29,7 +29,7 @@ FAMILIES = (
     bloom.FAMILY,
     mpt.FAMILY,
     falcon.FAMILY,
-    btlm.FAMILY,
+    *btlm.FAMILIES,
     baichuan.FAMILY,
     mosaicbert.FAMILY,
     *jina.FAMILIES,

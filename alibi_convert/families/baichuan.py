@@ -2,7 +2,9 @@
 
 No key says which is which. The 7B models have max_position_embeddings (and rotary buffers), the
 13B ones have only model_max_length. Baichuan2 has z_loss_weight or its larger vocabulary; its
-logits are products with the rows of lm_head scaled to length one, which is done on import.
+logits are products with the rows of lm_head scaled to length one, which is done on import. An
+export has no z_loss_weight: it is a Baichuan-13B, unless its vocabulary is as large as that of
+Baichuan2. Then every reader scales the rows, and a model is refused that this would change.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from alibi_spec import ALiBiConfig
 
 _LAYER, _OURS = "model.layers.{i}", "transformer.layers.{i}"
 _BAICHUAN2_VOCAB_SIZE = 125696
+_Z_LOSS = "z_loss_weight"
 _BLOCK = 2**14  # rows of lm_head in float64 at a time
 
 _ROWS = (
@@ -51,7 +54,7 @@ _TABLE = KeyTable(
         Key("rms_norm_eps", "norm_eps", default=1e-6),
         Only("hidden_act", ("silu",), "the gate is SwiGLU's"),
         Only("tie_word_embeddings", (False,), "the head is a matrix of its own"),
-        Neutral(("z_loss_weight",), "a term of the training loss"),
+        Neutral((_Z_LOSS,), "a term of the training loss"),
         Neutral(("_from_model_config",), "how a generation_config.json came to be"),
     ),
     implied={
@@ -64,6 +67,7 @@ _TABLE = KeyTable(
         "norm": "rms",
         "norm_bias": False,
     },
+    unsaid=("dropout", "attention_dropout", "embedding_dropout"),
 )
 
 
@@ -84,7 +88,7 @@ def _config(source: Source) -> ALiBiConfig:
 
 
 def _is_baichuan2(foreign: Mapping[str, Any], config: ALiBiConfig) -> bool:
-    return "z_loss_weight" in foreign or (config.vocab_size or 0) >= _BAICHUAN2_VOCAB_SIZE
+    return _Z_LOSS in foreign or (config.vocab_size or 0) >= _BAICHUAN2_VOCAB_SIZE
 
 
 def _folds(config: ALiBiConfig, source: Source) -> tuple[Fold, ...]:
@@ -107,4 +111,14 @@ def _derived(_: ALiBiConfig) -> tuple[Derived, ...]:
     return (Derived(r"model\.(future_mask|alibi_mask)", "mask and bias: they follow from slopes"),)
 
 
-FAMILY = Family("baichuan", _recognises, _config, _ROWS, derived=_derived, folds=_folds)
+FAMILY = Family(
+    "baichuan",
+    _recognises,
+    _config,
+    _ROWS,
+    derived=_derived,
+    folds=_folds,
+    write_config=_TABLE.write,
+    label="folder, as Baichuan-13B",
+    neutral_keys=_TABLE.neutral_keys - {_Z_LOSS},  # it would make a Baichuan2 of an export
+)

@@ -10,7 +10,7 @@ import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families.family import Derived, Fold, Source
-from alibi_convert.families.keys import Key, Neutral, Only
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
 from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
@@ -100,6 +100,28 @@ def with_head(config: ALiBiConfig, source: Source, hidden_act: str) -> ALiBiConf
             f"have {config.activation!r}; remove the tensors cls.* to read only the encoder"
         )
     return replace(config, head="masked_lm")
+
+
+def without_embedding_dropout(fields: dict[str, Any], _: ALiBiConfig) -> dict[str, Any]:
+    """`unrefine` of families whose embedding has the dropout of the layers."""
+    return {name: value for name, value in fields.items() if name != "embedding_dropout"}
+
+
+def write_config(keys: KeyTable, config: ALiBiConfig) -> dict[str, Any]:
+    """The foreign configuration; only the tensors and the name of the class tell of the head.
+
+    Raises:
+        CheckpointError: as for `KeyTable.write`; or the head is none of BERT's.
+    """
+    if config.head == "linear":
+        raise CheckpointError(
+            f"{keys.family} cannot express head='linear'; expected 'masked_lm' or 'none'"
+        )
+    foreign = keys.write(replace(config, head="none"))
+    if config.head == "none":
+        names = [name.replace("ForMaskedLM", "Model") for name in keys.architectures]
+        foreign["architectures"] = names
+    return foreign
 
 
 def zero_biases(config: ALiBiConfig, gated_layers: str = GATED_LAYERS) -> tuple[Fold, ...]:

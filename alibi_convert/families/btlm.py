@@ -1,22 +1,24 @@
 """BTLM-3B-8k and the first JAIS models: GPT-2 with ALiBi, SwiGLU and μP's constant factors.
 
 GPT-2 stores its linear maps transposed, [in, out]. SwiGLU is c_fc(x) · silu(c_fc2(x)): the gate is
-the second map. JAIS has older names for the factors of μP.
+the second map. The first JAIS models have older names for the factors of μP, which an export as
+"jais" has too. Both names are read in either family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families.family import Derived, Family, Source, tied_head
-from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, flag
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, flag, one_of
 from alibi_convert.rules import Row
-from alibi_spec import ALiBiConfig, slopes
+from alibi_spec import ALiBiConfig, model_slopes, slopes
 
 _LAYER, _OURS = "transformer.h.{i}", "transformer.layers.{i}"
 _SLOPES = "transformer.relative_pe.slopes"
@@ -50,23 +52,22 @@ _ROWS = (
     Row("lm_head.weight", "lm_head.weight"),
 )
 
-# (activation, gated)
-_ACTIVATIONS = {
-    "gelu": ("gelu", False),
-    "gelu_fast": ("gelu_tanh", False),
-    "gelu_new": ("gelu_tanh", False),
-    "gelu_pytorch_tanh": ("gelu_tanh", False),
-    "relu": ("relu", False),
-    "silu": ("silu", False),
-    "swiglu": ("silu", True),
-    "swish": ("silu", False),
+_ACTIVATIONS = one_of(  # ours: (activation, gated)
+    ("gelu", ("gelu", False)),
+    ("gelu_new", ("gelu_tanh", False)),
+    ("gelu_fast", ("gelu_tanh", False)),
+    ("gelu_pytorch_tanh", ("gelu_tanh", False)),
+    ("relu", ("relu", False)),
+    ("silu", ("silu", False)),
+    ("swish", ("silu", False)),
+    ("swiglu", ("silu", True)),
+)
+# The older names of the first JAIS models.
+_OF_JAIS = {
+    "mup_embeddings_scale": "embeddings_scale",
+    "mup_scale_qk_dot_by_d": "scale_qk_dot_by_d",
+    "mup_width_scale": "width_scale",
 }
-
-
-def _activation(name: str) -> tuple[str, bool]:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
 
 
 def _factor(value: Any) -> float:
@@ -95,7 +96,14 @@ def _refine(fields: dict[str, Any], foreign: Mapping[str, Any]) -> dict[str, Any
     return fields
 
 
-_TABLE = KeyTable(
+def _unrefine(fields: dict[str, Any], config: ALiBiConfig) -> dict[str, Any]:
+    scale = fields.pop("attention_scale")
+    fields |= {"is_scaled": scale != 1.0, "by_head_dim": scale == 1 / config.head_dim}
+    fields |= {"width_scale": fields.pop("logit_scale"), "output_alpha": 1.0, "slope_factor": None}
+    return fields | {"activation": (fields["activation"], fields.pop("gated_ffn"))}
+
+
+_BTLM_KEYS = KeyTable(
     family="btlm",
     model_type="btlm",
     architectures=("BTLMLMHeadModel",),
@@ -106,7 +114,7 @@ _TABLE = KeyTable(
         Key("n_layer", "num_layers", aliases=("num_hidden_layers",)),
         Key("n_head", "num_heads", aliases=("num_attention_heads",)),
         Key("n_inner", "feed_forward_dim", default=None),
-        Key("activation_function", "activation", default="gelu_new", read=_activation),
+        Key("activation_function", "activation", "gelu_new", **_ACTIVATIONS),
         Key("resid_pdrop", "dropout", default=0.1),
         Key("embd_pdrop", "embedding_dropout", default=0.1),
         Key("attn_pdrop", "attention_dropout", default=0.1),
@@ -114,9 +122,9 @@ _TABLE = KeyTable(
         Key("initializer_range", "init_std", default=0.02),
         Key("tie_word_embeddings", "tie_embeddings", default=True),
         Key("scale_attn_weights", "is_scaled", default=True, read=flag),
-        Key("scale_qk_dot_by_d", "by_head_dim", False, flag, aliases=("mup_scale_qk_dot_by_d",)),
-        Key("embeddings_scale", "embedding_scale", default=1.0, aliases=("mup_embeddings_scale",)),
-        Key("width_scale", "width_scale", 1.0, _factor, aliases=("mup_width_scale",)),
+        Key("mup_scale_qk_dot_by_d", "by_head_dim", False, flag, aliases=("scale_qk_dot_by_d",)),
+        Key("mup_embeddings_scale", "embedding_scale", default=1.0, aliases=("embeddings_scale",)),
+        Key("mup_width_scale", "width_scale", 1.0, _factor, aliases=("width_scale",)),
         Key("mup_output_alpha", "output_alpha", default=1.0, read=_factor),
         Key("alibi_scaling.factor", "slope_factor", default=None, read=_factor_or_none),
         Key("alibi_scaling.train_seq_len", "slope_interpolation", default=None),
@@ -145,17 +153,17 @@ _TABLE = KeyTable(
     ),
     implied={"expansion_factor": 4},
     refine=_refine,
+    unrefine=_unrefine,
+)
+_JAIS_KEYS = replace(
+    _BTLM_KEYS, family="jais", model_type="jais", architectures=("JAISLMHeadModel",)
 )
 
 
-def _recognises(source: Source) -> bool:
-    return source.model_type in ("btlm", "jais")
-
-
-def _config(source: Source) -> ALiBiConfig:
+def _read_config(keys: KeyTable, source: Source) -> ALiBiConfig:
     """The configuration, with the slopes that the file holds: the published code uses them."""
     foreign = source.config or {}
-    config = _TABLE.read(foreign, source.ignored)
+    config = keys.read(foreign, source.ignored)
     factor = (foreign.get("alibi_scaling") or {}).get("factor")
     if _SLOPES not in source.tensors and factor is None:
         return config
@@ -176,6 +184,31 @@ def _config(source: Source) -> ALiBiConfig:
         raise CheckpointError(f"{_SLOPES}: {error}") from None
 
 
+def _write_config(keys: KeyTable, config: ALiBiConfig) -> dict[str, Any]:
+    """Without the slopes, which the file holds: one for each head, the same in all layers."""
+    rows = model_slopes(config)
+    if config.slopes != "learned" and (rows == rows[0]).all():
+        config = replace(config, slopes="paper", bias_max=ALiBiConfig.bias_max)
+    foreign = keys.write(config)
+    scaling = foreign.pop("alibi_scaling")  # the published code wants these two keys or none
+    if config.slope_interpolation is not None:
+        names = ("type", "train_seq_len")
+        foreign["alibi_scaling"] = {name: scaling[name] for name in names}
+    return foreign
+
+
+def _write_jais_config(config: ALiBiConfig) -> dict[str, Any]:
+    """With the older names; `width_scale` is the whole factor on the logits."""
+    foreign = _write_config(_JAIS_KEYS, config)
+    del foreign["mup_output_alpha"]
+    return {_OF_JAIS.get(name, name): value for name, value in foreign.items()}
+
+
+def _slopes(config: ALiBiConfig) -> dict[str, np.ndarray]:
+    """The parameter that the published code multiplies distances by."""
+    return {_SLOPES: model_slopes(config)[0][:, None]}
+
+
 def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
     buffers = (
         Derived(r"transformer\.relative_pe\.slopes", "slopes: they are in the configuration"),
@@ -185,11 +218,24 @@ def _derived(config: ALiBiConfig) -> tuple[Derived, ...]:
     return (*buffers, *tied_head("transformer.wte.weight")(config))
 
 
-FAMILY = Family(
-    "btlm",
-    _recognises,
-    _config,
-    _ROWS,
-    aliases=((r"((?:wte|h|ln_f|relative_pe)\..*)", r"transformer.\1"),),
-    derived=_derived,
+def _family(
+    keys: KeyTable, write_config: Callable[[ALiBiConfig], dict[str, Any]], label: str
+) -> Family:
+    return Family(
+        keys.family,
+        lambda source: source.model_type == keys.model_type,
+        partial(_read_config, keys),
+        _ROWS,
+        aliases=((r"((?:wte|h|ln_f|relative_pe)\..*)", r"transformer.\1"),),
+        derived=_derived,
+        write_config=write_config,
+        label=label,
+        generated=_slopes,
+        neutral_keys=keys.neutral_keys,
+    )
+
+
+FAMILIES = BTLM, JAIS = (
+    _family(_BTLM_KEYS, partial(_write_config, _BTLM_KEYS), "folder, as BTLM"),
+    _family(_JAIS_KEYS, _write_jais_config, "folder, as the first JAIS models"),
 )

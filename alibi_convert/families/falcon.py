@@ -6,7 +6,6 @@ to bfloat16 for any dtype of the model: `distance="bfloat16"` reproduces that.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,10 +86,8 @@ def _read_config(source: Source) -> ALiBiConfig:
 
 
 def _write_config(config: ALiBiConfig) -> dict[str, Any]:
-    """With both sizes, which the table leaves to their defaults."""
-    usual_width = dataclasses.replace(config, expansion_factor=4, feed_forward_dim=None)
-    sizes = {"ffn_hidden_size": config.ffn_dim, "num_kv_heads": config.num_heads}
-    return _KEYS.write(usual_width) | sizes
+    """With the heads of keys and values, which the table leaves to their default."""
+    return _KEYS.write(config) | {"num_kv_heads": config.num_heads}
 
 
 FAMILY = Family(

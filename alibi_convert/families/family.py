@@ -65,7 +65,10 @@ def tied_head(embedding: str) -> Callable[[ALiBiConfig], tuple[Derived, ...]]:
 
 @dataclass(frozen=True)
 class Fold:
-    """One canonical tensor that is computed on import; there is no way back.
+    """One canonical tensor that is computed on import.
+
+    An export leaves it to the next import, if that computes the same bits from the one tensor that
+    was written.
 
     Attributes:
         canonical: its name.
@@ -221,8 +224,18 @@ def import_tensors(family: Family, config: ALiBiConfig, source: Source) -> Impor
 
 
 def export_tensors(family: Family, config: ALiBiConfig, tensors: Tensors) -> Tensors:
-    """Canonical tensors under the family's names and in its layouts, built when looked up."""
-    headers = {rule.foreign: _built(rule, tensors) for rule in family.rules(config)}
+    """Canonical tensors under the family's names and in its layouts, built when looked up.
+
+    Looking one up raises CheckpointError if a tensor that is computed from it on import would
+    become another one.
+    """
+    written = Source(None if family.write_config is None else family.write_config(config), tensors)
+    folds = family.folds(config, written)
+    headers: dict[str, LazyTensor] = {}
+    for rule in family.rules(config):
+        built = _built(rule, tensors)
+        lost = tuple(fold for fold in folds if rule.foreign in fold.foreign)
+        headers[rule.foreign] = _proven(family, built, lost, tensors) if lost else built
     generated = Tensors.of(family.generated(config))
     return Tensors(headers | generated.headers)
 
@@ -319,3 +332,23 @@ def _built(rule: Rule, tensors: Tensors) -> LazyTensor:
         *(rule.foreign_shape, dtype, lambda: rule.build(tensors)),
         stream=lambda: rule.built_chunks(tensors),
     )
+
+
+def _proven(
+    family: Family, built: LazyTensor, folds: tuple[Fold, ...], tensors: Tensors
+) -> LazyTensor:
+    """A foreign tensor, after the proof that an import computes ours from it."""
+
+    def read() -> np.ndarray:
+        foreign = built.read()
+        for fold in folds:
+            ours = tensors[fold.canonical]
+            computed = np.broadcast_to(fold.compute(foreign), ours.shape).astype(ours.dtype)
+            if not np.array_equal(as_bits(computed), as_bits(np.ascontiguousarray(ours))):
+                raise CheckpointError(
+                    f"{family.name} cannot express {fold.canonical}: it would be read back as "
+                    f"{fold.reason}"
+                )
+        return foreign
+
+    return LazyTensor(built.shape, built.dtype, read)

@@ -9,13 +9,13 @@ its gated layer the other way round.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import bert
 from alibi_convert.families.family import Derived, Family, Source
-from alibi_convert.families.keys import Key, KeyTable, Neutral, Only
+from alibi_convert.families.keys import Key, KeyTable, Neutral, Only, one_of
 from alibi_convert.rules import Row, both
 from alibi_spec import ALiBiConfig
 
@@ -57,18 +57,6 @@ def _rows(*layers: Row) -> tuple[Row, ...]:
 _GATES = {"geglu": "gelu", "reglu": "relu", "original": None}
 
 
-def _feed_forward(kind: str) -> str | None:
-    if kind not in _GATES:
-        raise ValueError(f"expected one of {', '.join(_GATES)}")
-    return _GATES[kind]
-
-
-def _hidden_act(name: str) -> str:
-    if name not in bert.ACTIVATIONS:
-        raise ValueError(f"expected one of {', '.join(bert.ACTIVATIONS)}")
-    return bert.ACTIVATIONS[name]
-
-
 def _refine(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
     gate = fields.pop("gate")
     fields["gated_ffn"] = gate is not None
@@ -76,26 +64,24 @@ def _refine(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"embedding_dropout": fields["dropout"]}
 
 
-_TABLE = KeyTable(
-    family="jina",
-    model_type="bert",
-    architectures=("JinaBertForMaskedLM",),
-    lines=(
-        *bert.LINES,
-        Key("attention_probs_dropout_prob", "attention_dropout", default=0.1),
-        Key("hidden_act", "activation", default="gelu", read=_hidden_act),
-        Key("feed_forward_type", "gate", default="original", read=_feed_forward),
-        Only(
-            "position_embedding_type",
-            ("alibi",),
-            "position embeddings are not ALiBi",
-            default="absolute",
-        ),
-        Neutral(("emb_pooler",), "how the hidden states of a sentence become one vector"),
-        Neutral(("model_max_length",), "of the tokenizer"),
+def _unrefine(fields: dict[str, Any], config: ALiBiConfig) -> dict[str, Any]:
+    gate = config.activation if config.gated_ffn else None
+    return bert.without_embedding_dropout(fields, config) | {"gate": gate}
+
+
+_LINES = (
+    *bert.LINES,
+    Key("attention_probs_dropout_prob", "attention_dropout", default=0.1),
+    Key("hidden_act", "activation", default="gelu", **one_of(*bert.ACTIVATIONS.items())),
+    Key("feed_forward_type", "gate", default="original", **one_of(*_GATES.items())),
+    Only(
+        "position_embedding_type",
+        ("alibi",),
+        "position embeddings are not ALiBi",
+        default="absolute",
     ),
-    implied=bert.IMPLIED,
-    refine=_refine,
+    Neutral(("emb_pooler",), "how the hidden states of a sentence become one vector"),
+    Neutral(("model_max_length",), "of the tokenizer"),
 )
 
 _GATED, _PLAIN, _TWICE_NORMALISED = (
@@ -120,10 +106,23 @@ def _has_plain_layers(source: Source) -> bool:
     return says_alibi and _has(source, _PLAIN)
 
 
-def _config(source: Source) -> ALiBiConfig:
+def _keys(family: str, **implied: Any) -> KeyTable:
+    """The table of one layout, which implies these fields."""
+    return KeyTable(
+        family=family,
+        model_type="bert",
+        architectures=("JinaBertForMaskedLM",),
+        lines=_LINES,
+        implied=bert.IMPLIED | implied,
+        refine=_refine,
+        unrefine=_unrefine,
+    )
+
+
+def _read_config(keys: KeyTable, source: Source) -> ALiBiConfig:
     foreign = source.config or {}
     is_gated = not _has(source, _PLAIN)
-    config = _TABLE.read(foreign, source.ignored)
+    config = keys.read(foreign, source.ignored)
     if config.gated_ffn != is_gated:
         raise CheckpointError(
             f"feed_forward_type={foreign.get('feed_forward_type', 'original')!r} contradicts the "
@@ -132,10 +131,18 @@ def _config(source: Source) -> ALiBiConfig:
     return bert.with_head(config, source, foreign.get("hidden_act", "gelu"))
 
 
-def _twice_normalised_config(source: Source) -> ALiBiConfig:
+def _read_twice_normalised_config(keys: KeyTable, source: Source) -> ALiBiConfig:
     foreign = {"feed_forward_type": "geglu", **(source.config or {})}  # its own default
-    config = _config(Source(foreign, source.tensors, source.ignored))
-    return replace(config, qk_norm=True, attention_output_norm=True)
+    return _read_config(keys, Source(foreign, source.tensors, source.ignored))
+
+
+def _write_config(keys: KeyTable, config: ALiBiConfig) -> dict[str, Any]:
+    if config.gated_ffn and config.activation not in _GATES.values():
+        raise CheckpointError(
+            f"{keys.family} cannot express activation={config.activation!r} together with "
+            "gated_ffn=True; expected 'gelu' or 'relu'"
+        )
+    return bert.write_config(keys, config)
 
 
 def _derived(_: ALiBiConfig) -> tuple[Derived, ...]:
@@ -145,31 +152,45 @@ def _derived(_: ALiBiConfig) -> tuple[Derived, ...]:
     return (*bert.DERIVED, bias)
 
 
+_GATED_KEYS = _keys("jina", gated_ffn=True)
+_PLAIN_KEYS = _keys("jina-original", gated_ffn=False)
+_TWICE_NORMALISED_KEYS = _keys(
+    "jina-qk-norm", gated_ffn=True, qk_norm=True, attention_output_norm=True
+)
 FAMILIES = (
     Family(
         "jina",
         lambda source: _has(source, _GATED),
-        _config,
+        partial(_read_config, _GATED_KEYS),
         _rows(*bert.ATTENTION_OUTPUT_ROWS, *bert.GATED_ROWS),
         aliases=bert.ALIASES,
         derived=_derived,
         folds=lambda config, _: bert.zero_biases(config),
+        write_config=partial(_write_config, _GATED_KEYS),
+        label="folder, as Jina v2 with gated layers",
+        neutral_keys=_GATED_KEYS.neutral_keys,
     ),
     Family(
         "jina-original",
         _has_plain_layers,
-        _config,
+        partial(_read_config, _PLAIN_KEYS),
         _rows(*bert.ATTENTION_OUTPUT_ROWS, *_PLAIN_ROWS),
         aliases=bert.ALIASES,
         derived=_derived,
+        write_config=partial(_write_config, _PLAIN_KEYS),
+        label="folder, as Jina v2 with plain layers",
+        neutral_keys=_PLAIN_KEYS.neutral_keys,
     ),
     Family(
         "jina-qk-norm",
         lambda source: _has(source, _TWICE_NORMALISED),
-        _twice_normalised_config,
+        partial(_read_twice_normalised_config, _TWICE_NORMALISED_KEYS),
         _rows(*_TWICE_NORMALISED_ROWS),
         aliases=bert.ALIASES,
         derived=_derived,
         folds=lambda config, _: bert.zero_biases(config, f"{bert.LAYER}.mlp.up_gated_layer"),
+        write_config=partial(_write_config, _TWICE_NORMALISED_KEYS),
+        label="folder, as Jina v2's code model",
+        neutral_keys=_TWICE_NORMALISED_KEYS.neutral_keys,
     ),
 )

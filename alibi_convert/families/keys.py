@@ -236,6 +236,8 @@ class KeyTable:
         unsaid: fields that the family has no key for and that do not change what a trained model
             computes; an export leaves them out.
         refine: completes the fields read so far, given the whole foreign configuration.
+        unrefine: its inverse: the fields that the lines are about, given all of ours; those that it
+            takes out are expressed by others.
     """
 
     family: str
@@ -245,6 +247,7 @@ class KeyTable:
     implied: Mapping[str, Any]
     unsaid: tuple[str, ...] = ()
     refine: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+    unrefine: Callable[[dict[str, Any], ALiBiConfig], dict[str, Any]] | None = None
 
     @property
     def neutral_keys(self) -> frozenset[str]:
@@ -291,10 +294,12 @@ class KeyTable:
             CheckpointError: naming a field that the family cannot express.
         """
         expressed = {line.field for line in self.lines if isinstance(line, Key)}
-        defaults = {field.name: field.default for field in dataclasses.fields(ALiBiConfig)}
-        for name, value in dataclasses.asdict(config).items():
-            wanted = self.implied.get(name, defaults[name])
-            if name not in expressed and name not in self.unsaid and value != wanted:
+        fields = self._fields_of_lines(config, expressed)
+        for field in dataclasses.fields(config):
+            name, value = field.name, getattr(config, field.name)
+            is_said = name in expressed or name not in fields or name in self.unsaid
+            wanted = self.implied.get(name, field.default)
+            if not is_said and value != wanted:
                 raise CheckpointError(
                     f"{self.family} cannot express {name}={value!r}; it has {wanted!r} always"
                 )
@@ -304,30 +309,37 @@ class KeyTable:
         }
         for line in self.lines:
             if isinstance(line, Key):
-                _store(foreign, line.foreign, self._foreign_value(line, config))
+                _store(foreign, line.foreign, self._foreign_value(line, fields[line.field]))
             elif isinstance(line, Only) and line.written:
                 _store(foreign, line.foreign, line.values[0])
-        kept = _without(config, self.unsaid)
         for name, value in dataclasses.asdict(self.read(foreign)).items():
-            if value != getattr(kept, name):
+            if name not in self.unsaid and value != getattr(config, name):
                 raise CheckpointError(
-                    f"{self.family} cannot express {name}={getattr(kept, name)!r} together with "
+                    f"{self.family} cannot express {name}={getattr(config, name)!r} together with "
                     f"the other fields; it would be read back as {value!r}"
                 )
         return foreign
 
-    def _foreign_value(self, line: Key, config: ALiBiConfig) -> Any:
-        value = getattr(config, line.field)
-        if line.field == "attention_dropout":  # there None is no dropout, or another's default
-            value = config.probability_dropout
-        if value is None and line.default is REQUIRED:
-            raise CheckpointError(f"{self.family} cannot express {line.field}=None")
+    def _fields_of_lines(self, config: ALiBiConfig, expressed: set[str]) -> dict[str, Any]:
+        """What the lines are about, and the fields that no line and no other field expresses."""
+        fields = dataclasses.asdict(config)
+        # In a foreign configuration None is no dropout, or another default.
+        fields["attention_dropout"] = config.probability_dropout
+        if "feed_forward_dim" in expressed and "expansion_factor" not in expressed:
+            fields["feed_forward_dim"] = config.ffn_dim
+            del fields["expansion_factor"]
+        return fields if self.unrefine is None else self.unrefine(fields, config)
+
+    def _foreign_value(self, line: Key, value: Any) -> Any:
         try:
-            return line.write(value)
+            foreign = line.write(value)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.family} cannot express {line.field}={value!r}: {error}"
             ) from None
+        if foreign is None and line.default is not None:
+            raise CheckpointError(f"{self.family} cannot express {line.field}=None")
+        return foreign
 
     def _field(self, line: Key, foreign: Mapping[str, Any]) -> Any:
         names = (line.foreign, *line.aliases)
@@ -376,11 +388,6 @@ class KeyTable:
                 f"{', '.join(sorted(unknown))}; if they change nothing about what the model "
                 "computes, pass ignore_keys=(…) (--ignore-key NAME)"
             )
-
-
-def _without(config: ALiBiConfig, unsaid: tuple[str, ...]) -> ALiBiConfig:
-    defaults = {name: getattr(ALiBiConfig, name) for name in unsaid}
-    return dataclasses.replace(config, **defaults)
 
 
 def _is_same(value: Any, allowed: Any) -> bool:

@@ -46,6 +46,7 @@ _TABLE = KeyTable(
     ),
     implied={**bert.IMPLIED, "gated_ffn": True, "activation": "gelu"},
     refine=_refine,
+    unrefine=bert.without_embedding_dropout,
 )
 
 
@@ -68,6 +69,15 @@ def _config(source: Source) -> ALiBiConfig:
     return config
 
 
+def _write_config(config: ALiBiConfig) -> dict[str, Any]:
+    if config.head == "masked_lm" and config.norm_eps != _HEAD_EPS:
+        raise CheckpointError(
+            f"mosaicbert cannot express norm_eps={config.norm_eps} together with "
+            f"head='masked_lm', which has {_HEAD_EPS} always"
+        )
+    return bert.write_config(_TABLE, config)
+
+
 def _derived(_: ALiBiConfig) -> tuple[Derived, ...]:
     bias = Derived(
         r"cls\.predictions\.bias", "a second name", same_as="cls.predictions.decoder.bias"
@@ -83,4 +93,7 @@ FAMILY = Family(
     aliases=bert.ALIASES,
     derived=_derived,
     folds=lambda config, _: bert.zero_biases(config),
+    write_config=_write_config,
+    label="folder, as MosaicBERT",
+    neutral_keys=_TABLE.neutral_keys,
 )
