@@ -31,15 +31,15 @@ def opened(folder: Path | None) -> tuple[ALiBiLM, dict]:
     return model, model.init(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
 
 
-def fine_tune(model: ALiBiLM, params: dict, tokens: np.ndarray, steps: int, length: int) -> dict:
-    """The params after some steps on random pieces of the text."""
-    trainer = Trainer(model, params, Recipe(steps=steps, batch_size=4, learning_rate=1e-2))
+def fine_tune(trainer: Trainer, tokens: np.ndarray, length: int) -> dict:
+    """The params after all steps, on random pieces of the text."""
+    recipe = trainer.recipe
     rng = np.random.default_rng(0)
-    for step in range(steps):
-        starts = rng.integers(0, len(tokens) - length, 4)
+    for step in range(recipe.steps):
+        starts = rng.integers(0, len(tokens) - length, recipe.batch_size)
         rows = tokens[starts[:, None] + np.arange(length + 1)]
         metrics = trainer.step({"tokens": rows[:, :-1], "targets": rows[:, 1:]})
-        if step in (0, steps - 1):
+        if step in (0, recipe.steps - 1):
             print(f"step {step}: loss {float(metrics.loss):.3f}")
     return trainer.params
 
@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, default=Path(__file__), help="a file of UTF-8")
     parser.add_argument("--output", type=Path, required=True, help="a folder that does not exist")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="trained BLOOMs: 1e-5")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     options = parser.parse_args(arguments)
 
@@ -58,7 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     has_words = options.folder is not None and (options.folder / "tokenizer.json").exists()
     ids = load_tokenizer(options.folder).encode(text).ids if has_words else list(text.encode())
     model, params = opened(options.folder)
-    params = fine_tune(model, params, np.array(ids), options.steps, options.length)
+    recipe = Recipe(steps=options.steps, batch_size=4, learning_rate=options.learning_rate)
+    params = fine_tune(Trainer(model, params, recipe), np.array(ids), options.length)
 
     alibi_flax.save_pretrained(options.output / "ours", model, params)
     # Proved, since both sides are run. For llama.cpp: alibi convert tuned/ours tuned.gguf
