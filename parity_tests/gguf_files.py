@@ -16,7 +16,7 @@ from parity_tests.checkpoints import write
 
 VOCAB = 420
 _SIZE: dict[str, Any] = {
-    **{"num_layers": 2, "d_model": 48, "num_heads": 6, "vocab_size": VOCAB, "max_len": 128},
+    **{"num_layers": 2, "d_model": 48, "num_heads": 6, "vocab_size": VOCAB, "max_len": 256},
     **{"expansion_factor": 4, "dropout": 0.0},
 }
 CONFIGS = {
@@ -30,6 +30,14 @@ CONFIGS = {
     ),
     "mpt, narrow": ALiBiConfig(
         **_SIZE | {"expansion_factor": 1}, feed_forward_dim=50, norm_bias=False
+    ),
+    "jais": ALiBiConfig(
+        **_SIZE, activation="silu", gated_ffn=True, attention_scale=1 / 8, tie_embeddings=False
+    ),
+    "baichuan": ALiBiConfig(
+        **_SIZE | {"num_layers": 40, "d_model": 24},
+        **{"activation": "silu", "gated_ffn": True, "norm": "rms", "norm_bias": False},
+        **{"attention_bias": False, "ffn_bias": False, "tie_embeddings": False, "norm_eps": 1e-6},
     ),
 }
 

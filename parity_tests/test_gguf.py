@@ -53,15 +53,26 @@ TENSORS = {
 PROJECTIONS = ("query", "key", "value")
 SAID: dict[str, dict[str, Any]] = {
     "bloom": {
-        **{"vocab_size": 420, "context_length": 128, "embedding_length": 48, "block_count": 2},
+        **{"vocab_size": 420, "context_length": 256, "embedding_length": 48, "block_count": 2},
         **{"feed_forward_length": 192, "attention.head_count": 6, "attention.head_count_kv": 6},
         "attention.layer_norm_epsilon": float(np.float32(1e-5)),
     },
     "mpt, clipped and grouped": {
-        **{"vocab_size": 420, "context_length": 128, "embedding_length": 48, "block_count": 2},
+        **{"vocab_size": 420, "context_length": 256, "embedding_length": 48, "block_count": 2},
         **{"feed_forward_length": 192, "attention.head_count": 6, "attention.head_count_kv": 2},
         "attention.layer_norm_epsilon": float(np.float32(1e-5)),
         **{"attention.max_alibi_bias": 6.0, "attention.clamp_kqv": 0.5},
+    },
+    "jais": {
+        **{"vocab_size": 420, "context_length": 256, "embedding_length": 48, "block_count": 2},
+        **{"feed_forward_length": 192, "attention.head_count": 6, "attention.head_count_kv": 6},
+        "attention.layer_norm_epsilon": float(np.float32(1e-5)),
+        "attention.max_alibi_bias": 8.0,
+    },
+    "baichuan": {
+        **{"vocab_size": 420, "context_length": 256, "embedding_length": 24, "block_count": 40},
+        **{"feed_forward_length": 96, "attention.head_count": 6, "attention.head_count_kv": 6},
+        "attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
     },
 }
 
@@ -77,8 +88,11 @@ def expected_arrays(config: ALiBiConfig) -> dict[str, np.ndarray]:
                     found[f"{theirs}.{kind}".replace("{i}", str(i))] = parameters[name]
         for i in range(config.num_layers):
             names = [f"transformer.layers.{i}.attn.{each}.{kind}" for each in PROJECTIONS]
-            if names[0] in parameters:
-                parts = [parameters[name] for name in names]
+            parts = [parameters[name] for name in names if name in parameters]
+            if parts and config.norm == "rms":  # Baichuan
+                each = zip("qkv", parts, strict=True)
+                found |= {f"blk.{i}.attn_{letter}.{kind}": part for letter, part in each}
+            elif parts:
                 found[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
     return found
 
@@ -136,7 +150,7 @@ def test_what_metadata_says(tmp_path: Path) -> None:
         assert found["general.architecture"] == architecture
         assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
         assert found["tokenizer.ggml.model"] == "gpt2"
-        assert found["tokenizer.ggml.pre"] == architecture
+        assert found["tokenizer.ggml.pre"] == {"baichuan": "gpt-2"}.get(architecture, architecture)
         assert len(found["tokenizer.ggml.tokens"]) == len(found["tokenizer.ggml.token_type"]) == 420
         ids = {"bos": 1, "eos": 2, "unknown": 0, "padding": 3}
         assert {key: found[f"tokenizer.ggml.{key}_token_id"] for key in ids} == ids
@@ -183,7 +197,7 @@ def test_files_of_their_converter(tmp_path: Path) -> None:
     """Written by gguf from transformers' models; both backends compute what those do."""
     heads = 5
     size = {"embedding_length": 6 * heads, "feed_forward_length": 24 * heads, "block_count": 2}
-    size |= {"context_length": 128, "attention.head_count": heads}
+    size |= {"context_length": 256, "attention.head_count": heads}
     size |= {"attention.head_count_kv": heads, "attention.layer_norm_epsilon": 1e-5}
     peers = {
         "bloom": (test_family_bloom.peer(heads), {}),
@@ -210,6 +224,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gelu": ("bloom", {"activation": "gelu"}, "bloom cannot express activation='gelu'"),
     "encoder": ("mpt", {"causal": False}, "mpt cannot express causal=False"),
     "more digits": ("mpt", {"norm_eps": 1.00000001e-5}, "express norm_eps=1.00000001e-05"),
+    "tied": ("jais", {"tie_embeddings": True}, "jais cannot express tie_embeddings=True"),
+    "embedding_scale": ("jais", {"embedding_scale": 2.0}, "jais cannot express embedding_scale=2"),
+    "shallow": ("baichuan", {"num_layers": 2}, "num_layers=2, and llama.cpp gives ALiBi only to a"),
     "no vocabulary": ("mpt", {"vocab_size": None}, "has no vocab_size"),
 }
 
@@ -517,7 +534,7 @@ def test_metadata_that_cannot_be_honoured(
     metadata: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     said: dict[str, Any] = {
-        **{"context_length": 128, "embedding_length": 48, "block_count": 2},
+        **{"context_length": 256, "embedding_length": 48, "block_count": 2},
         **{"feed_forward_length": 192, "attention.head_count": 6, "attention.head_count_kv": 6},
         **{"attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": 8.0},
     }

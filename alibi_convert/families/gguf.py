@@ -8,7 +8,7 @@ which one check tells for both directions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Architecture:
         implied: fields that every one of its models has.
         rows: its tensors; a row counts where our model has the parameter.
         told_by: fields that are true where a tensor is there.
+        refine: completes the fields read so far, as of a `KeyTable`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Architecture:
     implied: Mapping[str, Any]
     rows: tuple[Row, ...]
     told_by: Mapping[str, str]
+    refine: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
 
     @property
     def family(self) -> Family:
@@ -75,13 +77,14 @@ class Architecture:
         if "vocab_size" not in metadata and shapes.get(_EMBEDDING):
             metadata = {**metadata, "vocab_size": shapes[_EMBEDDING][0]}
         lines = (Key("vocab_size", "vocab_size"), *self.keys)
-        table = KeyTable(self.label, self.label, (), lines, self._implied(shapes))
+        implied = self._implied(shapes)
+        table = KeyTable(self.label, self.label, (), lines, implied, refine=self.refine)
         return table.read(metadata, ignored)
 
     def _implied(self, names: Collection[str]) -> dict[str, Any]:
         told = {field: name in names for field, name in self.told_by.items()}
         tied = {"tie_embeddings": "output.weight" not in names}
-        return {"dropout": 0.0, **self.implied, **told, **tied}
+        return {"dropout": 0.0, **tied, **self.implied, **told}
 
     def write(self, config: ALiBiConfig) -> dict[str, Any]:
         """The metadata of a configuration, without the name in front; floats are float32's.
@@ -132,6 +135,7 @@ _KEYS = (
     Key("attention.head_count_kv", "num_kv_heads", None),
 )
 _LAYER_NORM = Key("attention.layer_norm_epsilon", "norm_eps", write=shortest)
+_MAX_BIAS = Key("attention.max_alibi_bias", "bias_max", 0.0, _positive, shortest)
 _MODULES = (
     ("token_embd_norm", "embedding_norm"),
     (f"{_LAYER}.attn_norm", f"{_OURS}.attn_norm"),
@@ -149,6 +153,28 @@ _ROWS = (
 )
 # Queries, keys and values follow one another, each with its heads in order.
 _FUSED = both(f"{_LAYER}.attn_qkv", f"{_OURS}.attn.{{query,key,value}}")
+_APART = tuple(
+    row
+    for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"))
+    for row in both(f"{_LAYER}.attn_{theirs}", f"{_OURS}.attn.{ours}")
+)
+_BAICHUAN_13B_LAYERS = 40
+
+
+def _scaled_by_head_dim(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
+    """JAIS divides q·k by the width of a head, not by its root."""
+    return {**fields, "attention_scale": 1 / ALiBiConfig(**fields).head_dim}
+
+
+def _baichuan_13b(fields: dict[str, Any], _: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp tells the model with ALiBi by its depth alone."""
+    if fields["num_layers"] != _BAICHUAN_13B_LAYERS:
+        raise ValueError(
+            f"num_layers={fields['num_layers']}, and llama.cpp gives ALiBi only to a Baichuan "
+            f"of {_BAICHUAN_13B_LAYERS}"
+        )
+    return fields
+
 
 ARCHITECTURES = (
     Architecture(
@@ -163,7 +189,7 @@ ARCHITECTURES = (
         (
             *_KEYS,
             _LAYER_NORM,
-            Key("attention.max_alibi_bias", "bias_max", 0.0, _positive, shortest),
+            _MAX_BIAS,
             Key("attention.clamp_kqv", "qkv_clip", None, _or_none, shortest),
         ),
         {},
@@ -173,6 +199,29 @@ ARCHITECTURES = (
             "ffn_bias": "blk.0.ffn_up.bias",
             "norm_bias": "output_norm.bias",
         },
+    ),
+    Architecture(
+        "jais",
+        (*_KEYS, _LAYER_NORM, _MAX_BIAS),
+        {"activation": "silu", "gated_ffn": True, "tie_embeddings": False},
+        (*_ROWS, *_FUSED),
+        {},
+        _scaled_by_head_dim,
+    ),
+    Architecture(
+        "baichuan",
+        (
+            *_KEYS,
+            Key("attention.layer_norm_rms_epsilon", "norm_eps", write=shortest),
+            Neutral(("rope.dimension_count",), "written for the rotary 7B models too"),
+        ),
+        {
+            **{"activation": "silu", "gated_ffn": True, "norm": "rms", "norm_bias": False},
+            **{"attention_bias": False, "ffn_bias": False, "tie_embeddings": False},
+        },
+        (*_ROWS, *_APART),
+        {},
+        _baichuan_13b,
     ),
 )
 FAMILIES = tuple(each.family for each in ARCHITECTURES)
