@@ -120,8 +120,8 @@ def open_checkpoint(
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
     Args:
-        path: a folder of ours, of a known family or of orbax, a .safetensors, .pt or .msgpack
-            file, or the id of a folder on the Hugging Face hub.
+        path: a folder of ours, of a known family or of orbax, a .safetensors, .pt, .msgpack
+            or .gguf file, or the id of a folder on the Hugging Face hub.
         config: for files that carry no configuration; otherwise it must agree with theirs. An
             ALiBiConfig, or the contents of a family's config.json, whose names of tensors the file
             may have.

@@ -151,7 +151,13 @@ def test_what_metadata_says(tmp_path: Path) -> None:
         assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
         assert found["tokenizer.ggml.model"] == "gpt2"
         assert found["tokenizer.ggml.pre"] == {"baichuan": "gpt-2"}.get(architecture, architecture)
-        assert len(found["tokenizer.ggml.tokens"]) == len(found["tokenizer.ggml.token_type"]) == 420
+        types = dict(
+            zip(*(found[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type")), strict=True)
+        )
+        assert len(types) == len(found["tokenizer.ggml.token_type"]) == 420
+        assert (types["<s>"], types["t"]) == (gguf.TokenType.CONTROL, gguf.TokenType.NORMAL)
+        assert types["<|user|>"] == gguf.TokenType.USER_DEFINED
+        assert types["[PAD419]"] == gguf.TokenType.UNUSED
         ids = {"bos": 1, "eos": 2, "unknown": 0, "padding": 3}
         assert {key: found[f"tokenizer.ggml.{key}_token_id"] for key in ids} == ids
         assert not found["tokenizer.ggml.add_bos_token"]
@@ -227,7 +233,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "tied": ("jais", {"tie_embeddings": True}, "jais cannot express tie_embeddings=True"),
     "embedding_scale": ("jais", {"embedding_scale": 2.0}, "jais cannot express embedding_scale=2"),
     "shallow": ("baichuan", {"num_layers": 2}, "num_layers=2, and llama.cpp gives ALiBi only to a"),
-    "no vocabulary": ("mpt", {"vocab_size": None}, "has no vocab_size"),
+    "no vocabulary": ("mpt", {"vocab_size": None}, "mpt cannot express vocab_size=None"),
 }
 
 

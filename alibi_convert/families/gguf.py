@@ -92,6 +92,8 @@ class Architecture:
         Raises:
             CheckpointError: naming a field that llama.cpp cannot express.
         """
+        if config.vocab_size is None:
+            raise CheckpointError(f"llama.cpp's {self.name} cannot express vocab_size=None")
         metadata: dict[str, Any] = {"vocab_size": config.vocab_size}
         for line in self.keys:
             if isinstance(line, Key):
