@@ -91,9 +91,9 @@ class Checkpoint:
         headers = self.tensors.headers
         rows = (row.name for row in parameter_table(self.config) if not row.is_wide)
         dtypes = {headers[name].dtype for name in rows}
-        return (
-            None if len(dtypes) == 1 else str(reduce(np.promote_types, dtypes, DTYPES["float32"]))
-        )
+        if len(dtypes) == 1:
+            return None
+        return str(reduce(np.promote_types, dtypes, DTYPES["float32"]))
 
 
 class Reading(TypedDict, total=False):

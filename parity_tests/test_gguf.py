@@ -19,7 +19,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 import alibi_flax
 import alibi_torch
@@ -290,9 +289,14 @@ def test_tokenizers_come_back(name: str, tmp_path: Path) -> None:
     report = convert(source, file)
     assert report.left_behind == []
     report = convert(file, tmp_path / "back")
-    assert report.copied == ["tokenizer.json", "tokenizer_config.json"]
+    files = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    assert report.copied == files
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2
     expected, found = load_tokenizer(source), load_tokenizer(tmp_path / "back")
+    inside = load_tokenizer(file)
     for text in TEXTS:
+        assert inside.encode(text).ids == expected.encode(text).ids, text
         assert found.encode(text).ids == expected.encode(text).ids, text
         ids = expected.encode(text).ids
         assert found.decode(ids, skip_special_tokens=False) == expected.decode(
@@ -414,6 +418,8 @@ def test_tokenizers_that_are_not_rebuilt(tmp_path: Path) -> None:
         assert reason in open_checkpoint(tmp_path / "other.gguf").derived["tokenizer"]
         report = convert(tmp_path / "other.gguf", tmp_path / "out", overwrite=True)
         assert report.copied == []
+        with pytest.raises(CheckpointError, match=r"other\.gguf holds no tokenizer that can be"):
+            load_tokenizer(tmp_path / "other.gguf")
 
 
 # Damage
@@ -571,7 +577,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["inspect", file]) == 0
     assert "gguf-bloom (gguf)" in capsys.readouterr().out
     assert main(["convert", file, str(tmp_path / "back"), "--dtype", "float32"]) == 0
-    assert isinstance(load_tokenizer(tmp_path / "back"), Tokenizer)
+    capsys.readouterr()
+    prompt = ["--prompt", "the cat", "--max-new-tokens", "4", "--json"]
+    for each in (file, str(tmp_path / "back")):
+        assert main(["generate", each, *prompt]) == 0
+        (said,) = json.loads(capsys.readouterr().out)
+        assert load_tokenizer(file).decode(said["tokens"]) == said["text"]
 
 
 @pytest.mark.slow

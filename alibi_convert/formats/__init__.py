@@ -1,7 +1,8 @@
 """Every format of checkpoints, in one table for both directions; one file each.
 
 torch, flax and orbax are imported by the format that needs them, when it is used. The formats of
-these three (.pt, .msgpack, orbax) hold the whole model in memory; folders, .safetensors and .gguf stream.
+these three (.pt, .msgpack, orbax) hold the whole model in memory; folders, .safetensors and .gguf
+stream.
 """
 
 from __future__ import annotations

@@ -68,6 +68,15 @@ def read(path: Path, _: Asked) -> Opened:
     )
 
 
+def held(path: Path) -> dict[str, bytes]:
+    """The companions that a file holds, by name.
+
+    Raises:
+        CheckpointError: as for `read_gguf`.
+    """
+    return companions(read_gguf(path)[1])
+
+
 def stored(config: ALiBiConfig, tensors: Tensors) -> Tensors:
     """The tensors under llama.cpp's names.
 

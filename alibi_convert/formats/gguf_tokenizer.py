@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.files import parse_json
-from alibi_convert.tokenizer import TOKENIZER_FILE
+from alibi_convert.writing.layout import TOKENIZER_FILE
 
 _SETTINGS_FILE, _SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
 _GENERATION_FILE, _TEMPLATE_FILE = "generation_config.json", "chat_template.jinja"
@@ -266,6 +266,9 @@ def companions(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if _CHAT_TEMPLATE in metadata:
         settings["chat_template"] = metadata[_CHAT_TEMPLATE]
     files = {TOKENIZER_FILE: values, _SETTINGS_FILE: settings}
+    if special:
+        ids = {f"{name}_id": vocab[token] for name, token in special.items() if token in vocab}
+        files[_GENERATION_FILE] = ids
     return {
         name: json.dumps(each, ensure_ascii=False, indent=2).encode()
         for name, each in files.items()
