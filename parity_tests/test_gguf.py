@@ -387,6 +387,7 @@ UNKNOWN_PARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": lambda model: {**model, "vocab": {**model["vocab"], "near": 7}}},
         "has two tokens at 7",
     ),
+    "no merges": ({"model": lambda model: {**model, "merges": []}}, "has no merges"),
     "no model": ({"model": {}}, "is of the kind None"),
     "no list": ({"model": {"type": "BPE"}}, "is not a tokenizer"),
 }
@@ -462,6 +463,10 @@ def test_damaged_headers(tmp_path: Path) -> None:
     ):
         path.write_bytes(contents)
         assert_refused(path, message)
+    path.write_bytes(healthy[:24] + struct.pack("<Q", 2**32) + healthy[32:])
+    with path.open("ab") as file:
+        file.truncate(2**34)  # nearly all of it holes
+    assert_refused(path, "4,294,967,296 bytes are announced where 67,.* are left")
     for length in range(0, len(healthy), 997):
         path.write_bytes(healthy[:length])
         with pytest.raises(CheckpointError, match="is truncated or not GGUF"):

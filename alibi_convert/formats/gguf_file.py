@@ -25,8 +25,9 @@ from alibi_convert.tensors import LazyTensor, Tensors
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _ALIGNMENT = 32
 _MAX_AXES = 4
+_MAX_HEADER_BYTES = 2**26  # a vocabulary of a quarter of a million tokens takes a sixth of it
 _LEAST_ENTRY = 13  # bytes of a key with a value, or of a tensor's entry, at least
-_STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
+_STRING, _ARRAY, _FLOAT32 = 8, 9, 6
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
 
 _DTYPES = {
@@ -50,31 +51,27 @@ class _Damaged(Exception):
 
 @dataclass
 class _Cursor:
-    """A place in a file of known size; nothing is read, or counted, beyond its end."""
+    """A place in the header of a file; nothing is read, or counted, beyond where it can end."""
 
     file: BinaryIO
-    size: int
+    left: int  # bytes
 
     def bytes(self, count: int) -> bytes:
         if count > self.left:
             raise _Damaged(f"{count:,} bytes are announced where {self.left:,} are left")
+        self.left -= count
         return self.file.read(count)
 
-    @property
-    def left(self) -> int:
-        return self.size - self.file.tell()
-
     def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
-        layout = f"<{count}{code}" if count * struct.calcsize(f"<{code}") <= self.left else None
-        if layout is None:
-            raise _Damaged(f"{count:,} numbers are announced where {self.left:,} bytes are left")
-        return struct.unpack(layout, self.bytes(struct.calcsize(layout)))
+        contents = self.bytes(count * struct.calcsize(f"<{code}"))
+        return struct.unpack(f"<{count}{code}", contents)
 
     def number(self, code: str) -> Any:
         return self.numbers(code)[0]
 
     def string(self) -> str:
-        return self.bytes(self.number("Q")).decode()
+        length = int.from_bytes(self.bytes(8), "little")  # there may be half a million of them
+        return self.bytes(length).decode()
 
     def count(self, what: str, least: int) -> int:
         """How many of something follow, each of at least so many bytes."""
@@ -111,7 +108,7 @@ def read_gguf(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """
     size = require_regular(path).st_size
     with open_regular(path) as file:
-        cursor = _Cursor(file, size)
+        cursor = _Cursor(file, min(size, _MAX_HEADER_BYTES))
         try:
             metadata, entries = _header(cursor)
             alignment = metadata.get("general.alignment", _ALIGNMENT)

@@ -125,6 +125,8 @@ def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
 
 
 def _merges(model: Mapping[str, Any]) -> Iterator[str]:
+    if not model["merges"]:
+        _refuse("has no merges")
     for merge in model["merges"]:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if len(parts) != 2 or any(" " in part for part in parts):
@@ -269,10 +271,7 @@ def companions(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if special:
         ids = {f"{name}_id": vocab[token] for name, token in special.items() if token in vocab}
         files[_GENERATION_FILE] = ids
-    return {
-        name: json.dumps(each, ensure_ascii=False, indent=2).encode()
-        for name, each in files.items()
-    }
+    return {name: json.dumps(each, ensure_ascii=False).encode() for name, each in files.items()}
 
 
 def _with_offsets(step: Mapping[str, Any]) -> dict[str, Any]:
