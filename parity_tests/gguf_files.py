@@ -96,7 +96,9 @@ def write_by_gguf(
     """A file that gguf's own writer makes, of arrays in memory."""
     writer = GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        if isinstance(value, float):
+        if isinstance(value, str):
+            writer.add_string(f"{architecture}.{key}", value)
+        elif isinstance(value, float):
             writer.add_float32(f"{architecture}.{key}", value)
         else:
             writer.add_uint32(f"{architecture}.{key}", value)

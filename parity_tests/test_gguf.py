@@ -24,12 +24,12 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, load_tokenizer, open_checkpoint, plan
-from alibi_spec import ALiBiConfig
+from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS
 from parity_tests import test_family_bloom, test_family_mpt
 from parity_tests.cases import draw_parameters
 from parity_tests.checkpoints import write
-from parity_tests.compare import assert_bitwise
+from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.families import arrays_of, assert_same_logits, our_logits, peer_logits
 from parity_tests.gguf_files import CONFIGS, NAMES, TEXTS, folder, unsaid, write_by_gguf
 
@@ -215,6 +215,28 @@ def test_files_of_their_converter(tmp_path: Path) -> None:
         destination = tmp_path / f"{name}-folder"
         convert(file, destination, to=name)  # transformers' own folder
         assert_same_logits(our_logits(destination), peer_logits(model), LIMIT)
+
+
+def test_the_other_keys_of_their_converter(tmp_path: Path) -> None:
+    """JAIS without heads of keys; Baichuan with queries and keys ordered as for a rotation."""
+    said = {"jais": dict(SAID["jais"]), "baichuan": dict(SAID["baichuan"])}
+    arrays = {name: expected_arrays(CONFIGS[name]) for name in said}
+    for values in said.values():
+        del values["vocab_size"]
+    del said["jais"]["attention.head_count_kv"]
+    said["baichuan"] |= {"rope.dimension_count": 4, "tensor_data_layout": "Meta AI original pth"}
+    for name, array in arrays["baichuan"].items():
+        if re.search("attn_[qk]", name):
+            rows = array.reshape(6, 2, 2, 24).swapaxes(1, 2)
+            arrays["baichuan"][name] = rows.reshape(24, 24)
+    tokens = np.random.default_rng(0).integers(0, 420, (1, 40))
+    for name, values in said.items():
+        file = write_by_gguf(tmp_path / f"{name}.gguf", name, values, arrays[name])
+        found, config = open_checkpoint(file), CONFIGS[name]
+        assert found.config == unsaid(config)
+        exact = reference_forward(config, draw_parameters(config), tokens)["logits"]
+        logits = reference_forward(found.config, found.tensors, tokens)["logits"]
+        assert_within(logits, exact, BUDGETS["float64", "cpu"].forward, name)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -215,7 +215,10 @@ ARCHITECTURES = (
         (
             *_KEYS,
             Key("attention.layer_norm_rms_epsilon", "norm_eps", write=shortest),
-            Neutral(("rope.dimension_count",), "written for the rotary 7B models too"),
+            Neutral(("rope.dimension_count",), "for the rotary 7B models"),
+            Neutral(
+                ("tensor_data_layout",), "queries and keys ordered for a rotation, which is none"
+            ),
         ),
         {
             **{"activation": "silu", "gated_ffn": True, "norm": "rms", "norm_bias": False},
