@@ -72,15 +72,15 @@ class Subwords:
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Bytes | Subwords:
-    """The tokenizer of a checkpoint's folder; bytes, if it has none and 256 tokens.
+    """The tokenizer of a checkpoint; bytes, if it has none and 256 tokens.
 
     Raises:
         ValueError: it has neither.
     """
     from alibi_convert import load_tokenizer
-    from alibi_convert.tokenizer import TOKENIZER_FILE
+    from alibi_convert.writing.layout import TOKENIZER_FILE
 
-    if (checkpoint.path / TOKENIZER_FILE).is_file():
+    if (checkpoint.path / TOKENIZER_FILE).is_file() or TOKENIZER_FILE in checkpoint.inside():
         return Subwords(load_tokenizer(checkpoint.path))
     if checkpoint.config.vocab_size == BYTES:
         return Bytes()

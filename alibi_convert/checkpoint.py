@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypedDict
+
+import numpy as np
 
 from alibi_convert import formats
 from alibi_convert.adapters import Adapter, Merged, merge, open_adapter
@@ -53,6 +56,7 @@ class Checkpoint:
         source: as it was given, or which one it was of several revisions, or of orbax's steps.
         optimizer: the state of the optimizer that trained it, where its parameters are ours.
         merged: the adapter that was merged into it, and what became of its tensors.
+        inside: companions that the file itself holds, by name.
     """
 
     path: Path
@@ -70,11 +74,26 @@ class Checkpoint:
     source: str = ""
     optimizer: Beside | None = None
     merged: Merged | None = None
+    inside: Callable[[], Mapping[str, bytes]] = dict
 
     @property
     def adapter(self) -> dict[str, Any]:
         """What reports say of the adapter, as plain JSON values; empty where there is none."""
         return {} if self.merged is None else self.merged.to_dict()
+
+    @property
+    def widest_dtype(self) -> str | None:
+        """The dtype that holds the values of all parameters, where they are stored in several.
+
+        GGUF keeps vectors in float32 beside narrower matrices. Learned slopes do not count, which
+        are never narrower than float32. None where the parameters have one dtype.
+        """
+        headers = self.tensors.headers
+        rows = (row.name for row in parameter_table(self.config) if not row.is_wide)
+        dtypes = {headers[name].dtype for name in rows}
+        if len(dtypes) == 1:
+            return None
+        return str(reduce(np.promote_types, dtypes, DTYPES["float32"]))
 
 
 class Reading(TypedDict, total=False):
@@ -101,8 +120,8 @@ def open_checkpoint(
     """Recognise and open a checkpoint folder or file, and hold it against the parameter table.
 
     Args:
-        path: a folder of ours, of a known family or of orbax, a .safetensors, .pt or .msgpack
-            file, or the id of a folder on the Hugging Face hub.
+        path: a folder of ours, of a known family or of orbax, a .safetensors, .pt, .msgpack
+            or .gguf file, or the id of a folder on the Hugging Face hub.
         config: for files that carry no configuration; otherwise it must agree with theirs. An
             ALiBiConfig, or the contents of a family's config.json, whose names of tensors the file
             may have.
@@ -134,6 +153,7 @@ def open_checkpoint(
         source=str(opened.path) if opened.format == "orbax" else given,
         files={**opened.files, **({} if found is None else found.files)},
         wrappers=opened.wrappers,
+        inside=opened.inside,
     )
 
 

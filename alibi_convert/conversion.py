@@ -30,7 +30,11 @@ from alibi_convert.values import Watched, cast
 from alibi_convert.writing.atomic import building
 from alibi_convert.writing.hashing import file_xxh3, hashing
 from alibi_convert.writing.journal import Journal
-from alibi_convert.writing.provenance import bring_along, write_provenance
+from alibi_convert.writing.provenance import (
+    bring_along,
+    reader_of_companions,
+    write_provenance,
+)
 
 VERIFY = ("logits", "bits", "none")  # how much of a conversion is proven
 
@@ -56,7 +60,7 @@ def convert(
         source: anything that `open_checkpoint` reads.
         destination: a path that does not exist yet (or see `overwrite`).
         to: a key of `FORMATS`; None goes by the destination's suffix: .safetensors, .pt, .msgpack,
-            .orbax; a folder of ours if it is no suffix of weights.
+            .orbax, .gguf; a folder of ours if it is no suffix of weights.
         dtype: cast every tensor to float16, bfloat16, float32 or float64.
         verify: "bits" reads the destination back and compares every tensor bit by bit; "logits"
             then runs both sides too, between families and where memory allows, and compares what
@@ -119,7 +123,14 @@ class Target:
 
     def cast(self, source: Checkpoint) -> Checkpoint:
         """The source in the dtypes of the destination, unread."""
-        return replace(source, tensors=cast(source.tensors, self.dtype))
+        return replace(source, tensors=cast(source.tensors, self.dtypes(source)))
+
+    def dtypes(self, source: Checkpoint) -> dict[str, np.dtype] | None:
+        """Of every tensor in the destination; None where each keeps its own."""
+        headers, form = source.tensors.headers, FORMATS[self.format]
+        dtypes = {name: form.dtype(header, self.dtype) for name, header in headers.items()}
+        changes_some = any(dtypes[name] != header.dtype for name, header in headers.items())
+        return dtypes if changes_some or self.dtype is not None else None
 
 
 def settle(
@@ -184,14 +195,17 @@ def _write(
     nbytes = target.cast(source).tensors.nbytes
     with progress_bar(progress, "reading and writing", nbytes, journal.size(path)) as advance:
         seen = journal.notes.setdefault("seen", {})
-        values = Watched(source.tensors, target.dtype, seen, advance)
-        xxh3 = FORMATS[target.format].write(
-            *(path, source.config, values.tensors),
-            max_shard_bytes=target.max_shard_bytes,
-            journal=journal,
+        values = Watched(source.tensors, target.dtypes(source), seen, advance)
+        form = FORMATS[target.format]
+        options: dict[str, Any] = {
+            "max_shard_bytes": target.max_shard_bytes,
+            "journal": journal,
             **optimizer.writing,
-        )
-    copied, left_behind = bring_along(source, path, target.format)
+        }
+        if form.holds:
+            options["companion"] = reader_of_companions(source)
+        xxh3 = form.write(*(path, source.config, values.tensors), **options)
+    copied, left_behind = bring_along(source, path, target.format, form.holds)
     return _Written(path, values, copied, left_behind, journal, xxh3)
 
 

@@ -10,7 +10,7 @@ from alibi_convert.errors import CheckpointError
 from alibi_convert.machine import is_installed
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".msgpack", ".json")
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".msgpack", ".gguf", ".json")
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 _PICKLES = ("*.bin",)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,17 +56,17 @@ class Watched:
     def __init__(
         self,
         tensors: Tensors,
-        dtype: np.dtype | None,
+        dtypes: Mapping[str, np.dtype] | None,
         seen: dict[str, Any],
         advance: Advance = ignore,
     ) -> None:
         self.seen = seen
-        self._source, self._dtype, self._advance = tensors, dtype, advance
+        self._source, self._dtypes, self._advance = tensors, dtypes, advance
         headers = {name: self._watched(name, header) for name, header in tensors.headers.items()}
         self.tensors = Tensors(headers)
 
     def _watched(self, name: str, header: LazyTensor) -> LazyTensor:
-        dtype = header.dtype if self._dtype is None else self._dtype
+        dtype = header.dtype if self._dtypes is None else self._dtypes[name]
 
         def stream() -> Iterator[np.ndarray]:
             seen = Seen()
@@ -92,28 +92,29 @@ class Watched:
     @property
     def rounding(self) -> float | None:
         """Largest relative rounding error of any element, None when nothing was to be cast."""
-        if self._dtype is None:
+        if self._dtypes is None:
             return None
         return max((each["rounding"] for each in self.seen.values()), default=0.0)
 
     @property
     def casts(self) -> list[Cast]:
         """Every pair of dtypes that were cast."""
-        groups: dict[np.dtype, list[str]] = {}
-        for name, header in self._source.headers.items():
-            groups.setdefault(header.dtype, []).append(name)
+        groups: dict[tuple[np.dtype, np.dtype], list[str]] = {}
+        for name, header in self.tensors.headers.items():
+            dtypes = self._source.headers[name].dtype, header.dtype
+            groups.setdefault(dtypes, []).append(name)
         return [
-            self._cast(source, names)
-            for source, names in groups.items()
-            if self._dtype not in (None, source)
+            self._cast(source, target, names)
+            for (source, target), names in groups.items()
+            if source != target
         ]
 
-    def _cast(self, source: np.dtype, names: list[str]) -> Cast:
+    def _cast(self, source: np.dtype, target: np.dtype, names: list[str]) -> Cast:
         errors = {name: self.seen[name]["rounding"] for name in names if name in self.seen}
         worst = max(errors, key=lambda name: errors[name], default="")
         rounding = errors.get(worst, 0.0)
         where = worst if rounding else None
-        return Cast(str(source), str(self._dtype), len(names), rounding, where)
+        return Cast(str(source), str(target), len(names), rounding, where)
 
     def require_finite(self) -> None:
         """Raise CheckpointError naming every tensor with NaN or infinity."""
@@ -125,11 +126,12 @@ class Watched:
             )
 
 
-def cast(tensors: Tensors, dtype: np.dtype | None) -> Tensors:
-    """The tensors in another dtype, cast when they are read; None leaves them."""
-    if dtype is None:
+def cast(tensors: Tensors, dtypes: Mapping[str, np.dtype] | None) -> Tensors:
+    """The tensors in other dtypes, by name, cast when they are read; None leaves them."""
+    if dtypes is None:
         return tensors
-    return Tensors({name: cast_tensor(each, dtype) for name, each in tensors.headers.items()})
+    headers = tensors.headers.items()
+    return Tensors({name: cast_tensor(each, dtypes[name]) for name, each in headers})
 
 
 def cast_tensor(source: LazyTensor, dtype: np.dtype) -> LazyTensor:

@@ -137,6 +137,11 @@ AGREEMENTS: Mapping[str, Agreement] = {
         "u = 2^-24: two float64 results that differ by far less can be rounded to neighbours.",
     ),
     "rounding": Agreement(1e-6, "x'/x - 1 errs by u = 2^-53, 2e-9 of the 2^-24 that it measures."),
+    "llama.cpp's GELU": Agreement(
+        5e-4,
+        "u = 2^-11: it looks GELU up in a table of float16, by the input rounded to float16. Each "
+        "hidden unit errs by 2 u at most, and the products with some hundred of them average it.",
+    ),
     "optimizer": Agreement(
         1e-12,
         "u = 2^-53: 9,000 u. An update is seen as the difference of weights of 1, of which it is "

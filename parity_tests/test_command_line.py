@@ -191,7 +191,8 @@ def test_suffixes_name_formats(tmp_path: Path, name: str, to: str | None) -> Non
         assert check_target(tmp_path / name, None, None) == to
         return
     message = (
-        r"is not written; expected \.msgpack, \.orbax, \.pt, \.safetensors or a folder's name; to="
+        r"is not written; expected \.gguf, \.msgpack, \.orbax, \.pt, \.safetensors or a folder's "
+        r"name; to="
     )
     with pytest.raises(ValueError, match=message):
         check_target(tmp_path / name, None, None)

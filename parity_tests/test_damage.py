@@ -58,14 +58,14 @@ def test_sparse_files_are_not_read_whole(tmp_path: Path) -> None:
             open_checkpoint(folder)
         (folder / name).unlink()
         (folder / "config.json").write_text(config_json(CONFIG))
-    for name in ("model.pt", "model.msgpack", "model.safetensors"):
+    for name in ("model.pt", "model.msgpack", "model.safetensors", "model.gguf"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**33)
         with pytest.raises(CheckpointError, match="is truncated or not"):
             open_checkpoint(tmp_path / name, config=CONFIG, allow_pt=True)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "msgpack"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "msgpack", "gguf"])
 def test_truncated_files(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / "model", kind)
     truncate(path)
@@ -284,6 +284,7 @@ def test_parameters_are_floating_point(tmp_path: Path) -> None:
         ("model.pt", "pt"),
         ("model.msgpack", "msgpack"),
         ("model.msgpack.json", "msgpack"),
+        ("model.gguf", "gguf"),
     ],
 )
 @pytest.mark.parametrize("allow_pt", [False, True])
@@ -313,6 +314,7 @@ def test_files_that_git_lfs_has_not_fetched(
         ("flax", ["convert", "SOURCE", "out.msgpack"], "flax"),
         ("orbax.checkpoint", ["convert", "SOURCE", "out", "--to=orbax"], "flax"),
         ("torch", ["convert", "SOURCE", "out.pt"], "torch"),
+        ("gguf", ["convert", "SOURCE", "out.gguf"], "gguf"),
         ("matplotlib", ["demo"], "demo"),
         ("torch", ["verify", "SOURCE"], "torch"),
     ],

@@ -193,7 +193,7 @@ DAMAGES = st.lists(FOLDER_DAMAGE, min_size=1, max_size=2)
 def other_formats() -> dict[str, Files]:
     """The files of one checkpoint in ours and in each of the formats that other libraries read."""
     found = {}
-    for kind in ("alibi", "pt", "msgpack", "orbax"):
+    for kind in ("alibi", "pt", "msgpack", "orbax", "gguf"):
         with tempfile.TemporaryDirectory() as name:
             write(Path(name) / "model", kind, CONFIG)
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
@@ -296,7 +296,7 @@ def msgpack_damage(draw: st.DrawFn) -> Damage:
 
 
 OTHER_DAMAGES = st.tuples(
-    st.sampled_from(["alibi", *["pt"] * 5, *["msgpack"] * 3, "orbax"]),
+    st.sampled_from(["alibi", *["pt"] * 5, *["msgpack"] * 3, "orbax", "gguf", "gguf"]),
     st.lists(any_byte_damage(), max_size=2),
     st.none() | archive_damage() | msgpack_damage(),
     st.none() | st.none() | st.none() | kind_damage(),

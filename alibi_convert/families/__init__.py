@@ -6,6 +6,7 @@ from alibi_convert.families import (
     btlm,
     fairseq,
     falcon,
+    gguf,
     jaketae,
     jina,
     mosaicbert,
@@ -34,6 +35,7 @@ FAMILIES = (
     mosaicbert.FAMILY,
     *jina.FAMILIES,
     *fairseq.FAMILIES,
+    *gguf.FAMILIES,
 )
 
 

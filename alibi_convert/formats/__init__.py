@@ -1,7 +1,8 @@
 """Every format of checkpoints, in one table for both directions; one file each.
 
 torch, flax and orbax are imported by the format that needs them, when it is used. The formats of
-these three (.pt, .msgpack, orbax) hold the whole model in memory; folders and .safetensors stream.
+these three (.pt, .msgpack, orbax) hold the whole model in memory; folders, .safetensors and .gguf
+stream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Unpack
 
 from alibi_convert.errors import CheckpointError
 from alibi_convert.families import FAMILIES, export_tensors
-from alibi_convert.formats import folder, msgpack, orbax, pt, safetensors
+from alibi_convert.formats import folder, gguf, msgpack, orbax, pt, safetensors
 from alibi_convert.formats.format import Asked, Format, Opened, Writing, no_steps
 from alibi_convert.formats.names import require_plain_tensors, unwrapped
 from alibi_convert.tensors import Tensors
@@ -67,6 +68,7 @@ FORMATS: dict[str, Format] = {
     "pt": pt.FORMAT,
     "msgpack": msgpack.FORMAT,
     "orbax": orbax.FORMAT,
+    "gguf": gguf.FORMAT,
     **{
         family.name: exported(
             family.write_config, partial(export_tensors, family), family.label, family.suffix
@@ -95,7 +97,7 @@ def read(path: Path, asked: Asked) -> Opened:
     else:
         raise CheckpointError(
             f"{path} has the unknown suffix {path.suffix!r}; expected a folder, .safetensors, "
-            f"{', '.join(pt.PICKLE_SUFFIXES)} or .msgpack"
+            f"{', '.join(pt.PICKLE_SUFFIXES)}, .msgpack or .gguf"
         )
     if asked.step is not None and kind is not orbax.FORMAT:
         raise no_steps(path, asked.step)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
+import numpy as np
+
 from alibi_convert.errors import CheckpointError
-from alibi_convert.tensors import Tensors
+from alibi_convert.tensors import LazyTensor, Tensors
 from alibi_convert.writing.journal import Journal
 from alibi_spec import ALiBiConfig
 
@@ -58,6 +60,7 @@ class Opened:
         left: names in the file that are not of the model, with the reason; they are dropped.
         wrappers: keys that led to the tensors, and prefixes of their names that were removed.
         optimizer: of the run that trained the model.
+        inside: companions that the file itself holds, by name.
     """
 
     format: str
@@ -69,6 +72,7 @@ class Opened:
     left: Mapping[str, str] = field(default_factory=dict)
     wrappers: Sequence[str] = ()
     optimizer: Beside | None = None
+    inside: Callable[[], Mapping[str, bytes]] = dict
 
 
 def no_steps(path: Path, step: int) -> CheckpointError:
@@ -80,12 +84,13 @@ class Writing(TypedDict, total=False):
     """Options of some formats.
 
     Those of several files know their size, and which of them are finished already. Those with room
-    for an optimizer's state get it as they write it.
+    for an optimizer's state get it as they write it; those that hold companions, what reads them.
     """
 
     max_shard_bytes: int
     journal: Journal | None
     optimizer: Any
+    companion: Callable[[str], bytes | None]
 
 
 class Write(Protocol):
@@ -100,6 +105,10 @@ class Write(Protocol):
 
 def _as_they_are(_: ALiBiConfig, tensors: Tensors) -> Tensors:
     return tensors
+
+
+def _as_asked(header: LazyTensor, asked: np.dtype | None) -> np.dtype:
+    return header.dtype if asked is None else asked
 
 
 def _never(_: Path) -> bool:
@@ -120,6 +129,8 @@ class Format:
             memory at once.
         library: module without which it cannot be written, and the extra that installs it.
         stored: the canonical tensors as the files name and lay them out, unread.
+        dtype: of a canonical tensor in the files, where one is asked for, or None.
+        holds: names of companions whose contents the file itself keeps.
     """
 
     description: str
@@ -130,3 +141,5 @@ class Format:
     streams: bool = False
     library: tuple[str, str] | None = None
     stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
+    dtype: Callable[[LazyTensor, np.dtype | None], np.dtype] = _as_asked
+    holds: tuple[str, ...] = ()

@@ -88,10 +88,15 @@ def _lazy(path: Path, name: str, entry: Any, data_start: int) -> LazyTensor:
         )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     start = data_start + entry["data_offsets"][0]
-    return LazyTensor(shape, dtype, lambda: _view(path, dtype, shape, start))
+    return LazyTensor(shape, dtype, lambda: view_of_file(path, dtype, shape, start))
 
 
-def _view(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+def view_of_file(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+    """The array that begins at a byte of a file, read-only and unread.
+
+    Raises:
+        CheckpointError: the file is gone, or too short.
+    """
     if 0 in shape:  # nothing to map
         return np.empty(shape, dtype)
     try:

@@ -15,6 +15,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_PICKLE_FILE = "adapter_model.bin"
 INDEX_FILE = "model.safetensors.index.json"
 TRAINING_FILE = "training.json"
+TOKENIZER_FILE = "tokenizer.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 ORBAX_FOLDER = "params"
@@ -23,7 +24,7 @@ ORBAX_MARK = "_CHECKPOINT_METADATA"  # a file that orbax puts into every checkpo
 # Companions: files of a model that are not weights; they are copied from folder to folder.
 _CHAT_TEMPLATES = "additional_chat_templates"
 COMPANIONS = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "tokenizer.model",
     "sentencepiece.bpe.model",

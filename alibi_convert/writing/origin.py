@@ -10,7 +10,7 @@ import filecmp
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ class Origin:
         path: its folder or file.
         companions: names of the files in the folder that belong to the model.
         record: the family's configuration and name, as conversion.json keeps them.
+        inside: companions that the file itself holds, by name.
     """
 
     path: Path
     companions: tuple[str, ...]
     record: Mapping[str, Any]
+    inside: Callable[[], Mapping[str, bytes]] = dict
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
@@ -49,7 +51,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     except CheckpointError as error:
         warnings.warn(f"{error}; its record of the model's family is lost", stacklevel=3)
         record = {}
-    return Origin(path, tuple(names), record)
+    return Origin(path, tuple(names), record, checkpoint.inside)
 
 
 def save_folder(
@@ -139,5 +141,10 @@ def _bring_companions(origin: Origin | None, folder: Path) -> tuple[list[str], l
         elif not is_there:
             lost.append(name)
         elif source.is_file() and not filecmp.cmp(source, folder / name, shallow=False):
+            other.append(name)
+    for name, contents in origin.inside().items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(contents)
+        elif (folder / name).read_bytes() != contents:
             other.append(name)
     return lost, other

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from alibi_convert.checkpoint import Checkpoint
 from alibi_convert.families import family_named
-from alibi_convert.files import read_json
+from alibi_convert.files import read_json, read_whole
 from alibi_convert.report import Report
+from alibi_convert.tokenizer import MAX_TOKENIZER_BYTES
 from alibi_convert.writing.layout import CONFIG_FILE, CONVERSION_FILE, companions, copy_companion
 
 SPEC_VERSION = 1  # of docs/SPEC.md: what a configuration means
@@ -58,10 +59,31 @@ def recorded_family(folder: Path) -> dict[str, Any]:
     return {name: record[name] for name in kept if name in record}
 
 
-def bring_along(source: Checkpoint, folder: Path, to: str) -> tuple[list[str], list[str]]:
+def reader_of_companions(source: Checkpoint) -> Callable[[str], bytes | None]:
+    """What reads the companions of a source by name; None for those that it lacks."""
+    inside = source.inside()
+
+    def read(name: str) -> bytes | None:
+        path = source.path / name
+        if source.path.is_dir() and path.is_file():
+            return read_whole(path, MAX_TOKENIZER_BYTES)
+        return inside.get(name)
+
+    return read
+
+
+def bring_along(
+    source: Checkpoint, folder: Path, to: str, held: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
     """Copy the companions of a source to the folder of the destination.
 
     A model that returns to its family also gets back the keys that we have no use for.
+
+    Args:
+        source: what is converted.
+        folder: of the destination, or its file.
+        to: the format.
+        held: companions that the destination keeps in itself.
 
     Returns:
         names of the files that were copied, and of the others in the source's folder.
@@ -70,7 +92,10 @@ def bring_along(source: Checkpoint, folder: Path, to: str) -> tuple[list[str], l
     names = companions(source.path) if source.path.is_dir() and folder.is_dir() else []
     for name in names:
         copy_companion(source.path, folder, name)
-    return names, _left_behind(source, names) if source.path.is_dir() else []
+    for name, contents in source.inside().items() if folder.is_dir() else ():
+        (folder / name).write_bytes(contents)
+        names.append(name)
+    return names, _left_behind(source, [*names, *held]) if source.path.is_dir() else []
 
 
 def _left_behind(source: Checkpoint, copied: Iterable[str]) -> list[str]:
