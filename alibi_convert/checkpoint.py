@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, TypedDict
-
-import numpy as np
 
 from alibi_convert import formats
 from alibi_convert.adapters import Adapter, Merged, merge, open_adapter
@@ -80,20 +77,6 @@ class Checkpoint:
     def adapter(self) -> dict[str, Any]:
         """What reports say of the adapter, as plain JSON values; empty where there is none."""
         return {} if self.merged is None else self.merged.to_dict()
-
-    @property
-    def widest_dtype(self) -> str | None:
-        """The dtype that holds the values of all parameters, where they are stored in several.
-
-        GGUF keeps vectors in float32 beside narrower matrices. Learned slopes do not count, which
-        are never narrower than float32. None where the parameters have one dtype.
-        """
-        headers = self.tensors.headers
-        rows = (row.name for row in parameter_table(self.config) if not row.is_wide)
-        dtypes = {headers[name].dtype for name in rows}
-        if len(dtypes) == 1:
-            return None
-        return str(reduce(np.promote_types, dtypes, DTYPES["float32"]))
 
 
 class Reading(TypedDict, total=False):

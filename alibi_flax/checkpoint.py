@@ -51,7 +51,7 @@ def from_pretrained(
         path: a checkpoint folder of ours or of a known family, a .safetensors, .pt, .msgpack or
             .gguf file, or the id of a folder on the Hugging Face hub.
         dtype: of the parameters, except learned slopes, which never become narrower than float32,
-            and of the computation; None keeps the checkpoint's, or the widest of several.
+            and of the computation; None keeps the checkpoint's.
         sharding: where parameters go: a mesh, over which they are divided as `shardings` says, one
             sharding for all, or a function from a row of `parameter_table`, whose `logical_axes`
             name the axes; None is JAX's default device.
@@ -66,8 +66,6 @@ def from_pretrained(
             not divide the parameters, or an implementation that is not known.
     """
     checkpoint = open_checkpoint(path, **reading)
-    if dtype is None and checkpoint.widest_dtype is not None:
-        dtype = np.dtype(checkpoint.widest_dtype)
     stored = {header.dtype for header in checkpoint.tensors.headers.values()}
     wanted = stored if dtype is None else {np.dtype(dtype)}
     has_float64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64

@@ -51,7 +51,7 @@ class PretrainedModule(nn.Module):
             path: a checkpoint folder of ours or of a known family, a .safetensors, .pt, .msgpack or
                 .gguf file, or the id of a folder on the Hugging Face hub.
             dtype: of the parameters, except learned slopes, which never become narrower than
-                float32; None keeps the checkpoint's, or the widest of several.
+                float32; None keeps the checkpoint's.
             device: where the parameters go.
             implementation: of attention: "auto" or one of `attention_implementations()`.
             mesh, rules: divide the model, as `alibi_torch.sharding.parallelize` does; a process
@@ -64,8 +64,6 @@ class PretrainedModule(nn.Module):
                 known.
         """
         checkpoint = open_checkpoint(path, **reading)
-        if dtype is None and checkpoint.widest_dtype is not None:
-            dtype = getattr(torch, checkpoint.widest_dtype)
         with torch.device("meta"):
             model = cls(checkpoint.config, implementation=implementation)
         model.load_tensors(checkpoint.tensors, dtype, device, mesh, rules)

@@ -283,21 +283,30 @@ def test_float64_needs_another_dtype(tmp_path: Path) -> None:
 
 
 def test_models_of_several_dtypes(tmp_path: Path) -> None:
-    """Both backends open them in the dtype that holds every value; a dtype that is asked for."""
-    source = write(tmp_path / "model", config=CONFIGS["bloom"])
+    """Both backends open them as they are, matrices beside wider vectors, or in the dtype asked."""
+    config = CONFIGS["bloom"]
+    source = write(tmp_path / "model", config=config)
     convert(source, tmp_path / "m.gguf", dtype="float16", verify="bits")
-    rounded = {
-        name: array.astype(np.float16).astype(np.float32) if array.ndim > 1 else array
-        for name, array in draw_parameters(CONFIGS["bloom"]).items()
+    stored = {
+        name: array.astype(np.float16) if array.ndim > 1 else array
+        for name, array in draw_parameters(config).items()
     }
     model = alibi_torch.ALiBiLM.from_pretrained(tmp_path / "m.gguf")
     for name, parameter in model.named_parameters():
-        assert_bitwise(parameter.detach().numpy(), rounded[name], name)
+        assert_bitwise(parameter.detach().numpy(), stored[name], name)
     narrow = alibi_torch.ALiBiLM.from_pretrained(tmp_path / "m.gguf", dtype=torch.float16)
     assert {parameter.dtype for parameter in narrow.parameters()} == {torch.float16}
-    params = alibi_flax.from_pretrained(tmp_path / "m.gguf")[1]
-    for name, array in canonical_tensors(params, CONFIGS["bloom"]).items():
-        assert_bitwise(array, rounded[name], name)
+    module, params = alibi_flax.from_pretrained(tmp_path / "m.gguf")
+    for name, array in canonical_tensors(params, config).items():
+        assert_bitwise(array, stored[name], name)
+    tokens = np.arange(40).reshape(2, 20)
+    exact = reference_forward(config, stored, tokens)["logits"]
+    limit = BUDGETS["float16", "cpu"].forward
+    for logits in (
+        model(torch.from_numpy(tokens)).detach().numpy(),
+        np.asarray(module.apply({"params": params}, tokens)),
+    ):
+        assert_within(logits, exact, limit, "logits", dtype="float32")
 
 
 # Tokenizers
