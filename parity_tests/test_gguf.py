@@ -422,6 +422,19 @@ UNKNOWN_PARTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_tokenizers_without_an_end(tmp_path: Path) -> None:
+    """llama.cpp would end every text at token 11, which may be a comma."""
+    source = folder(tmp_path / "model", CONFIGS["mpt"])
+    for settings in ({"bos_token": "<s>"}, {"eos_token": "of another"}):
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match="end every text at token 11; name one as eos_to"):
+            convert(source, tmp_path / "model.gguf")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    convert(source, tmp_path / "model.gguf", verify="bits")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+
+
 @pytest.mark.parametrize("case", UNKNOWN_PARTS)
 def test_tokenizers_that_llama_cpp_does_not_have(case: str, tmp_path: Path) -> None:
     changes, message = UNKNOWN_PARTS[case]

@@ -26,6 +26,7 @@ _PRE, _CHAT_TEMPLATE = "tokenizer.ggml.pre", "tokenizer.chat_template"
 _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges"))
 _ADDS = {"bos": "tokenizer.ggml.add_bos_token", "eos": "tokenizer.ggml.add_eos_token"}
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_EOS_IF_NONE = 11  # what llama.cpp takes for the end where a file names none: in GPT-2's a comma
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -90,6 +91,13 @@ def tokenizer_metadata(companion: Companion, vocab_size: int, architecture: str)
         added = _added(values.get("post_processor"))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{TOKENIZER_FILE} is not a tokenizer: {error!r}") from None
+    if "eos" not in ids:
+        raise CheckpointError(
+            f"no file beside {TOKENIZER_FILE} names a token of it that ends a text; llama.cpp "
+            f"would end every text at token {_EOS_IF_NONE}; name one as eos_token in "
+            f"{_SETTINGS_FILE}, or take {TOKENIZER_FILE} out of the folder to write the model "
+            "without it"
+        )
     for name, key in _ADDS.items():
         wanted = added.get(name)
         if wanted is not None and (name not in ids or tokens[ids[name]] != wanted):

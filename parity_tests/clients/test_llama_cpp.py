@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import runpy
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,3 +157,18 @@ def test_what_is_refused_does_not_load(
         running(tmp_path / "model.gguf"),
     ):
         pass
+
+
+def test_an_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is trained in JAX, llama.cpp continues in the same words."""
+    path = Path(__file__).parents[2] / "examples/train_in_jax_serve_in_llama_cpp.py"
+    runpy.run_path(str(path))["main"]([f"--output={tmp_path / 'tuned'}"])
+    out = capsys.readouterr().out
+    assert "agree: True" in out
+    text = out.partition("text: ")[2].removesuffix("\n")
+    file = tmp_path / "tuned/tuned.gguf"
+    words, model = load_tokenizer(file), alibi_torch.ALiBiLM.from_pretrained(file)
+    prompt = torch.tensor([words.encode("import ").ids])
+    tokens = alibi_torch.generate(model, prompt, 16).tokens[0, prompt.shape[1] :]
+    assert len(text) >= 16
+    assert text == words.decode(tokens.tolist())

@@ -9,6 +9,13 @@ _TOKENIZER = "alibi_convert/formats/gguf_tokenizer.py"
 
 FAULTS = (
     Mutant(
+        "a GGUF in which a comma ends every text",
+        "alibi_convert/formats/gguf_tokenizer.py",
+        'if "eos" not in ids:',
+        'if "bos" not in ids:',
+        "test_gguf.py -k without_an_end",
+    ),
+    Mutant(
         "GGUF: queries for keys",
         _FAMILIES,
         "attn.{{query,key,value}}",
