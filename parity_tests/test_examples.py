@@ -117,6 +117,7 @@ def test_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (first, lines) == (sentences[0], expected)
 
 
+@pytest.mark.slow
 def test_train_in_jax_serve_in_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The loss falls, and three programs generate the same from the two folders."""
     example = script("train_in_jax_serve_in_torch")

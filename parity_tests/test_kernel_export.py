@@ -224,6 +224,7 @@ def test_models_are_exported_for_any_length() -> None:
         assert_within(np.asarray(program(*arguments)), expected, budget, f"{length} tokens")
 
 
+@pytest.mark.slow
 def test_sharded_inputs() -> None:
     """Under jit, too, devices keep their sequences and heads, and gather only positions."""
     code = r"""

@@ -63,7 +63,7 @@ def _exported(function: Any, dtype: str, head_dim: int) -> str:
 
 
 @pytest.mark.usefixtures("gpu_calls")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 @each_width
 def test_lowers_for_cuda(dtype: str, head_dim: int, dropout: float) -> None:
     options: Any = {"dropout": dropout, "dropout_rng": jax.random.key(0)}

@@ -46,7 +46,7 @@ def assert_same(actual: Any, expected: Any, what: str) -> None:
         assert_bitwise(np.asarray(found), np.asarray(x), f"{what} {jax.tree_util.keystr(path)}")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_outputs_and_gradients(recompute: bool) -> None:
     apart, scanned, params = models(recompute=recompute)
     budget = BUDGETS["float64", "cpu"]
