@@ -24,6 +24,7 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, load_tokenizer, open_checkpoint, plan
+from alibi_convert.formats.gguf_file import read_gguf, write_gguf
 from alibi_convert.rules import canonical_tensors
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS
@@ -326,6 +327,7 @@ def test_tokenizers_come_back(name: str, tmp_path: Path) -> None:
     assert NAMES.items() <= settings.items()
     convert(tmp_path / "back", tmp_path / "again.gguf", verify="bits")
     convert(file, tmp_path / "copy.gguf", verify="bits")
+    assert convert(file, tmp_path / "alone.safetensors", verify="bits").left_behind == files
     for each in ("again", "copy"):
         assert (tmp_path / f"{each}.gguf").read_bytes() == file.read_bytes()
 
@@ -443,6 +445,46 @@ def test_tokenizers_that_are_not_rebuilt(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / "other.gguf")
 
 
+def test_special_tokens_without_a_spelling(tmp_path: Path) -> None:
+    source = folder(tmp_path / "model", CONFIGS["mpt"])
+    (source / "generation_config.json").write_text('{"pad_token_id": 419}')
+    settings = {name: token for name, token in NAMES.items() if name != "pad_token"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(source, tmp_path / "model.gguf", verify="bits")
+    convert(tmp_path / "model.gguf", tmp_path / "back", verify="bits")
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    found = load_tokenizer(tmp_path / "back")
+    assert generation["pad_token_id"] == found.token_to_id(settings["pad_token"]) == 419
+
+
+def test_chat_templates_that_are_no_text(tmp_path: Path) -> None:
+    source = folder(tmp_path / "model", CONFIGS["mpt"])
+    (source / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8"):
+        convert(source, tmp_path / "model.gguf")
+
+
+def test_tokenizers_with_values_of_other_types(tmp_path: Path) -> None:
+    path = file_of(tmp_path)
+    tensors, metadata = read_gguf(path)
+    held = {"model": "gpt2", "pre": "mpt", "tokens": ["a"], "token_type": [1], "merges": ["a a"]}
+    for name, value, message in (
+        ("tokens", "a", "no list of str"),
+        ("token_type", ["a"], "no list of int"),
+        ("merges", [1], "no list of str"),
+        ("pre", [1], "holds no tokenizer that can be rebuilt"),
+    ):
+        of_tokenizer = {
+            f"tokenizer.ggml.{key}": each for key, each in (held | {name: value}).items()
+        }
+        del metadata["general.architecture"]
+        write_gguf(tmp_path / "other.gguf", "mpt", tensors, metadata | of_tokenizer)
+        metadata["general.architecture"] = "mpt"
+        with pytest.raises(CheckpointError, match=message):
+            load_tokenizer(tmp_path / "other.gguf")
+
+
 # Damage
 
 
@@ -544,6 +586,14 @@ def test_one_of_several_files(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     assert_refused(tmp_path / "m-00001-of-00003.gguf", "one of 3 files of a model; join them first")
+
+
+def test_files_that_were_joined(tmp_path: Path) -> None:
+    path = file_of(tmp_path)
+    tensors, metadata = read_gguf(path)
+    del metadata["general.architecture"]
+    write_gguf(tmp_path / "joined.gguf", "mpt", tensors, metadata | {"split.count": 0})
+    assert open_checkpoint(tmp_path / "joined.gguf").config == open_checkpoint(path).config
 
 
 def test_big_endian_files(tmp_path: Path) -> None:

@@ -198,7 +198,10 @@ def _special_ids(companion: Companion, places: Mapping[str, int]) -> Iterator[tu
 def _chat_template(companion: Companion) -> str | None:
     template = companion(_TEMPLATE_FILE)
     if template is not None:
-        return template.decode()
+        try:
+            return template.decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{_TEMPLATE_FILE} is not UTF-8: {error}") from None
     said = parse_json(companion(_SETTINGS_FILE) or b"{}", _SETTINGS_FILE).get("chat_template")
     return said if isinstance(said, str) else None
 
@@ -208,7 +211,7 @@ def why_not_rebuilt(metadata: Mapping[str, Any]) -> str | None:
     kind, pre = metadata.get(_MODEL), metadata.get(_PRE)
     if kind != _KIND:
         return f"a tokenizer of the kind {kind!r}; only byte-level BPE is rebuilt"
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         return f"a tokenizer that splits by {pre!r}; known: {', '.join(_PRE_TOKENIZERS)}"
     return None
 
@@ -227,20 +230,29 @@ def companions(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if why_not_rebuilt(metadata) is not None:
         return {}
     tokens, types, merges = (metadata.get(name, []) for name in (_TOKENS, _TYPES, _MERGES))
+    for name, kind, values in (
+        (_TOKENS, str, tokens),
+        (_TYPES, int, types),
+        (_MERGES, str, merges),
+    ):
+        if not isinstance(values, list) or not all(isinstance(each, kind) for each in values):
+            raise CheckpointError(f"{name} is no list of {kind.__name__}; the file is damaged")
     if len(set(tokens)) != len(tokens) or len(types) not in (0, len(tokens)):
         raise CheckpointError(
             f"the tokenizer has {len(tokens):,} tokens, {len(set(tokens)):,} of them different, "
             f"and {len(types):,} types; the file is damaged"
         )
     kinds = dict(zip(tokens, types or [_NORMAL] * len(tokens), strict=True))
-    vocab = {token: at for at, token in enumerate(tokens) if kinds[token] != _UNUSED}
     special = {
         f"{name}_token": tokens[metadata[key]]
         for name, key in (
             (name, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
         )
-        if isinstance(metadata.get(key), int) and metadata[key] < len(tokens)
+        if isinstance(metadata.get(key), int) and 0 <= metadata[key] < len(tokens)
     }
+    # A token without a spelling can be one of them, as one for padding often is.
+    kinds |= {token: _CONTROL for token in special.values() if kinds[token] == _UNUSED}
+    vocab = {token: at for at, token in enumerate(tokens) if kinds[token] != _UNUSED}
     values = {
         "version": "1.0",
         "truncation": None,
@@ -269,8 +281,7 @@ def companions(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         settings["chat_template"] = metadata[_CHAT_TEMPLATE]
     files = {TOKENIZER_FILE: values, _SETTINGS_FILE: settings}
     if special:
-        ids = {f"{name}_id": vocab[token] for name, token in special.items() if token in vocab}
-        files[_GENERATION_FILE] = ids
+        files[_GENERATION_FILE] = {f"{name}_id": vocab[token] for name, token in special.items()}
     return {name: json.dumps(each, ensure_ascii=False).encode() for name, each in files.items()}
 
 

@@ -86,16 +86,20 @@ def bring_along(
         held: companions that the destination keeps in itself.
 
     Returns:
-        names of the files that were copied, and of the others in the source's folder.
+        names of the files that were copied, and of the others that the source has.
     """
     _restore_neutral_keys(folder, source.path, to)
     names = companions(source.path) if source.path.is_dir() and folder.is_dir() else []
     for name in names:
         copy_companion(source.path, folder, name)
-    for name, contents in source.inside().items() if folder.is_dir() else ():
+    if source.path.is_dir():
+        return names, _left_behind(source, [*names, *held])
+    inside = source.inside()
+    if not folder.is_dir():
+        return [], [] if held else [*inside]
+    for name, contents in inside.items():
         (folder / name).write_bytes(contents)
-        names.append(name)
-    return names, _left_behind(source, [*names, *held]) if source.path.is_dir() else []
+    return [*inside], []
 
 
 def _left_behind(source: Checkpoint, copied: Iterable[str]) -> list[str]:

@@ -141,4 +141,25 @@ FAULTS = (
         "in {}.items():",
         "test_gguf.py -k come_back",
     ),
+    Mutant(
+        "GGUF: files that were joined refused",
+        _FILE,
+        "if parts not in (0, 1):",
+        "if parts != 1:",
+        "test_gguf.py -k joined",
+    ),
+    Mutant(
+        "GGUF: a special token without a spelling left out",
+        _TOKENIZER,
+        "for token in special.values() if",
+        "for token in () if",
+        "test_gguf.py -k without_a_spelling",
+    ),
+    Mutant(
+        "GGUF: a tokenizer that is lost without a word",
+        "alibi_convert/writing/provenance.py",
+        "[] if held else [*inside]",
+        "[]",
+        "test_gguf.py -k come_back",
+    ),
 )
