@@ -445,6 +445,13 @@ def test_tokenizers_that_are_not_rebuilt(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / "other.gguf")
 
 
+def test_what_becomes_of_one_is_run_by_its_library(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    convert(write(tmp_path / "model", config=CONFIGS["bloom"]), file, verify="bits")
+    report = convert(file, tmp_path / "theirs", to="bloom")
+    assert report.verification["logits"]["against"] == "transformers' bloom"
+
+
 def test_special_tokens_without_a_spelling(tmp_path: Path) -> None:
     source = folder(tmp_path / "model", CONFIGS["mpt"])
     (source / "generation_config.json").write_text('{"pad_token_id": 419}')
