@@ -423,6 +423,9 @@ def test_tokenizers_that_llama_cpp_does_not_have(case: str, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=f"tokenizer.json {re.escape(message)}"):
         convert(source, tmp_path / "model.gguf")
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
+    (problem,) = plan(source, tmp_path / "model.gguf").problems
+    assert problem.stops
+    assert f"tokenizer.json {message}" in problem.cause
     (source / "tokenizer.json").unlink()
     convert(source, tmp_path / "model.gguf", verify="bits")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
