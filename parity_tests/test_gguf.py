@@ -368,6 +368,11 @@ def test_tokens_before_and_after_every_text(tmp_path: Path) -> None:
     for text in TEXTS:
         found = load_tokenizer(tmp_path / "back").encode(text).ids
         assert found == load_tokenizer(source).encode(text).ids
+    single = json.loads((source / "tokenizer.json").read_text())["post_processor"]
+    ids = {"</s>": {"id": "</s>", "ids": [3], "tokens": ["</s>"]}}
+    change(source, post_processor={**single, "special_tokens": single["special_tokens"] | ids})
+    with pytest.raises(CheckpointError, match="adds '</s>' to every text without calling it eos_t"):
+        convert(source, tmp_path / "other.gguf")
     (source / "tokenizer_config.json").write_text(json.dumps(NAMES | {"bos_token": "<unk>"}))
     with pytest.raises(CheckpointError, match="adds '<s>' to every text without calling it bos_t"):
         convert(source, tmp_path / "other.gguf")
@@ -379,6 +384,10 @@ def change(source: Path, **changes: Any) -> None:
     for name, value in changes.items():
         values[name] = value(values[name]) if callable(value) else value
     (source / "tokenizer.json").write_text(json.dumps(values))
+
+
+def moved(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*tokens[:-1], {**tokens[-1], "id": 410}]
 
 
 def strips(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -408,6 +417,10 @@ UNKNOWN_PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "twice": (
         {"model": lambda model: {**model, "vocab": {**model["vocab"], "near": 7}}},
         "has two tokens at 7",
+    ),
+    "elsewhere": (
+        {"added_tokens": moved},
+        "has the token '<|user|>' at 410, and its library puts it at 400; save the tokenizer again",
     ),
     "no merges": ({"model": lambda model: {**model, "merges": []}}, "has no merges"),
     "no model": ({"model": {}}, "is of the kind None"),

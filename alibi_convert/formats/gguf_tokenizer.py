@@ -92,8 +92,8 @@ def tokenizer_metadata(companion: Companion, vocab_size: int, architecture: str)
         raise CheckpointError(f"{TOKENIZER_FILE} is not a tokenizer: {error!r}") from None
     for name, key in _ADDS.items():
         wanted = added.get(name)
-        if wanted is not None and (name not in ids or tokens[ids[name]] != wanted):
-            _refuse(f"adds {wanted!r} to every text without calling it {name}_token")
+        if wanted is not None and wanted[1] != [ids.get(name)]:
+            _refuse(f"adds {wanted[0]!r} to every text without calling it {name}_token")
         metadata[key] = wanted is not None
     metadata |= {f"tokenizer.ggml.{_SPECIAL[name]}_token_id": index for name, index in ids.items()}
     template = _chat_template(companion)
@@ -106,7 +106,8 @@ def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     added = {each["content"]: each for each in values.get("added_tokens") or ()}
-    places = {**values["model"]["vocab"], **{name: each["id"] for name, each in added.items()}}
+    vocab = values["model"]["vocab"]
+    places = {**vocab, **{name: each["id"] for name, each in added.items()}}
     for token, index in places.items():
         if not 0 <= index < vocab_size:
             raise CheckpointError(
@@ -116,7 +117,15 @@ def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
         if types[index] != _UNUSED:
             raise CheckpointError(f"{TOKENIZER_FILE} has two tokens at {index}; one must go")
         tokens[index], types[index] = token, _NORMAL
+    following = len(vocab)
     for token, each in added.items():
+        found = vocab.get(token, following)  # as its library places it
+        following = max(following, found + 1)
+        if each["id"] != found:
+            raise CheckpointError(
+                f"{TOKENIZER_FILE} has the token {token!r} at {each['id']}, and its library puts "
+                f"it at {found}; save the tokenizer again"
+            )
         marked = [name for name in ("lstrip", "rstrip", "single_word") if each.get(name)]
         if marked:
             _refuse(f"has the token {token!r} with {' and '.join(marked)}")
@@ -164,8 +173,8 @@ def _require_options(values: Mapping[str, Any]) -> None:
         _refuse(f"has the normalizer {json.dumps(values['normalizer'], ensure_ascii=False)}")
 
 
-def _added(post_processor: Any) -> dict[str, str]:
-    """The tokens that are put before and after every text."""
+def _added(post_processor: Any) -> dict[str, tuple[str, list[int]]]:
+    """The tokens that are put before and after every text, with their ids."""
     steps = [post_processor] if post_processor else []
     if steps and steps[0]["type"] == "Sequence":
         steps = steps[0]["processors"]
@@ -180,7 +189,8 @@ def _added(post_processor: Any) -> dict[str, str]:
     if at > 1 or len(kinds) - at > 2:
         _refuse("puts several tokens before or after every text")
     sides = {"bos": names[:at], "eos": names[at + 1 :]}
-    return {name: found[0] for name, found in sides.items() if found}
+    special = steps[0]["special_tokens"]
+    return {name: (found[0], special[found[0]]["ids"]) for name, found in sides.items() if found}
 
 
 def _special_ids(companion: Companion, places: Mapping[str, int]) -> Iterator[tuple[str, int]]:

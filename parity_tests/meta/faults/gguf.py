@@ -163,6 +163,13 @@ FAULTS = (
         "test_gguf.py -k run_by_its_library",
     ),
     Mutant(
+        "GGUF: tokens where tokenizer.json says, and not where they are",
+        _TOKENIZER,
+        'if each["id"] != found:',
+        "if not token:",
+        "test_gguf.py -k does_not_have",
+    ),
+    Mutant(
         "GGUF: a tokenizer that a plan does not look at",
         "alibi_convert/formats/gguf.py",
         "    check=_tokenizer,\n",
