@@ -611,6 +611,12 @@ def test_one_of_several_files(tmp_path: Path) -> None:
     assert_refused(tmp_path / "m-00001-of-00003.gguf", "one of 3 files of a model; join them first")
 
 
+def test_a_folder_around_one(tmp_path: Path) -> None:
+    (tmp_path / "downloaded").mkdir()
+    (tmp_path / "downloaded" / "m.gguf").touch()
+    assert_refused(tmp_path / "downloaded", r"or the path of a file: .*downloaded/m\.gguf")
+
+
 def test_files_that_were_joined(tmp_path: Path) -> None:
     path = file_of(tmp_path)
     tensors, metadata = read_gguf(path)
