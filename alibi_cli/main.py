@@ -24,7 +24,11 @@ from alibi_cli.exit_codes import BROKEN, BROKEN_PIPE, INTERRUPTED, MISMATCH, USA
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = _parser(words).parse_args(words)
+    try:
+        options = _parser(words).parse_args(words)
+    except BrokenPipeError:  # of --print-completion
+        _abandon_output()
+        return BROKEN_PIPE
     from alibi_convert import CheckpointError, MismatchError  # now, so that --help is fast
 
     for name in ("absl", "asyncio"):  # orbax's: they also log raised errors
@@ -131,7 +135,7 @@ class _Completion(argparse.Action):
             for action in each._actions:
                 if action.type is path:
                     action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
-        print(shtab.complete(parser, shell))
+        print(shtab.complete(parser, shell), flush=True)
         parser.exit()
 
 

@@ -170,7 +170,7 @@ class _Written:
         path: where they are.
         values: casts, NaN and infinity seen in the tensors while they were written.
         copied: files that were copied unchanged.
-        left_behind: other files in the folder of the source.
+        left_behind: other files that the source has.
         journal: which files a killed conversion had finished, and the hashes of the source.
         xxh3: hashes by file name, as far as they are known from writing.
     """

@@ -17,6 +17,7 @@ from alibi_convert.formats.shards import shard_names
 from alibi_convert.machine import available_memory, existing_parent, free_bytes, is_installed
 from alibi_convert.tensors import CHUNK_BYTES, LazyTensor, Tensors
 from alibi_convert.writing.atomic import check_destination
+from alibi_convert.writing.provenance import reader_of_companions
 
 _INTERPRETER_BYTES = 100 * 10**6  # Python, NumPy and a few chunks
 
@@ -129,6 +130,7 @@ def plan(
     stored = Tensors({})
     try:
         stored = form.stored(checkpoint.config, wanted)
+        form.check(checkpoint.config, reader_of_companions(checkpoint))
     except CheckpointError as error:
         problems.append(Problem(str(error), "choose another format", stops=True))
     merged = Tensors({}) if checkpoint.merged is None else checkpoint.merged.added

@@ -32,7 +32,7 @@ class Report:
         casts: the dtypes that were cast, each with its largest rounding error.
         nonfinite: number of NaN and infinite elements, of each tensor that has any.
         copied: files that were copied unchanged: tokenizer and generation settings.
-        left_behind: other files in the folder of the source, not copied.
+        left_behind: other files in the folder of the source, or in a .gguf, not copied.
         kept: files that a killed conversion had finished; they were not written again.
         source_sha256, destination_xxh3: hashes by file name.
         verified: the destination was read back and is right, bit by bit.

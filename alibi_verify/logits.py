@@ -34,7 +34,7 @@ def compare_logits(
     After a cast the backends run the foreign side, too: the result was compared bit by bit before.
 
     Args:
-        source, result: one of them of a foreign family.
+        source, result: one of them of a foreign family; of two the one whose library can run.
         is_cast: their dtypes differ.
         progress: print on the standard error stream what is running.
 
@@ -53,7 +53,7 @@ def compare_logits(
             "not_run": f"about {needed:,} bytes of memory are needed, {available:,} are available; "
             "run `alibi verify` where there is more"
         }
-    foreign, other = (result, source) if source.family == OURS else (source, result)
+    foreign, other = (result, source) if _is_judged_by(result, source) else (source, result)
     other = foreign if is_cast else other
     with progress_steps(progress, "comparing outputs") as begin:
         if len(list(_runs(foreign, other))) < 2:
@@ -70,6 +70,13 @@ def compare_logits(
     reason = why_no_peer(foreign)
     no_peer = {} if reason is None else {"no_peer": reason}
     return {**asdict(found), "budget": BUDGET, **no_peer}
+
+
+def _is_judged_by(result: Checkpoint, source: Checkpoint) -> bool:
+    """Whether the foreign side is the result."""
+    if OURS in (source.family, result.family):
+        return source.family == OURS
+    return why_no_peer(source) is not None and why_no_peer(result) is None
 
 
 @dataclass(frozen=True)

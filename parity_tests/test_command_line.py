@@ -209,7 +209,8 @@ def test_orbax_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("buffered", [False, True])
 def test_output_that_nobody_takes(tmp_path: Path, buffered: bool) -> None:
     """A reader that has gone away is no error to report; a full disk is one line."""
-    command = [sys.executable, "-m", "alibi_cli", "inspect", str(write(tmp_path / "model"))]
+    program = [sys.executable, "-m", "alibi_cli"]
+    command = [*program, "inspect", str(write(tmp_path / "model"))]
     environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
 
     def run(output: int) -> tuple[int, bytes]:
@@ -221,6 +222,9 @@ def test_output_that_nobody_takes(tmp_path: Path, buffered: bool) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     assert run(write_end) == (141, b"")
+    command = [*program, "--print-completion", "bash"]
+    assert run(write_end) == (141, b"")
+    command = [*program, "inspect", str(tmp_path / "model")]
     os.close(write_end)
     with Path("/dev/full").open("w") as full:
         assert run(full.fileno()) == (3, b"error: [Errno 28] No space left on device\n")

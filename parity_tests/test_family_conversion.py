@@ -358,6 +358,14 @@ def test_flat_configurations_come_back_nested(tmp_path: Path) -> None:
     assert back["eos_token_id"] == IDS["eos_token_id"]
 
 
+def test_a_cast_within_a_family_keeps_its_keys(tmp_path: Path) -> None:
+    """Without a folder of ours between them."""
+    source = published(tmp_path / "source", "bloom")
+    convert(source, tmp_path / "narrow", to="bloom", dtype="float16", verify="bits")
+    found = json.loads((tmp_path / "narrow" / "config.json").read_text())
+    assert found.items() >= IDS.items()
+
+
 def test_a_stale_configuration_goes_with_its_model(tmp_path: Path) -> None:
     """A .pt of ours, replaced by one that needs no configuration beside it."""
     config = ALiBiConfig.jaketae(num_layers=1, d_model=24, num_heads=3, max_len=40)

@@ -24,6 +24,7 @@ import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, load_tokenizer, open_checkpoint, plan
+from alibi_convert.formats.gguf_file import read_gguf, write_gguf
 from alibi_convert.rules import canonical_tensors
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS
@@ -335,6 +336,7 @@ def test_tokenizers_come_back(name: str, tmp_path: Path) -> None:
     assert NAMES.items() <= settings.items()
     convert(tmp_path / "back", tmp_path / "again.gguf", verify="bits")
     convert(file, tmp_path / "copy.gguf", verify="bits")
+    assert convert(file, tmp_path / "alone.safetensors", verify="bits").left_behind == files
     for each in ("again", "copy"):
         assert (tmp_path / f"{each}.gguf").read_bytes() == file.read_bytes()
 
@@ -375,6 +377,11 @@ def test_tokens_before_and_after_every_text(tmp_path: Path) -> None:
     for text in TEXTS:
         found = load_tokenizer(tmp_path / "back").encode(text).ids
         assert found == load_tokenizer(source).encode(text).ids
+    single = json.loads((source / "tokenizer.json").read_text())["post_processor"]
+    ids = {"</s>": {"id": "</s>", "ids": [3], "tokens": ["</s>"]}}
+    change(source, post_processor={**single, "special_tokens": single["special_tokens"] | ids})
+    with pytest.raises(CheckpointError, match="adds '</s>' to every text without calling it eos_t"):
+        convert(source, tmp_path / "other.gguf")
     (source / "tokenizer_config.json").write_text(json.dumps(NAMES | {"bos_token": "<unk>"}))
     with pytest.raises(CheckpointError, match="adds '<s>' to every text without calling it bos_t"):
         convert(source, tmp_path / "other.gguf")
@@ -386,6 +393,10 @@ def change(source: Path, **changes: Any) -> None:
     for name, value in changes.items():
         values[name] = value(values[name]) if callable(value) else value
     (source / "tokenizer.json").write_text(json.dumps(values))
+
+
+def moved(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*tokens[:-1], {**tokens[-1], "id": 410}]
 
 
 def strips(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -416,6 +427,10 @@ UNKNOWN_PARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": lambda model: {**model, "vocab": {**model["vocab"], "near": 7}}},
         "has two tokens at 7",
     ),
+    "elsewhere": (
+        {"added_tokens": moved},
+        "has the token '<|user|>' at 410, and its library puts it at 400; save the tokenizer again",
+    ),
     "no merges": ({"model": lambda model: {**model, "merges": []}}, "has no merges"),
     "no model": ({"model": {}}, "is of the kind None"),
     "no list": ({"model": {"type": "BPE"}}, "is not a tokenizer"),
@@ -443,6 +458,9 @@ def test_tokenizers_that_llama_cpp_does_not_have(case: str, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=f"tokenizer.json {re.escape(message)}"):
         convert(source, tmp_path / "model.gguf")
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
+    (problem,) = plan(source, tmp_path / "model.gguf").problems
+    assert problem.stops
+    assert f"tokenizer.json {message}" in problem.cause
     (source / "tokenizer.json").unlink()
     convert(source, tmp_path / "model.gguf", verify="bits")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
@@ -462,6 +480,53 @@ def test_tokenizers_that_are_not_rebuilt(tmp_path: Path) -> None:
         report = convert(tmp_path / "other.gguf", tmp_path / "out", overwrite=True)
         assert report.copied == []
         with pytest.raises(CheckpointError, match=r"other\.gguf holds no tokenizer that can be"):
+            load_tokenizer(tmp_path / "other.gguf")
+
+
+def test_what_becomes_of_one_is_run_by_its_library(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    convert(write(tmp_path / "model", config=CONFIGS["bloom"]), file, verify="bits")
+    report = convert(file, tmp_path / "theirs", to="bloom")
+    assert report.verification["logits"]["against"] == "transformers' bloom"
+
+
+def test_special_tokens_without_a_spelling(tmp_path: Path) -> None:
+    source = folder(tmp_path / "model", CONFIGS["mpt"])
+    (source / "generation_config.json").write_text('{"pad_token_id": 419}')
+    settings = {name: token for name, token in NAMES.items() if name != "pad_token"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert(source, tmp_path / "model.gguf", verify="bits")
+    convert(tmp_path / "model.gguf", tmp_path / "back", verify="bits")
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    settings = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    found = load_tokenizer(tmp_path / "back")
+    assert generation["pad_token_id"] == found.token_to_id(settings["pad_token"]) == 419
+
+
+def test_chat_templates_that_are_no_text(tmp_path: Path) -> None:
+    source = folder(tmp_path / "model", CONFIGS["mpt"])
+    (source / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8"):
+        convert(source, tmp_path / "model.gguf")
+
+
+def test_tokenizers_with_values_of_other_types(tmp_path: Path) -> None:
+    path = file_of(tmp_path)
+    tensors, metadata = read_gguf(path)
+    held = {"model": "gpt2", "pre": "mpt", "tokens": ["a"], "token_type": [1], "merges": ["a a"]}
+    for name, value, message in (
+        ("tokens", "a", "no list of str"),
+        ("token_type", ["a"], "no list of int"),
+        ("merges", [1], "no list of str"),
+        ("pre", [1], "holds no tokenizer that can be rebuilt"),
+    ):
+        of_tokenizer = {
+            f"tokenizer.ggml.{key}": each for key, each in (held | {name: value}).items()
+        }
+        del metadata["general.architecture"]
+        write_gguf(tmp_path / "other.gguf", "mpt", tensors, metadata | of_tokenizer)
+        metadata["general.architecture"] = "mpt"
+        with pytest.raises(CheckpointError, match=message):
             load_tokenizer(tmp_path / "other.gguf")
 
 
@@ -566,6 +631,20 @@ def test_one_of_several_files(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     assert_refused(tmp_path / "m-00001-of-00003.gguf", "one of 3 files of a model; join them first")
+
+
+def test_a_folder_around_one(tmp_path: Path) -> None:
+    (tmp_path / "downloaded").mkdir()
+    (tmp_path / "downloaded" / "m.gguf").touch()
+    assert_refused(tmp_path / "downloaded", r"or the path of a file: .*downloaded/m\.gguf")
+
+
+def test_files_that_were_joined(tmp_path: Path) -> None:
+    path = file_of(tmp_path)
+    tensors, metadata = read_gguf(path)
+    del metadata["general.architecture"]
+    write_gguf(tmp_path / "joined.gguf", "mpt", tensors, metadata | {"split.count": 0})
+    assert open_checkpoint(tmp_path / "joined.gguf").config == open_checkpoint(path).config
 
 
 def test_big_endian_files(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def read(folder: Path, asked: Asked) -> Opened:
     _require_model(folder)
     file = folder / CONFIG_FILE
     if not file.exists():
-        raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder")
+        files = sorted(folder.glob("*.gguf"))
+        hint = f", or the path of a file: {files[0]}" if files else ""
+        raise CheckpointError(f"{folder} has no config.json; expected a checkpoint folder{hint}")
     values = read_json(file)
     is_foreign = "model_type" in values and "format" not in values
     carried = None if is_foreign else parse_config(values, str(file))

@@ -111,6 +111,10 @@ def _as_asked(header: LazyTensor, asked: np.dtype | None) -> np.dtype:
     return header.dtype if asked is None else asked
 
 
+def _keeps_any(_: ALiBiConfig, __: Callable[[str], bytes | None]) -> None:
+    return None
+
+
 def _never(_: Path) -> bool:
     return False
 
@@ -131,6 +135,7 @@ class Format:
         stored: the canonical tensors as the files name and lay them out, unread.
         dtype: of a canonical tensor in the files, where one is asked for, or None.
         holds: names of companions whose contents the file itself keeps.
+        check: raises CheckpointError for companions that it cannot keep.
     """
 
     description: str
@@ -143,3 +148,4 @@ class Format:
     stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
     dtype: Callable[[LazyTensor, np.dtype | None], np.dtype] = _as_asked
     holds: tuple[str, ...] = ()
+    check: Callable[[ALiBiConfig, Callable[[str], bytes | None]], object] = _keeps_any

@@ -98,6 +98,11 @@ def dtype(header: LazyTensor, asked: np.dtype | None) -> np.dtype:
     return DTYPES["float32"] if len(header.shape) == 1 else asked or header.dtype
 
 
+def _tokenizer(config: ALiBiConfig, companion: Companion) -> dict[str, Any]:
+    name = architecture_of(config).name
+    return tokenizer_metadata(companion, config.vocab_size or 0, name)
+
+
 def _no_companion(_: str) -> None:
     return None
 
@@ -118,7 +123,7 @@ def write(
         "general.file_type": _FILE_TYPES[matrices[0]],
         "general.quantization_version": _QUANTIZATION_VERSION,
         **{f"{architecture.name}.{key}": each for key, each in architecture.write(config).items()},
-        **tokenizer_metadata(companion, config.vocab_size or 0, architecture.name),
+        **_tokenizer(config, companion),
     }
     write_gguf(path, architecture.name, foreign, metadata)
     return {}
@@ -135,4 +140,5 @@ FORMAT = Format(
     stored=stored,
     dtype=dtype,
     holds=HELD,
+    check=_tokenizer,
 )

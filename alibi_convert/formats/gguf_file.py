@@ -122,7 +122,7 @@ def read_gguf(path: Path) -> tuple[Tensors, dict[str, Any]]:
         except (_Damaged, UnicodeDecodeError, struct.error) as error:
             raise CheckpointError(f"{path} is truncated or not GGUF: {error}") from None
     parts = metadata.get("split.count", 1)
-    if parts != 1:
+    if parts not in (0, 1):  # 0 in what llama-gguf-split has merged
         raise CheckpointError(
             f"{path} is one of {parts} files of a model; join them first (llama.cpp: "
             "llama-gguf-split --merge)"

@@ -100,8 +100,8 @@ def tokenizer_metadata(companion: Companion, vocab_size: int, architecture: str)
         )
     for name, key in _ADDS.items():
         wanted = added.get(name)
-        if wanted is not None and (name not in ids or tokens[ids[name]] != wanted):
-            _refuse(f"adds {wanted!r} to every text without calling it {name}_token")
+        if wanted is not None and wanted[1] != [ids.get(name)]:
+            _refuse(f"adds {wanted[0]!r} to every text without calling it {name}_token")
         metadata[key] = wanted is not None
     metadata |= {f"tokenizer.ggml.{_SPECIAL[name]}_token_id": index for name, index in ids.items()}
     template = _chat_template(companion)
@@ -114,7 +114,8 @@ def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     added = {each["content"]: each for each in values.get("added_tokens") or ()}
-    places = {**values["model"]["vocab"], **{name: each["id"] for name, each in added.items()}}
+    vocab = values["model"]["vocab"]
+    places = {**vocab, **{name: each["id"] for name, each in added.items()}}
     for token, index in places.items():
         if not 0 <= index < vocab_size:
             raise CheckpointError(
@@ -124,7 +125,15 @@ def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list
         if types[index] != _UNUSED:
             raise CheckpointError(f"{TOKENIZER_FILE} has two tokens at {index}; one must go")
         tokens[index], types[index] = token, _NORMAL
+    following = len(vocab)
     for token, each in added.items():
+        found = vocab.get(token, following)  # as its library places it
+        following = max(following, found + 1)
+        if each["id"] != found:
+            raise CheckpointError(
+                f"{TOKENIZER_FILE} has the token {token!r} at {each['id']}, and its library puts "
+                f"it at {found}; save the tokenizer again"
+            )
         marked = [name for name in ("lstrip", "rstrip", "single_word") if each.get(name)]
         if marked:
             _refuse(f"has the token {token!r} with {' and '.join(marked)}")
@@ -172,8 +181,8 @@ def _require_options(values: Mapping[str, Any]) -> None:
         _refuse(f"has the normalizer {json.dumps(values['normalizer'], ensure_ascii=False)}")
 
 
-def _added(post_processor: Any) -> dict[str, str]:
-    """The tokens that are put before and after every text."""
+def _added(post_processor: Any) -> dict[str, tuple[str, list[int]]]:
+    """The tokens that are put before and after every text, with their ids."""
     steps = [post_processor] if post_processor else []
     if steps and steps[0]["type"] == "Sequence":
         steps = steps[0]["processors"]
@@ -188,7 +197,8 @@ def _added(post_processor: Any) -> dict[str, str]:
     if at > 1 or len(kinds) - at > 2:
         _refuse("puts several tokens before or after every text")
     sides = {"bos": names[:at], "eos": names[at + 1 :]}
-    return {name: found[0] for name, found in sides.items() if found}
+    special = steps[0]["special_tokens"]
+    return {name: (found[0], special[found[0]]["ids"]) for name, found in sides.items() if found}
 
 
 def _special_ids(companion: Companion, places: Mapping[str, int]) -> Iterator[tuple[str, int]]:
@@ -206,7 +216,10 @@ def _special_ids(companion: Companion, places: Mapping[str, int]) -> Iterator[tu
 def _chat_template(companion: Companion) -> str | None:
     template = companion(_TEMPLATE_FILE)
     if template is not None:
-        return template.decode()
+        try:
+            return template.decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{_TEMPLATE_FILE} is not UTF-8: {error}") from None
     said = parse_json(companion(_SETTINGS_FILE) or b"{}", _SETTINGS_FILE).get("chat_template")
     return said if isinstance(said, str) else None
 
@@ -216,7 +229,7 @@ def why_not_rebuilt(metadata: Mapping[str, Any]) -> str | None:
     kind, pre = metadata.get(_MODEL), metadata.get(_PRE)
     if kind != _KIND:
         return f"a tokenizer of the kind {kind!r}; only byte-level BPE is rebuilt"
-    if pre not in _PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         return f"a tokenizer that splits by {pre!r}; known: {', '.join(_PRE_TOKENIZERS)}"
     return None
 
@@ -235,20 +248,29 @@ def companions(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if why_not_rebuilt(metadata) is not None:
         return {}
     tokens, types, merges = (metadata.get(name, []) for name in (_TOKENS, _TYPES, _MERGES))
+    for name, kind, values in (
+        (_TOKENS, str, tokens),
+        (_TYPES, int, types),
+        (_MERGES, str, merges),
+    ):
+        if not isinstance(values, list) or not all(isinstance(each, kind) for each in values):
+            raise CheckpointError(f"{name} is no list of {kind.__name__}; the file is damaged")
     if len(set(tokens)) != len(tokens) or len(types) not in (0, len(tokens)):
         raise CheckpointError(
             f"the tokenizer has {len(tokens):,} tokens, {len(set(tokens)):,} of them different, "
             f"and {len(types):,} types; the file is damaged"
         )
     kinds = dict(zip(tokens, types or [_NORMAL] * len(tokens), strict=True))
-    vocab = {token: at for at, token in enumerate(tokens) if kinds[token] != _UNUSED}
     special = {
         f"{name}_token": tokens[metadata[key]]
         for name, key in (
             (name, f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
         )
-        if isinstance(metadata.get(key), int) and metadata[key] < len(tokens)
+        if isinstance(metadata.get(key), int) and 0 <= metadata[key] < len(tokens)
     }
+    # A token without a spelling can be one of them, as one for padding often is.
+    kinds |= {token: _CONTROL for token in special.values() if kinds[token] == _UNUSED}
+    vocab = {token: at for at, token in enumerate(tokens) if kinds[token] != _UNUSED}
     values = {
         "version": "1.0",
         "truncation": None,
@@ -277,8 +299,7 @@ def companions(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         settings["chat_template"] = metadata[_CHAT_TEMPLATE]
     files = {TOKENIZER_FILE: values, _SETTINGS_FILE: settings}
     if special:
-        ids = {f"{name}_id": vocab[token] for name, token in special.items() if token in vocab}
-        files[_GENERATION_FILE] = ids
+        files[_GENERATION_FILE] = {f"{name}_id": vocab[token] for name, token in special.items()}
     return {name: json.dumps(each, ensure_ascii=False).encode() for name, each in files.items()}
 
 

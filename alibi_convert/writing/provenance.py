@@ -77,7 +77,7 @@ def bring_along(
 ) -> tuple[list[str], list[str]]:
     """Copy the companions of a source to the folder of the destination.
 
-    A model that returns to its family also gets back the keys that we have no use for.
+    A model that stays in its family, or returns to it, keeps the keys that we have no use for.
 
     Args:
         source: what is converted.
@@ -86,16 +86,20 @@ def bring_along(
         held: companions that the destination keeps in itself.
 
     Returns:
-        names of the files that were copied, and of the others in the source's folder.
+        names of the files that were copied, and of the others that the source has.
     """
-    _restore_neutral_keys(folder, source.path, to)
+    _restore_neutral_keys(folder, family_record(source), to)
     names = companions(source.path) if source.path.is_dir() and folder.is_dir() else []
     for name in names:
         copy_companion(source.path, folder, name)
-    for name, contents in source.inside().items() if folder.is_dir() else ():
+    if source.path.is_dir():
+        return names, _left_behind(source, [*names, *held])
+    inside = source.inside()
+    if not folder.is_dir():
+        return [], [] if held else [*inside]
+    for name, contents in inside.items():
         (folder / name).write_bytes(contents)
-        names.append(name)
-    return names, _left_behind(source, [*names, *held]) if source.path.is_dir() else []
+    return [*inside], []
 
 
 def _left_behind(source: Checkpoint, copied: Iterable[str]) -> list[str]:
@@ -106,13 +110,12 @@ def _left_behind(source: Checkpoint, copied: Iterable[str]) -> list[str]:
     return [f"{path.name}/" if path.is_dir() else path.name for path in others]
 
 
-def _restore_neutral_keys(folder: Path, source: Path, to: str) -> None:
+def _restore_neutral_keys(folder: Path, known: Mapping[str, Any], to: str) -> None:
     """The keys of its old config.json that have no meaning for us, such as ids of special tokens.
 
-    The `conversion.json` of the source remembers them.
+    The `conversion.json` of a folder of ours remembers them.
     """
     family, written = family_named(to), folder / CONFIG_FILE
-    known = _record(source)
     before = known.get("source_config")
     if family is None or known.get("source_family") != family.name:
         return
