@@ -114,13 +114,6 @@ FAULTS = (
         "test_gguf.py -k cannot_express",
     ),
     Mutant(
-        "GGUF: mixed dtypes opened as they are",
-        "alibi_convert/checkpoint.py",
-        "if len(dtypes) == 1:",
-        "if dtypes:",
-        "test_gguf.py -k several_dtypes",
-    ),
-    Mutant(
         "GGUF: user-defined tokens as control tokens",
         _TOKENIZER,
         '_CONTROL if each.get("special") else _USER_DEFINED',
