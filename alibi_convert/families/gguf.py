@@ -180,7 +180,6 @@ _APART = tuple(
     for row in both(f"{_LAYER}.attn_{theirs}", f"{_OURS}.attn.{ours}")
 )
 _BAICHUAN_13B_LAYERS = 40
-_UP, _GATE = f"{_LAYER}.ffn_up", f"{_LAYER}.ffn_gate"
 _JINA_ROWS = (
     Row(_EMBEDDING, "token_embedding.weight"),
     Row("token_types.weight", "token_type_embedding.weight"),
@@ -189,7 +188,7 @@ _JINA_ROWS = (
     *both(f"{_LAYER}.attn_q_norm", f"{_OURS}.attn.query_norm"),
     *both(f"{_LAYER}.attn_k_norm", f"{_OURS}.attn.key_norm"),
     *both(f"{_LAYER}.attn_output", f"{_OURS}.attn.output"),
-    *both(_UP, f"{_OURS}.ffn.{{gate,fc1}}"),
+    *both(f"{_LAYER}.ffn_up", f"{_OURS}.ffn.{{gate,fc1}}"),
     *both(f"{_LAYER}.ffn_down", f"{_OURS}.ffn.fc2"),
     *both(f"{_LAYER}.layer_output_norm", f"{_OURS}.ffn_norm"),
 )
@@ -254,11 +253,12 @@ def _gate_and_up(tensors: Tensors) -> Tensors:
     headers = dict(tensors.headers)
     for name in tensors:
         if name.endswith(".ffn_up.weight"):
-            gate = headers.get(name.replace("ffn_up", "ffn_gate"))
-            if gate is not None and gate.shape == headers[name].shape:
-                headers[name] = _stacked(gate, headers[name])
-                del headers[name.replace("ffn_up", "ffn_gate")]
-            headers.setdefault(name.replace("weight", "bias"), _zeros(headers[name].shape[:1]))
+            up, other = headers[name], name.replace("ffn_up", "ffn_gate")
+            gate = headers.get(other)
+            if gate is not None and gate.shape == up.shape and len(up.shape) == 2:
+                headers[name] = up = _stacked(gate, up)
+                del headers[other]
+            headers.setdefault(name.replace("weight", "bias"), _zeros(up.shape[:1]))
     return Tensors(headers)
 
 
