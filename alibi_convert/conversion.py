@@ -128,7 +128,7 @@ class Target:
     def dtypes(self, source: Checkpoint) -> dict[str, np.dtype] | None:
         """Of every tensor in the destination; None where each keeps its own."""
         headers, form = source.tensors.headers, FORMATS[self.format]
-        dtypes = {name: form.dtype(header, self.dtype) for name, header in headers.items()}
+        dtypes = {name: form.dtype(name, header, self.dtype) for name, header in headers.items()}
         changes_some = any(dtypes[name] != header.dtype for name, header in headers.items())
         return dtypes if changes_some or self.dtype is not None else None
 

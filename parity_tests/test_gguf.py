@@ -19,12 +19,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import alibi_flax
 import alibi_torch
 from alibi_cli.main import main
 from alibi_convert import CheckpointError, convert, load_tokenizer, open_checkpoint, plan
 from alibi_convert.formats.gguf_file import read_gguf, write_gguf
+from alibi_convert.formats.gguf_tokenizer import companions
 from alibi_convert.rules import canonical_tensors
 from alibi_spec import ALiBiConfig, reference_forward
 from alibi_spec.budgets import BUDGETS
@@ -33,9 +35,23 @@ from parity_tests.cases import draw_parameters
 from parity_tests.checkpoints import write
 from parity_tests.compare import assert_bitwise, assert_within
 from parity_tests.families import arrays_of, assert_same_logits, our_logits, peer_logits
-from parity_tests.gguf_files import CONFIGS, NAMES, TEXTS, folder, unsaid, write_by_gguf
+from parity_tests.gguf_files import (
+    CONFIGS,
+    ENCODERS,
+    NAMES,
+    OF_BERT,
+    TEXTS,
+    WORDS,
+    folder,
+    of_roberta,
+    unsaid,
+    wordpiece,
+    write_by_gguf,
+)
+from parity_tests.peers import encoders, jina, published
 
 LIMIT = BUDGETS["float32", "cpu"].forward
+MASKS = {"bert": "[MASK]", "gpt2": "<mask>"}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 # llama.cpp's names, by ours; {i} is a layer.
@@ -51,6 +67,20 @@ TENSORS = {
     "output_norm": "transformer.final_norm",
     "output": "lm_head",
 }
+OF_ENCODERS = {
+    name: ours for name, ours in TENSORS.items() if not name.endswith(("attn_norm", "ffn_norm"))
+} | {
+    "token_types": "token_type_embedding",
+    "blk.{i}.attn_q_norm": "transformer.layers.{i}.attn.query_norm",
+    "blk.{i}.attn_k_norm": "transformer.layers.{i}.attn.key_norm",
+    "blk.{i}.attn_output_norm": "transformer.layers.{i}.attn_norm",
+    "blk.{i}.layer_output_norm": "transformer.layers.{i}.ffn_norm",
+}
+OF_TWICE_NORMALISED = OF_ENCODERS | {
+    "blk.{i}.attn_output_norm": "transformer.layers.{i}.attn_output_norm",
+    "blk.{i}.attn_norm_2": "transformer.layers.{i}.attn_norm",
+}
+ALWAYS_FLOAT32 = ("token_types.weight", "token_type_embedding.weight")
 PROJECTIONS = ("query", "key", "value")
 SAID: dict[str, dict[str, Any]] = {
     "bloom": {
@@ -75,14 +105,21 @@ SAID: dict[str, dict[str, Any]] = {
         **{"feed_forward_length": 96, "attention.head_count": 6, "attention.head_count_kv": 6},
         "attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
     },
+    "jina-bert-v2": {
+        **{"vocab_size": 420, "context_length": 256, "embedding_length": 48, "block_count": 2},
+        **{"feed_forward_length": 192, "attention.head_count": 6, "attention.head_count_kv": 6},
+        "attention.layer_norm_epsilon": float(np.float32(1e-12)),
+        **{"attention.causal": False, "pooling_type": 1},
+    },
 }
 
 
 def expected_arrays(config: ALiBiConfig) -> dict[str, np.ndarray]:
     """The tensors of a file, put together here a second time."""
     parameters, found = draw_parameters(config), {}
+    encoder = OF_TWICE_NORMALISED if config.attention_output_norm else OF_ENCODERS
     for kind in ("weight", "bias"):
-        for theirs, ours in TENSORS.items():
+        for theirs, ours in (TENSORS if config.causal else encoder).items():
             for i in range(config.num_layers if "{i}" in ours else 1):
                 name = f"{ours}.{kind}".replace("{i}", str(i))
                 if name in parameters:
@@ -90,12 +127,21 @@ def expected_arrays(config: ALiBiConfig) -> dict[str, np.ndarray]:
         for i in range(config.num_layers):
             names = [f"transformer.layers.{i}.attn.{each}.{kind}" for each in PROJECTIONS]
             parts = [parameters[name] for name in names if name in parameters]
-            if parts and config.norm == "rms":  # Baichuan
+            if parts and (config.norm == "rms" or not config.causal):  # Baichuan, Jina
                 each = zip("qkv", parts, strict=True)
                 found |= {f"blk.{i}.attn_{letter}.{kind}": part for letter, part in each}
             elif parts:
                 found[f"blk.{i}.attn_qkv.{kind}"] = np.concatenate(parts)
+            if not config.causal and config.gated_ffn:
+                halves = (found.pop(f"blk.{i}.ffn_{name}.{kind}") for name in ("gate", "up"))
+                found[f"blk.{i}.ffn_up.{kind}"] = np.concatenate(list(halves))
     return found
+
+
+def in_file(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """A tensor as a file of that dtype has it."""
+    is_wide = array.ndim == 1 or name in ALWAYS_FLOAT32
+    return array.astype(np.float32 if is_wide else DTYPES[dtype])
 
 
 def read_by_gguf(path: Path) -> dict[str, np.ndarray]:
@@ -112,19 +158,19 @@ def read_by_gguf(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     # Baichuan's forty layers once.
-    [(n, d) for n in CONFIGS for d in DTYPES if n != "baichuan" or d == "float16"],
+    [(n, d) for n in CONFIGS for d in DTYPES if n != "baichuan" or d == "float16"]
+    + list(zip(ENCODERS, DTYPES, strict=True)),
 )
 def test_tensors(name: str, dtype: str, tmp_path: Path) -> None:
     """Every element, and vectors in float32 whatever the matrices are in; back without a change."""
-    config, file = CONFIGS[name], tmp_path / "model.gguf"
+    config, file = (CONFIGS | ENCODERS)[name], tmp_path / "model.gguf"
     report = convert(write(tmp_path / "model", config=config), file, dtype=dtype, verify="bits")
     assert report.destination_format == "gguf"
     assert report.verified
     found, expected = read_by_gguf(file), expected_arrays(config)
     assert set(found) == set(expected)
     for tensor, array in expected.items():
-        wanted = DTYPES[dtype] if array.ndim > 1 else np.float32
-        assert_bitwise(found[tensor], array.astype(wanted), tensor)
+        assert_bitwise(found[tensor], in_file(tensor, array, dtype), tensor)
 
     opened = open_checkpoint(file)
     assert opened.config == unsaid(config)
@@ -133,8 +179,7 @@ def test_tensors(name: str, dtype: str, tmp_path: Path) -> None:
     back = open_checkpoint(tmp_path / "back")
     assert back.config == unsaid(config)
     for parameter, array in draw_parameters(config).items():
-        wanted = DTYPES[dtype] if array.ndim > 1 else np.float32
-        assert_bitwise(back.tensors[parameter], array.astype(wanted), parameter)
+        assert_bitwise(back.tensors[parameter], in_file(parameter, array, dtype), parameter)
     convert(tmp_path / "back", tmp_path / "again.gguf", verify="bits")
     assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
 
@@ -143,19 +188,22 @@ def test_what_metadata_says(tmp_path: Path) -> None:
     for name, said in SAID.items():
         architecture = name.split(",")[0]
         file = tmp_path / f"{architecture}.gguf"
-        source = folder(tmp_path / architecture, CONFIGS[name])
+        source = folder(tmp_path / architecture, (CONFIGS | ENCODERS)[name])
         convert(source, file, dtype="float16", verify="bits")
         fields = gguf.GGUFReader(file).fields
         found = {key: field.contents() for key, field in fields.items()}
         prefix = f"{architecture}."
         assert {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)} == said
         for key in said:
-            wanted = "FLOAT32" if isinstance(said[key], float) else "UINT32"
+            wanted = {float: "FLOAT32", int: "UINT32", bool: "BOOL"}[type(said[key])]
             assert [each.name for each in fields[prefix + key].types] == [wanted], key
         assert found["general.architecture"] == architecture
         assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
         assert found["tokenizer.ggml.model"] == "gpt2"
-        assert found["tokenizer.ggml.pre"] == {"baichuan": "gpt-2"}.get(architecture, architecture)
+        own = architecture in ("bloom", "mpt", "jais")
+        assert found["tokenizer.ggml.pre"] == (architecture if own else "gpt-2")
+        is_encoder = architecture == "jina-bert-v2"
+        assert found.get("tokenizer.ggml.token_type_count") == (2 if is_encoder else None)
         types = dict(
             zip(*(found[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type")), strict=True)
         )
@@ -245,6 +293,47 @@ def test_the_other_keys_of_their_converter(tmp_path: Path) -> None:
         assert_within(logits, exact, BUDGETS["float64", "cpu"].forward, name)
 
 
+def by_their_names(arrays: dict[str, np.ndarray], splits: bool) -> dict[str, np.ndarray]:
+    """Jina's published tensors as llama.cpp's converter has them, which once split the halves."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.JINA_BERT_V2, 2)
+    found = {}
+    for name, array in arrays.items():
+        parts = {name: array}
+        if splits and "gated_layer" in name:
+            first, second = np.split(array, 2)
+            value_first = "up_gated_layer" in name
+            stem = re.sub("(up_)?gated_layers?", "gated_layers", name).removesuffix(".weight")
+            parts = {
+                f"{stem}_v.weight": first if value_first else second,
+                f"{stem}_w.weight": second if value_first else first,
+            }
+        for each, part in parts.items():
+            theirs = names.get_name(each.removeprefix("bert."), try_suffixes=(".weight", ".bias"))
+            assert theirs is not None
+            found[theirs] = part.astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits"), [("geglu", False), ("geglu", True), ("original", False), ("qk-norm", True)]
+)
+def test_encoders_of_their_converter(kind: str, splits: bool, tmp_path: Path) -> None:
+    """Jina's formulas, on tensors renamed by gguf's own table; the gate in one tensor or apart."""
+    arrays = published.draw(jina.shapes(kind), np.float32)
+    said: dict[str, Any] = {
+        **{"context_length": 64, "embedding_length": 30, "block_count": 2},
+        **{"feed_forward_length": 23, "attention.head_count": 5, "attention.causal": False},
+        **{"attention.layer_norm_epsilon": 1e-12, "pooling_type": 2},
+    }
+    named = by_their_names(arrays, splits)
+    found = open_checkpoint(write_by_gguf(tmp_path / "m.gguf", "jina-bert-v2", said, named))
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    for tokens in encoders.TOKENS:
+        exact = jina.forward(kind, wide, tokens, np.zeros_like(tokens))
+        hidden = reference_forward(found.config, found.tensors, tokens[None])["output"]
+        assert_within(hidden[0], exact, BUDGETS["float64", "cpu"].forward, kind)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "softmax_scale": ("mpt", {"attention_scale": 0.3}, "mpt cannot express attention_scale=0.3"),
     "logit_scale": ("mpt", {"logit_scale": 0.5}, "mpt cannot express logit_scale=0.5; it would be"),
@@ -261,13 +350,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "embedding_scale": ("jais", {"embedding_scale": 2.0}, "jais cannot express embedding_scale=2"),
     "shallow": ("baichuan", {"num_layers": 2}, "num_layers=2, and llama.cpp gives ALiBi only to a"),
     "no vocabulary": ("mpt", {"vocab_size": None}, "mpt cannot express vocab_size=None"),
+    "a head": ("jina-bert-v2", {"head": "masked_lm"}, "v2 cannot express head='masked_lm'"),
+    "reglu": ("jina-bert-v2", {"activation": "relu"}, "v2 cannot express activation='relu'"),
+    "no types": ("jina-bert-v2", {"type_vocab_size": None}, "v2 cannot express type_vocab_size=No"),
+    "no biases": ("jina-bert-v2", {"ffn_bias": False}, "v2 cannot express ffn_bias=False"),
+    "decoder": ("jina-bert-v2", {"causal": True}, "v2 cannot express causal=True"),
+    "keys": (
+        "jina-bert-v2-twice-normalised",
+        {"num_kv_heads": 2},
+        "num_kv_heads=2 together with qk_norm, which llama.cpp lacks",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_llama_cpp_cannot_express(case: str, tmp_path: Path) -> None:
     name, changes, message = REFUSED[case]
-    source = write(tmp_path / "model", config=dataclasses.replace(CONFIGS[name], **changes))
+    config = dataclasses.replace((CONFIGS | ENCODERS)[name], **changes)
+    source = write(tmp_path / "model", config=config)
     with pytest.raises(CheckpointError, match=f"llama.cpp runs no such model:\n(.*\n)*.*{message}"):
         convert(source, tmp_path / "model.gguf")
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
@@ -345,6 +445,102 @@ def test_tokenizers_come_back(name: str, tmp_path: Path) -> None:
     assert saved == (tmp_path / "back" / "tokenizer.json").read_bytes()
 
 
+OF_ENCODERS_TOKENIZERS = {"bert": (wordpiece, OF_BERT, WORDS), "gpt2": (of_roberta, NAMES, TEXTS)}
+
+
+def encoder_folder(path: Path, kind: str) -> Path:
+    make, names, _ = OF_ENCODERS_TOKENIZERS[kind]
+    source = write(path, config=ENCODERS["jina-bert-v2"])
+    make().save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps(names | {"mask_token": MASKS[kind]}))
+    return source
+
+
+@pytest.mark.parametrize("kind", OF_ENCODERS_TOKENIZERS)
+def test_tokenizers_of_encoders_come_back(kind: str, tmp_path: Path) -> None:
+    source, file = encoder_folder(tmp_path / "model", kind), tmp_path / "model.gguf"
+    convert(source, file, verify="bits")
+    fields = gguf.GGUFReader(file).fields
+    said = {key.removeprefix("tokenizer.ggml."): each.contents() for key, each in fields.items()}
+    assert said["model"] == kind
+    tokens, types = said["tokens"], said["token_type"]
+    expected, back = load_tokenizer(source), tmp_path / "back"
+    first, last = expected.encode("").ids
+    keys = {"bert": ("bos", "seperator"), "gpt2": ("bos", "eos")}[kind]
+    assert tuple(said[f"{key}_token_id"] for key in keys) == (first, last)
+    mask = said["mask_token_id"]
+    assert (tokens[mask], types[mask]) == (MASKS[kind], gguf.TokenType.CONTROL)
+    if kind == "bert":
+        pieces = {token: tokens[at] for token, at in expected.get_vocab().items()}
+        assert (pieces["the"], pieces["##e"], pieces["[SEP]"]) == ("\u2581the", "e", "[SEP]")
+    else:
+        assert said["pre"] == "jina-v2-code"
+    assert convert(file, back, verify="bits").left_behind == []
+    settings = json.loads((back / "tokenizer_config.json").read_text())
+    wanted = json.loads((source / "tokenizer_config.json").read_text())
+    assert wanted.items() <= settings.items()
+    for text in (*OF_ENCODERS_TOKENIZERS[kind][2], f"a  {MASKS[kind]} b"):
+        found, exact = load_tokenizer(back).encode(text), expected.encode(text)
+        assert found.ids == exact.ids, text
+        assert load_tokenizer(file).encode(text).ids == exact.ids, text
+        assert load_tokenizer(back).decode(found.ids) == expected.decode(exact.ids)
+    convert(back, tmp_path / "again.gguf", verify="bits")
+    assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
+
+
+OF_BERT_PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "capitals": ({"normalizer": {"type": "BertNormalizer", "lowercase": False}}, "normalizer {"),
+    "accents": (
+        {"normalizer": lambda parts: {**parts, "strip_accents": False}},
+        'has the normalizer {"type": "BertNormalizer"',
+    ),
+    "spaces": ({"pre_tokenizer": {"type": "Whitespace"}}, "has the pre_tokenizer {"),
+    "nothing around": ({"post_processor": None}, "does not put a token before and one after"),
+    "prefix": (
+        {"model": lambda model: {**model, "continuing_subword_prefix": "@@"}},
+        "has continuing_subword_prefix='@@'",
+    ),
+    "normalized": (
+        {"added_tokens": lambda tokens: [{**tokens[0], "normalized": True}, *tokens[1:]]},
+        "has the token '[UNK]' with normalized",
+    ),
+    "alike": (
+        {"model": lambda model: {**model, "vocab": {**model["vocab"], "##[CLS]": 419}}},
+        "has the token '##[CLS]', which is spelled like another",
+    ),
+    "a mark": (
+        {"model": lambda model: {**model, "vocab": {**model["vocab"], "##\u2581x": 419}}},
+        "has the token '##\u2581x', which is spelled like another",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OF_BERT_PARTS)
+def test_wordpiece_that_llama_cpp_does_not_have(case: str, tmp_path: Path) -> None:
+    changes, message = OF_BERT_PARTS[case]
+    source = encoder_folder(tmp_path / "model", "bert")
+    change(source, **changes)
+    with pytest.raises(CheckpointError, match=f"tokenizer.json .*{re.escape(message)}"):
+        convert(source, tmp_path / "model.gguf")
+
+
+def test_wordpiece_of_their_converter() -> None:
+    """Special tokens at their usual places are not said; unknown places are damage."""
+    tokens = [f"\u2581w{index}" for index in range(104)] + ["s"]
+    named = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
+    types = [3 if index in named else 1 for index in range(105)]
+    for index, token in named.items():
+        tokens[index] = token
+    metadata: dict[str, Any] = {"tokenizer.ggml.model": "bert", "tokenizer.ggml.pre": "jina-v2-en"}
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    found = Tokenizer.from_buffer(companions(metadata)["tokenizer.json"])
+    assert found.encode("W7 w8s [MASK] x").ids == [101, 7, 8, 104, 103, 100, 102]
+    with pytest.raises(CheckpointError, match="lacks the token before a text"):
+        companions(metadata | {"tokenizer.ggml.unknown_token_id": 200})
+    with pytest.raises(CheckpointError, match="105 tokens, 104 of them different"):
+        companions(metadata | {"tokenizer.ggml.tokens": [*tokens[:-1], "\u2581w7"]})
+
+
 def test_tokens_before_and_after_every_text(tmp_path: Path) -> None:
     source = folder(tmp_path / "model", CONFIGS["mpt"])
     change(
@@ -404,7 +600,7 @@ def strips(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 UNKNOWN_PARTS: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model": {"type": "WordPiece", "vocab": {}}}, "is of the kind WordPiece"),
+    "another model": ({"model": {"type": "Unigram", "vocab": {}}}, "is of the kind Unigram"),
     "spaces before": (
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         'has the pre_tokenizer {"type": "ByteLevel", "add_prefix_space": true}',
@@ -471,7 +667,7 @@ def test_tokenizers_that_are_not_rebuilt(tmp_path: Path) -> None:
     convert(folder(tmp_path / "model", CONFIGS["mpt"]), tmp_path / "model.gguf")
     contents = (tmp_path / "model.gguf").read_bytes()
     for old, new, reason in (
-        (b"gpt2", b"rwkv", "of the kind 'rwkv'; only byte-level BPE is rebuilt"),
+        (b"gpt2", b"rwkv", "of the kind 'rwkv'; only byte-level BPE and"),
         (b"\x03\0\0\0\0\0\0\0mpt\x15", b"\x03\0\0\0\0\0\0\0dbr\x15", "that splits by 'dbr'; known"),
     ):
         assert contents.count(old) == 1
@@ -680,6 +876,24 @@ def test_metadata_that_cannot_be_honoured(
     write_by_gguf(tmp_path / "right.gguf", "mpt", said, arrays)
     assert open_checkpoint(tmp_path / "right.gguf").config == unsaid(CONFIGS["mpt"])
     assert_refused(write_by_gguf(tmp_path / "m.gguf", "mpt", said | metadata, arrays), message)
+
+
+def test_encoders_that_cannot_be_honoured(tmp_path: Path) -> None:
+    arrays = expected_arrays(ENCODERS["jina-bert-v2"])
+    halves = np.split(arrays["blk.0.ffn_up.weight"], 2)
+    odd = {"blk.0.ffn_gate.weight": halves[0][1:], "blk.0.ffn_up.weight": halves[1]}
+    untyped = {name: array for name, array in arrays.items() if name != "token_types.weight"}
+    said = SAID["jina-bert-v2"]
+    for name, (metadata, tensors, message) in {
+        "decoder": ({"attention.causal": True}, arrays, "causal=True .* the bias is symmetric"),
+        "ranking": ({"pooling_type": 4}, arrays, "pooling_type=4 .* no head that ranks"),
+        "types": ({}, untyped, r"1 tensors missing, 0 unexpected.*\n +missing +token_types.weight"),
+        "halves": ({}, arrays | odd, r"unexpected +blk\.0\.ffn_gate\.weight"),
+        "head": ({}, arrays | {"cls.weight": halves[0][:1]}, r"unexpected +cls\.weight"),
+    }.items():
+        file = write_by_gguf(tmp_path / f"{name}.gguf", "jina-bert-v2", said | metadata, tensors)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(file)
 
 
 def test_keys_may_be_ignored(tmp_path: Path) -> None:

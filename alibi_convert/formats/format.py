@@ -107,7 +107,7 @@ def _as_they_are(_: ALiBiConfig, tensors: Tensors) -> Tensors:
     return tensors
 
 
-def _as_asked(header: LazyTensor, asked: np.dtype | None) -> np.dtype:
+def _as_asked(_: str, header: LazyTensor, asked: np.dtype | None) -> np.dtype:
     return header.dtype if asked is None else asked
 
 
@@ -133,7 +133,7 @@ class Format:
             memory at once.
         library: module without which it cannot be written, and the extra that installs it.
         stored: the canonical tensors as the files name and lay them out, unread.
-        dtype: of a canonical tensor in the files, where one is asked for, or None.
+        dtype: of a canonical tensor, by name, in the files, where one is asked for, or None.
         holds: names of companions whose contents the file itself keeps.
         check: raises CheckpointError for companions that it cannot keep.
     """
@@ -146,6 +146,6 @@ class Format:
     streams: bool = False
     library: tuple[str, str] | None = None
     stored: Callable[[ALiBiConfig, Tensors], Tensors] = _as_they_are
-    dtype: Callable[[LazyTensor, np.dtype | None], np.dtype] = _as_asked
+    dtype: Callable[[str, LazyTensor, np.dtype | None], np.dtype] = _as_asked
     holds: tuple[str, ...] = ()
     check: Callable[[ALiBiConfig, Callable[[str], bytes | None]], object] = _keeps_any

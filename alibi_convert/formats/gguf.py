@@ -1,6 +1,6 @@
 """GGUF, the files of llama.cpp: one of the families that it runs, with its tokenizer.
 
-llama.cpp wants norms and biases in float32 whatever the dtype of the matrices is.
+llama.cpp wants norms, biases and token types in float32 whatever the dtype of the matrices is.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _ARCHITECTURE = "general.architecture"
 _ABOUT = ("general.", "tokenizer.", "split.", "quantize.")
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 _QUANTIZATION_VERSION = 2
+_TYPE_COUNT = "tokenizer.ggml.token_type_count"  # which is the model's, whatever its name says
 
 
 def recognises(path: Path) -> bool:
@@ -45,11 +46,11 @@ def read(path: Path, _: Asked) -> Opened:
         CheckpointError: as for `read_gguf`, or another architecture.
     """
     tensors, metadata = read_gguf(path)
-    architecture = architecture_named(metadata.get(_ARCHITECTURE))
+    architecture = architecture_named(metadata.get(_ARCHITECTURE), tensors)
     if architecture is None:
         raise CheckpointError(
             f"{path} holds a model of the architecture {metadata.get(_ARCHITECTURE)!r}; with "
-            f"ALiBi are known: {', '.join(each.name for each in ARCHITECTURES)}"
+            f"ALiBi are known: {', '.join(dict.fromkeys(each.name for each in ARCHITECTURES))}"
         )
     own = {
         name.removeprefix(f"{architecture.name}."): value
@@ -61,7 +62,7 @@ def read(path: Path, _: Asked) -> Opened:
         "gguf",
         path,
         {path.name: path},
-        tensors,
+        architecture.settled(tensors),
         foreign={"model_type": architecture.label, **own},
         left={} if lost is None else {"tokenizer": lost},
         inside=lambda: companions(metadata),
@@ -93,9 +94,10 @@ def stored(config: ALiBiConfig, tensors: Tensors) -> Tensors:
     return export_tensors(architecture_of(config).family, config, tensors)
 
 
-def dtype(header: LazyTensor, asked: np.dtype | None) -> np.dtype:
-    """Vectors stay in float32, or become it."""
-    return DTYPES["float32"] if len(header.shape) == 1 else asked or header.dtype
+def dtype(name: str, header: LazyTensor, asked: np.dtype | None) -> np.dtype:
+    """Vectors and token types stay in float32, or become it."""
+    is_added = len(header.shape) == 1 or name == "token_type_embedding.weight"
+    return DTYPES["float32"] if is_added else asked or header.dtype
 
 
 def _tokenizer(config: ALiBiConfig, companion: Companion) -> dict[str, Any]:
@@ -125,6 +127,8 @@ def write(
         **{f"{architecture.name}.{key}": each for key, each in architecture.write(config).items()},
         **_tokenizer(config, companion),
     }
+    if config.type_vocab_size is not None:
+        metadata[_TYPE_COUNT] = config.type_vocab_size
     write_gguf(path, architecture.name, foreign, metadata)
     return {}
 

@@ -6,6 +6,7 @@ from parity_tests.meta.mutant import Mutant
 
 _FAMILIES, _FILE = "alibi_convert/families/gguf.py", "alibi_convert/formats/gguf_file.py"
 _TOKENIZER = "alibi_convert/formats/gguf_tokenizer.py"
+_WORDPIECE = "alibi_convert/formats/gguf_wordpiece.py"
 
 FAULTS = (
     Mutant(
@@ -25,7 +26,7 @@ FAULTS = (
     Mutant(
         "GGUF: vectors in the dtype of the matrices",
         "alibi_convert/formats/gguf.py",
-        'DTYPES["float32"] if len(header.shape) == 1 else asked or header.dtype',
+        'DTYPES["float32"] if is_added else asked or header.dtype',
         "asked or header.dtype",
         "test_gguf.py -k tensors",
     ),
@@ -100,6 +101,76 @@ FAULTS = (
         "test_gguf.py -k 'tensors and jais'",
     ),
     Mutant(
+        "GGUF: Jina's gate as the second half",
+        _FAMILIES,
+        "ffn.{{gate,fc1}}",
+        "ffn.{{fc1,gate}}",
+        "test_gguf.py -k encoders_of_their_converter",
+    ),
+    Mutant(
+        "GGUF: Jina's gate stacked below",
+        _FAMILIES,
+        "np.concatenate([first.read(), second.read()], dtype=dtype)",
+        "np.concatenate([second.read(), first.read()], dtype=dtype)",
+        "test_gguf.py -k encoders_of_their_converter",
+    ),
+    Mutant(
+        "GGUF: Jina's two norms exchanged",
+        _FAMILIES,
+        'f"{_LAYER}.attn_norm_2", f"{_OURS}.attn_norm"',
+        'f"{_LAYER}.attn_norm_2", f"{_OURS}.ffn_norm"',
+        "test_gguf.py -k 'tensors and twice'",
+    ),
+    Mutant(
+        "GGUF: every Jina taken for the one with two norms",
+        _FAMILIES,
+        "(not each.marked or each.marked in tensors)",
+        "True",
+        "test_gguf.py -k 'tensors and jina'",
+    ),
+    Mutant(
+        "GGUF: Jina's plain layers taken for gated ones",
+        _FAMILIES,
+        "return up[:1] != down[-1:]",
+        "return bool(up or down)",
+        "test_gguf.py -k 'tensors and plain'",
+    ),
+    Mutant(
+        "GGUF: biases that a file lacks as ones",
+        _FAMILIES,
+        "lambda: np.zeros(shape, np.float32)",
+        "lambda: np.ones(shape, np.float32)",
+        "test_gguf.py -k encoders_of_their_converter",
+    ),
+    Mutant(
+        "GGUF: an encoder whose mask nobody says",
+        _FAMILIES,
+        "            elif isinstance(line, Only):\n",
+        "            elif line is None:\n",
+        "test_gguf.py -k metadata_says",
+    ),
+    Mutant(
+        "GGUF: norms of keys at another width",
+        _FAMILIES,
+        'if fields["qk_norm"] and kv_heads is not None:',
+        'if fields["qk_norm"] and kv_heads == 0:',
+        "test_gguf.py -k cannot_express",
+    ),
+    Mutant(
+        "GGUF: token types in the dtype of the matrices",
+        "alibi_convert/formats/gguf.py",
+        ' or name == "token_type_embedding.weight"',
+        "",
+        "test_gguf.py -k 'tensors and jina'",
+    ),
+    Mutant(
+        "GGUF: token types that are not counted",
+        "alibi_convert/formats/gguf.py",
+        "    if config.type_vocab_size is not None:\n",
+        "    if config.type_vocab_size == 0:\n",
+        "test_gguf.py -k metadata_says",
+    ),
+    Mutant(
         "GGUF: a Baichuan that llama.cpp gives no positions",
         _FAMILIES,
         'fields["num_layers"] != _BAICHUAN_13B_LAYERS',
@@ -130,9 +201,58 @@ FAULTS = (
     Mutant(
         "GGUF: a token that strips spaces",
         _TOKENIZER,
-        "if marked:",
+        "if marked and not _is_stripping_mask(each):",
         "if not token:",
         "test_gguf.py -k does_not_have",
+    ),
+    Mutant(
+        "GGUF: every token that strips spaces is a mask",
+        _TOKENIZER,
+        'return token["content"] == _MASK and marks == [True, False, False]',
+        "return marks == [True, False, False]",
+        "test_gguf.py -k does_not_have",
+    ),
+    Mutant(
+        "GGUF: a mask that strips nothing",
+        _TOKENIZER,
+        "(name in _STRIPPING) == strips",
+        "name not in _STRIPPING",
+        "test_gguf.py -k encoders_come_back",
+    ),
+    Mutant(
+        "GGUF: a mask that comes back without its spaces",
+        _TOKENIZER,
+        '"lstrip": token == _MASK and metadata.get(_PRE) in _STRIPPING,',
+        '"lstrip": False,',
+        "test_gguf.py -k encoders_come_back",
+    ),
+    Mutant(
+        "GGUF: pieces that begin a word for those that do not",
+        _WORDPIECE,
+        'return token.removeprefix(_LATER) if is_later else f"{_FIRST}{token}"',
+        'return f"{_FIRST}{token}" if is_later else token',
+        "test_gguf.py -k encoders_come_back",
+    ),
+    Mutant(
+        "GGUF: WordPiece with capitals",
+        _WORDPIECE,
+        "        if found != wanted:\n",
+        '        if found["type"] != wanted["type"]:\n',
+        "test_gguf.py -k wordpiece",
+    ),
+    Mutant(
+        "GGUF: pieces that are spelled alike",
+        _WORDPIECE,
+        "if piece in spelled or not token",
+        "if not token",
+        "test_gguf.py -k wordpiece",
+    ),
+    Mutant(
+        "GGUF: special tokens that a file does not say",
+        _TOKENIZER,
+        "metadata.get(_id_key(name), at)",
+        "metadata.get(_id_key(name))",
+        "test_gguf.py -k wordpiece_of_their",
     ),
     Mutant(
         "GGUF: the tokenizer lost when a model is saved",
