@@ -55,7 +55,7 @@ def resolve(
         raise CheckpointError(
             f"{name} on the hub has no .safetensors file; its pickles, if it has any "
             "(pytorch_model.bin), can be made to run code: if you trust them, pass allow_pt=True "
-            "(--allow-pt)"
+            "(--allow-pt); of files for llama.cpp (.gguf) download one and give its path"
         )
     return folder
 

@@ -78,6 +78,9 @@ def test_pickles_alone(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         open_checkpoint("org/name")
     assert not (snapshot / "pytorch_model.bin").exists()
+    install(monkeypatch, Hub(snapshot, "model-f16.gguf"))
+    with pytest.raises(CheckpointError, match=r"\(\.gguf\) download one and give its path"):
+        open_checkpoint("org/name")
 
 
 def test_revisions_everywhere(
