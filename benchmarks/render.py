@@ -78,6 +78,7 @@ MEASURED = {
     "compile_time": ("compilation by depth", "parallel", "python -m benchmarks.compile_time"),
     "tpu_meshes": ("what TPU programs need", "parallel", "python -m benchmarks.tpu_meshes"),
     "precision": ("products of each device, emulated", "devices", "python -m benchmarks.precision"),
+    "llama_cpp": ("our files in llama.cpp", "gguf", "python -m benchmarks.llama_cpp"),
     "mutants": ("planted faults, and which were caught", "guarantee", "make mutants"),
 }
 
@@ -412,6 +413,14 @@ def precision() -> str:
     return f"{table(header, lines)}\n{results['length']:,} tokens. {origin('precision')}"
 
 
+def llama_cpp() -> str:
+    """How far llama.cpp's numbers are from ours, by model and dtype."""
+    results = _read("llama_cpp")
+    dtypes = ("float32", "float16", "bfloat16")
+    lines = [[row["model"], *(f"{row[dtype]:.1e}" for dtype in dtypes)] for row in results["rows"]]
+    return f"{table(('', *dtypes), lines)}\n{origin('llama_cpp')}"
+
+
 def sharded_loading() -> str:
     """Opening a checkpoint on several devices: time, and memory beyond theirs."""
     results = _read("sharded_loading")
@@ -435,6 +444,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "goals": goals,
     "growth": growth,
     "inference": inference,
+    "llama_cpp": llama_cpp,
     "measured": measured,
     "mutants": mutants,
     "origin": origin,
