@@ -102,7 +102,7 @@ def install_afresh(wheel: Path, python: str, extras: list[str]) -> None:
             pins = ["-c", str(ROOT / "constraints.txt")]
             subprocess.run([*install, *pins, f"{wheel}[{extra}]"], check=True)
             for code in (IMPORTS[extra], "import alibi_spec; alibi_spec.ALiBiConfig()"):
-                subprocess.run([inside, "-W", "error", "-c", code], cwd=name, check=True)
+                subprocess.run([inside, "-c", code], cwd=name, check=True)
             subprocess.run(
                 [f"{name}/venv/bin/alibi", "--help"], stdout=subprocess.DEVNULL, check=True
             )
