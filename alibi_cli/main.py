@@ -105,8 +105,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         command = load(name)
         its_parser = commands.add_parser(name, help=command.HELP)
         its_parser.set_defaults(run=command.run)
-        # Arguments of the other commands can be slow to import.
-        if name in words or any(word.startswith("--print-completion") for word in words):
+        if name in words:  # other commands' arguments can be slow to import
             command.add_arguments(its_parser)
     return parser
 
@@ -131,11 +130,12 @@ class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, *__: object) -> None:
         import shtab
 
-        for each in _parsers_of(parser):
+        whole = _parser([*COMMANDS])  # with the arguments of every command
+        for each in _parsers_of(whole):
             for action in each._actions:
                 if action.type is path:
                     action.complete = shtab.FILE  # pyright: ignore[reportAttributeAccessIssue]
-        print(shtab.complete(parser, shell), flush=True)
+        print(shtab.complete(whole, shell), flush=True)
         parser.exit()
 
 

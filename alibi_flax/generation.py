@@ -85,12 +85,7 @@ def generate(
         attention_mask: 0 for padding, on either side: prompts may have unequal lengths. Each is
             continued as if the others were absent (but for `slope_interpolation`: SPEC.md §11).
         do_sample: draw from the distribution; else the likeliest token is taken.
-        temperature: divides the logits.
-        top_k: keep this many of the likeliest tokens.
-        top_p: keep the fewest likeliest tokens whose probabilities sum to at least this.
-        min_p: keep tokens whose probability is at least this share of the largest.
-        repetition_penalty: divides positive logits of tokens that have occurred, prompt included,
-            and multiplies negative ones.
+        temperature: it and the next four are those of `alibi_spec.sampling.Sampling`.
         eos_token_id: tokens that end a sequence.
         pad_token_id: what follows an ended sequence; None is the first of `eos_token_id`, or 0.
         stop_strings: texts that end a sequence; the tokens that complete one are kept.

@@ -148,7 +148,7 @@ def test_a_shell_completes_commands_options_values_and_paths(
 ) -> None:
     """As bash itself completes a line by the script that is printed for it."""
     with pytest.raises(SystemExit) as done:
-        main(["--print-completion", "bash"])
+        main(["--print-comp", "bash", "convert"])  # abbreviated, as argparse allows
     assert done.value.code == 0
     script = capsys.readouterr().out
     (tmp_path / "a_model").mkdir()

@@ -8,8 +8,8 @@ FAULTS = (
     Mutant(
         "a shell that is told of no arguments of the commands",
         "alibi_cli/main.py",
-        ' or any(word.startswith("--print-completion") for word in words)',
-        "",
+        "_parser([*COMMANDS])",
+        "_parser([])",
         "test_command_line.py -k completes",
     ),
     Mutant(
