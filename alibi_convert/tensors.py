@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from alibi_convert.errors import CheckpointError
+from alibi_spec.memory import in_huge_pages
 
 # What parameters may be.
 DTYPES: Mapping[str, np.dtype] = {
@@ -158,7 +159,8 @@ def as_torch(array: np.ndarray) -> Any:
     """A torch tensor of the same bits, in memory of its own."""
     import torch
 
-    array = np.array(array, order="C")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    copy = in_huge_pages(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    if copy.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(copy)

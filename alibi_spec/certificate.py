@@ -6,6 +6,7 @@ nearest visible key. It assumes nothing about their size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -216,6 +217,38 @@ def keys_needed(
         log_tolerance = np.log(tolerance_of(tolerance, dtype))
         needed = np.ceil((above + series - log_tolerance) / slope)
     return np.where(falls & np.isfinite(needed), needed.clip(1), np.inf)
+
+
+def keys_needed_after(
+    floor: float,
+    reach: float,
+    largest: float,
+    slope: float,
+    *,
+    count: int,
+    head_dim: int,
+    epsilon: float,
+    allowed_mass: float,
+) -> float:
+    """As `keys_needed`, for one query whose logits with its nearest keys are known: fewer.
+
+    In plain numbers, because a step of generation asks it for every head, and little else.
+
+    Args:
+        floor: the logarithm of the sum of e^logit, bias included, over visible ones of the `count`
+            nearest keys, as a backend computes it.
+        reach: scale ‖q‖.
+        epsilon: of the dtype in which logits and norms are computed.
+    """
+    if not slope > 0:
+        return math.inf
+    # Of the products and norms; of the biases and their addition, and the sum of exponentials.
+    slack = 2 * epsilon * (head_dim + 8) * reach * largest
+    slack += 2 * epsilon * (count * (1 + slope) + 2 * abs(floor))
+    series = -math.log(-math.expm1(-slope))
+    above = reach * largest + slack - floor
+    needed = (above + series - math.log(allowed_mass)) / slope
+    return max(1.0, needed) if math.isfinite(needed) else math.inf
 
 
 def dropped_mass(

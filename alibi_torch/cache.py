@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any, Self
 
 import torch
@@ -22,18 +21,16 @@ from alibi_spec.checks import (
     OTHER_CACHE,
     UNPROVED,
     USED_CACHE,
-    beyond_windows,
     check_cache,
     check_cache_dtype,
     check_capacity,
 )
+from alibi_spec.memory import in_huge_pages
 from alibi_torch.dispatch import attention
-from alibi_torch.kernels import decode
+from alibi_torch.kernels import decode, nearest
 from alibi_torch.kernels.call import Call
 from alibi_torch.kernels.certificate import keys_needed
-
-PAYS_FROM = 8192  # positions from which a step asks for a proof that it may read fewer
-FEW = 1024  # keys that are read sooner than another call is made
+from alibi_torch.kernels.finite import has_values_on_host
 
 
 @dataclass
@@ -145,15 +142,16 @@ class KVCache:
                 "windows and a cache of a model whose heads are divided over devices; leave "
                 "windows out"
             )
-        needed = self._needed(layer, inputs)
+        largest = self._with_largest(layer, inputs["key"])
+        self._check_windows(layer, inputs, largest)
         if len(of_layer) == 1:
-            return self._attend((layer, 0), of_layer[0], inputs, needed, implementation)
+            return self._attend((layer, 0), of_layer[0], inputs, largest, implementation)
         parts, order = [], []
         for number, ring in enumerate(of_layer):
             readers = self._readers(ring)
             some = _of_heads(inputs, list(ring.heads), readers)
-            mine = None if needed is None else [needed[head] for head in readers]
-            parts.append(self._attend((layer, number), ring, some, mine, implementation))
+            norms = None if largest is None else _selected(largest, 1, list(ring.heads))
+            parts.append(self._attend((layer, number), ring, some, norms, implementation))
             order += readers
         place = sorted(range(len(order)), key=order.__getitem__)
         return _selected(torch.cat(parts, dim=1), 1, place)
@@ -163,7 +161,7 @@ class KVCache:
         index: tuple[int, int],
         ring: Ring,
         inputs: Any,
-        needed: list[float] | None,
+        largest: Float[Tensor, "batch ring_heads"] | None,
         implementation: str,
     ) -> Float[Tensor, "batch heads seq head_dim"]:
         """Attention of the heads that read one ring."""
@@ -176,12 +174,14 @@ class KVCache:
         if inputs["query"].shape[2] > 1:
             return attention(**inputs, implementation=implementation)
         slot = (self.length - 1) % ring.size
-        if self.length > ring.size:
-            if mask is not None:
-                inputs["attention_mask"] = mask.roll(slot + 1, dims=1)
-        elif needed is not None:
-            return _attend_near(inputs, needed)
-        return decode.attention(_call(inputs), slot)
+        if self.length > ring.size and mask is not None:
+            inputs["attention_mask"] = mask.roll(slot + 1, dims=1)
+        start = key.shape[2] - 1
+        call = Call(**inputs, query_start=start, tolerance=0.0, dropout=None)
+        is_in_order = self.length <= ring.size
+        if is_in_order and largest is not None and nearest.refuses(call) is None:
+            return nearest.attention(call, largest)
+        return decode.attention(call, slot)
 
     def _with_newest(
         self,
@@ -194,7 +194,7 @@ class KVCache:
         a ring that has come round, as they lie."""
         batch, heads, new_len, width = newest.shape
         if index not in kept:
-            kept[index] = newest.new_empty((batch, heads, ring.size, width))
+            kept[index] = _memory(newest, (batch, heads, ring.size, width))
         memory, start = kept[index], self.length - new_len
         check_cache_dtype(str(memory.dtype), str(newest.dtype))
         if new_len == 1 or self.length <= ring.size:
@@ -224,49 +224,41 @@ class KVCache:
         most = max(ring.size for of_layer in self.rings for ring in of_layer)
         return torch.cat([visible[:, -most:], attention_mask.to(torch.bool)], dim=1)
 
-    def _needed(self, layer: int, inputs: Any) -> list[float] | None:
-        """How many keys each head needs now; None to read all.
-
-        Raises:
-            ValueError: more than there still are.
-        """
-        smallest = min(ring.size for ring in self.rings[layer])
-        if smallest == self.capacity and smallest < PAYS_FROM:
-            return None
-        query, key, new_len = inputs["query"], inputs["key"], inputs["query"].shape[2]
-        if len(query) == 0:
-            return None
-        padding = None if self.visible is None else ~self.visible[:, None, -new_len:]
-        largest = self._with_largest(layer, key, padding)
-        may_read_less = new_len == 1 and self.length >= PAYS_FROM and query.is_cpu
-        may_read_less &= beyond_windows(inputs["distance"], inputs["causal"]) is None
-        lossy = [ring for ring in self.rings[layer] if ring.has_lost(self.length, new_len)]
-        if not lossy and not may_read_less:
-            return None
-        needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
-        if padding is not None:
-            needed = needed.masked_fill(padding, 1.0)  # nothing is promised for these queries
-        of_heads = needed.amax(dim=(0, 2)).tolist()
-        if any(of_heads[head] > ring.size for ring in lossy for head in self._readers(ring)):
-            raise ValueError(UNPROVED)
-        return None if padding is not None and bool(padding.any()) else of_heads
-
     def _with_largest(
-        self,
-        layer: int,
-        key: Float[Tensor, "batch kv_heads seq head_dim"],
-        padding: Bool[Tensor, "batch 1 seq"] | None,
-    ) -> Float[Tensor, "batch kv_heads"]:
-        """`largest` of a layer, the newest keys included."""
+        self, layer: int, key: Float[Tensor, "batch kv_heads seq head_dim"]
+    ) -> Float[Tensor, "batch kv_heads"] | None:
+        """`largest` of a layer, the newest keys included; None where nothing asks for it."""
+        smallest = min(ring.size for ring in self.rings[layer])
+        if smallest == self.capacity and smallest < nearest.PAYS_FROM[key.itemsize]:
+            return None
         dtype = torch.promote_types(key.dtype, torch.float32)
         norms = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)
-        if padding is not None:
-            norms = norms.masked_fill(padding, 0.0)
-        largest = norms.amax(dim=-1).to(torch.float64)
+        if self.visible is not None:
+            norms = norms.masked_fill(~self.visible[:, None, -key.shape[2] :], 0.0)
+        largest = norms.amax(dim=-1)
         if layer in self.largest:
             largest = torch.maximum(largest, self.largest[layer])
         self.largest[layer] = largest
         return largest
+
+    def _check_windows(
+        self, layer: int, inputs: Any, largest: Float[Tensor, "batch kv_heads"] | None
+    ) -> None:
+        """Prove that the keys which are gone do not matter.
+
+        Raises:
+            ValueError: they could.
+        """
+        query, key, new_len = inputs["query"], inputs["key"], inputs["query"].shape[2]
+        lossy = [ring for ring in self.rings[layer] if ring.has_lost(self.length, new_len)]
+        if not lossy or largest is None or len(query) == 0:
+            return
+        needed = keys_needed(query, key, largest, inputs["slopes"], inputs["scale"])
+        if self.visible is not None:  # nothing is promised for queries that are padding
+            needed = needed.masked_fill(~self.visible[:, None, -new_len:], 1.0)
+        of_heads = needed.amax(dim=(0, 2)).tolist()
+        if any(of_heads[head] > ring.size for ring in lossy for head in self._readers(ring)):
+            raise ValueError(UNPROVED)
 
     def _readers(self, ring: Ring) -> list[int]:
         """The heads of queries that read a ring."""
@@ -292,43 +284,9 @@ def _selected(x: Tensor, axis: int, indices: list[int]) -> Tensor:
     return x.index_select(axis, torch.tensor(indices, device=x.device))
 
 
-def _attend_near(inputs: Any, needed: list[float]) -> Float[Tensor, "batch heads 1 head_dim"]:
-    """Attention of one query that reads only the newest keys of each head, as many as it needs."""
-    query, key_len = inputs["query"], inputs["key"].shape[2]
-    heads, mask = inputs["key"].shape[1], inputs["attention_mask"]
-    group, parts = query.shape[1] // heads, []
-    counts = _counts(needed, len(query), heads, key_len)
-    for count, run in groupby(range(heads), key=counts.__getitem__):
-        several = list(run)
-        keys = slice(several[0], several[-1] + 1)
-        readers = slice(keys.start * group, keys.stop * group)
-        some = {
-            "query": query[:, readers],
-            "key": inputs["key"][:, keys, -count:],
-            "value": inputs["value"][:, keys, -count:],
-            "slopes": inputs["slopes"][readers],
-            "attention_mask": None if mask is None else mask[:, -count:],
-        }
-        parts.append(decode.attention(_call(inputs | some), count - 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _counts(needed: list[float], batch: int, heads: int, key_len: int) -> list[int]:
-    """How many keys are read of each head: a number that neighbours share.
-
-    The fused kernel gives a head to a thread, so a call has work for all threads.
-    """
-    together, group = max(1, torch.get_num_threads() // batch), len(needed) // heads
-    counts: list[int] = []
-    for start in range(0, heads, together):
-        end = min(start + together, heads)
-        most = max(needed[start * group : end * group])
-        count = key_len if most > key_len else min(key_len, math.ceil(most / FEW) * FEW)
-        counts += [count] * (end - start)
-    return counts
-
-
-def _call(inputs: Any) -> Call:
-    start = inputs["key"].shape[2] - 1
-    rest = {"tolerance": 0.0, "dropout": None}
-    return Call(**inputs, query_start=start, **rest)
+def _memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Numbers, not set, of the dtype of a tensor and where it is."""
+    if 0 in shape or not has_values_on_host(like):
+        return like.new_empty(shape)
+    found = torch.from_numpy(in_huge_pages(math.prod(shape) * like.itemsize))
+    return found.view(like.dtype).view(shape)

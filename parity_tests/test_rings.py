@@ -24,8 +24,8 @@ from alibi_spec.bounds import model_windows
 from alibi_spec.budgets import BUDGETS
 from alibi_spec.cache import Ring, rings
 from alibi_spec.certificate import TOLERANCES, keys_needed
-from alibi_torch import cache as torch_cache
 from alibi_torch.kernels import certificate as torch_certificate
+from alibi_torch.kernels import decode, nearest
 from parity_tests.compare import assert_within
 
 SEQ = 503
@@ -135,7 +135,7 @@ def test_rings_give_what_all_keys_give(backend: str, config: ALiBiConfig, is_pad
 @pytest.mark.parametrize("distance", ["absolute", "bfloat16"])
 def test_an_empty_batch(backend: str, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of chunks and of steps, past the sizes of rings, and where a step reads a part."""
-    monkeypatch.setattr(torch_cache, "PAYS_FROM", 64)
+    monkeypatch.setattr(nearest, "PAYS_FROM", {4: 64})
     config = dataclasses.replace(BASE, num_layers=1, distance=distance)
     parameters = {row.name: np.zeros(row.shape, np.float32) for row in parameter_table(config)}
     call = _Torch(config, parameters) if backend == "torch" else _Flax(config, parameters)
@@ -259,16 +259,19 @@ def test_a_step_of_a_long_cache_reads_what_it_needs(
 
     Rounded distances are not what it is about: all keys are read.
     """
-    monkeypatch.setattr(torch_cache, "PAYS_FROM", 64)
-    monkeypatch.setattr(torch_cache, "FEW", 16)
-    read: list[int] = []
-    attend = torch_cache.decode.attention
+    monkeypatch.setattr(nearest, "PAYS_FROM", {4: 64})
+    monkeypatch.setattr(nearest, "BLOCK", 16)
+    read = dict.fromkeys(("all", "nearest"), 0)
 
-    def spied(call: Any, slot: int) -> torch.Tensor:
-        read.append(call.key.shape[1] * call.key.shape[2])
-        return attend(call, slot)
+    def spied(name: str, attend: Any) -> Any:
+        def call(*arguments: Any) -> torch.Tensor:
+            read[name] += 1
+            return attend(*arguments)
 
-    monkeypatch.setattr(torch_cache.decode, "attention", spied)
+        return call
+
+    monkeypatch.setattr(decode, "attention", spied("all", decode.attention))
+    monkeypatch.setattr(nearest, "attention", spied("nearest", nearest.attention))
     distance = "bfloat16" if case == "rounded distances" else "absolute"
     config = dataclasses.replace(GROUPED, distance=distance)
     parameters, tokens, mask, exact = _exact(config, case == "padded")
@@ -282,11 +285,9 @@ def test_a_step_of_a_long_cache_reads_what_it_needs(
             np.where(seen[..., None], x, np.float32(0)) for x in (output, exact[:, start:end])
         )
         assert_within(found, expected, limit, f"{start}", dtype="float32")
-    everything = 2 * 2 * sum(range(441, SEQ + 1))  # layers, heads
-    if case == "rounded distances":
-        assert sum(read) == everything
-    else:
-        assert sum(read) < everything / (2 if case == "unpadded" else 1)
+    steps = 2 * (SEQ - 440)  # of each layer
+    proved = {"unpadded": steps, "padded": 2 * (459 - 440), "rounded distances": 0}[case]
+    assert read == {"all": steps - proved, "nearest": proved}
 
 
 class _Torch:
