@@ -260,7 +260,7 @@ def test_a_step_of_a_long_cache_reads_what_it_needs(
     Rounded distances are not what it is about: all keys are read.
     """
     monkeypatch.setattr(nearest, "PAYS_FROM", {4: 64})
-    monkeypatch.setattr(nearest, "BLOCK", 16)
+    monkeypatch.setattr(nearest, "NEAREST", 16)
     read = dict.fromkeys(("all", "nearest"), 0)
 
     def spied(name: str, attend: Any) -> Any:

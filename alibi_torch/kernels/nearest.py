@@ -22,7 +22,7 @@ from alibi_torch.kernels.finite import has_values_on_host
 # Keys from which this is faster than to read all, by bytes of a number. The fused kernel reads
 # half precision at a fraction of the memory's speed.
 PAYS_FROM = {2: 2048, 4: 8192, 8: 8192}
-BLOCK = 1024  # keys of every head that are read before the proof; later ones are a multiple
+NEAREST = 1024  # keys of every head that are read before the proof
 
 
 def refuses(call: Call) -> str | None:
@@ -56,7 +56,7 @@ def _attention(
 ) -> Float[Tensor, "batch heads 1 value_dim"]:
     batch, heads, _, head_dim = call.query.shape
     kv_heads, key_len = call.key.shape[1:3]
-    group, block = heads // kv_heads, min(BLOCK, key_len)
+    group, first = heads // kv_heads, min(NEAREST, key_len)
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     # The heads of all sequences are one axis; those that share keys are queries of one head.
     query = call.query.to(dtype).reshape(batch * kv_heads, group, head_dim)
@@ -75,11 +75,11 @@ def _attention(
 
     # Half of the tolerance for keys, and half for values.
     allowed_mass = tolerance_of("dtype", str(call.query.dtype).removeprefix("torch.")) / 2
-    nearest = logits(slice(None), block)
+    nearest = logits(slice(None), first)
     shares = nearest.softmax(dim=2)
     found = (nearest.amax(dim=2), shares.amax(dim=2), torch.linalg.vector_norm(query, dim=2))
     top, share, norm, m, bound = (x.flatten().tolist() for x in (*found, slope, largest))
-    facts: Any = {"count": block, "head_dim": head_dim, "epsilon": torch.finfo(dtype).eps}
+    facts: Any = {"count": first, "head_dim": head_dim, "epsilon": torch.finfo(dtype).eps}
     facts["allowed_mass"] = allowed_mass
     needed = [
         keys_needed_after(
@@ -92,34 +92,33 @@ def _attention(
         for head in range(batch * heads)
     ]
     needed = [max(needed[head : head + group]) for head in range(0, len(needed), group)]
-    parts = []
-    for rows, count in _runs(needed, key_len, block):
+    limit, parts = query.new_full((len(query), group, 1), allowed_mass), []
+    for rows, count in _runs(needed, first, key_len):
         weights, unread = shares[rows], 0
-        if count > block:
+        if count > first:
             weights = logits(rows, count).softmax(dim=2)
             # The oldest whose weights sum to almost nothing.
             sums = weights.cumsum(dim=2)
-            limit = sums.new_full((*sums.shape[:2], 1), allowed_mass)
-            unread = min(torch.searchsorted(sums, limit).flatten().tolist())
-            unread = min(unread, count - block)  # some are read in any case: a sum can be NaN
+            unread = min(torch.searchsorted(sums, limit[rows]).flatten().tolist())
+            unread = min(unread, count - first)  # some are read in any case: a sum can be NaN
             weights = weights[:, :, unread:]
         parts.append(torch.bmm(weights, value[rows, key_len - count + unread :].to(dtype)))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.view(batch, heads, 1, value.shape[2]).to(call.query.dtype)
 
 
-def _runs(needed: list[float], key_len: int, block: int) -> Iterator[tuple[slice, int]]:
+def _runs(needed: list[float], first: int, key_len: int) -> Iterator[tuple[slice, int]]:
     """Neighbours among the rows, and how many keys they are read with.
 
-    All that the nearest block suffices for; of the others as many as there are threads, each of
-    which multiplies a matrix.
+    All that the first keys suffice for; of the others as many as there are threads, each of which
+    multiplies a matrix.
     """
+    counts = [max(first, math.ceil(min(each, key_len))) for each in needed]
     together, start = torch.get_num_threads(), 0
-    counts = [min(key_len, math.ceil(min(each, key_len) / block) * block) for each in needed]
-    for is_near, run in groupby(counts, key=block.__eq__):
+    for is_near, run in groupby(counts, key=first.__eq__):
         several = list(run)
         step = len(several) if is_near else together
-        for first in range(0, len(several), step):
-            some = several[first : first + step]
+        for place in range(0, len(several), step):
+            some = several[place : place + step]
             yield slice(start, start + len(some)), max(some)
             start += len(some)
