@@ -16,7 +16,6 @@ from alibi_convert.tensors import DTYPES, LazyTensor, Tensors, as_numpy, as_torc
 from alibi_convert.writing.origin import Origin, origin_of, save_folder
 from alibi_spec import ALiBiConfig, parameter_table
 from alibi_torch.divided import placed_like, whole
-from alibi_torch.linear import side_by_side
 
 
 class PretrainedModule(nn.Module):
@@ -91,8 +90,7 @@ class PretrainedModule(nn.Module):
             return as_torch(tensors[name]).to(dtype=wider if rows[name].is_wide else dtype)
 
         if mesh is None:
-            state = {name: read(name).to(device) for name in tensors}
-            self.load_state_dict(_laid_out(state), assign=True)
+            self.load_state_dict({name: read(name).to(device) for name in tensors}, assign=True)
         else:
             from alibi_torch.sharding import parallelize
 
@@ -126,16 +124,6 @@ class PretrainedModule(nn.Module):
             write(Tensors.of(tensors))
         else:
             with_gathered(tensors, write)
-
-
-def _laid_out(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The maps of each layer to query, key and value side by side, if they are for oneDNN."""
-    for name in [name for name in state if ".query." in name]:
-        names = [name.replace(".query.", f".{each}.") for each in ("query", "key", "value")]
-        tensors = [state[each] for each in names]
-        if all(each.is_cpu and each.dtype == torch.float32 for each in tensors):
-            state.update(zip(names, side_by_side(tensors), strict=True))
-    return state
 
 
 def with_gathered(arrays: Mapping[str, Any], use: Callable[[Tensors], None]) -> None:

@@ -8,14 +8,12 @@ faster still with weights in a layout of its own, of which `packed_weights` make
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache, reduce
-from types import SimpleNamespace
+from functools import cache, reduce
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -23,11 +21,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from alibi_spec.memory import in_huge_pages
 from alibi_torch.kernels.finite import has_values_on_host
 
 _LEAST = 2**17  # elements of a weight for which oneDNN's fixed cost of about 15 µs is worth it
-_FEW = 2  # rows for which weights are read as fast where they lie, and calls cost the most
+_FEW = 2  # rows for which weights are read as fast where they lie
 
 
 @dataclass(frozen=True)
@@ -106,57 +103,6 @@ def linear(
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)  # autocast has its own rule
     return F.linear(*in_common_dtype(x, weight, bias))
-
-
-def linear_as_one(
-    x: Float[Tensor, "*batch width"],
-    weights: Sequence[Float[Tensor, "_ width"]],
-    biases: Sequence[Float[Tensor, " _"] | None],
-) -> tuple[Float[Tensor, "*batch _"], ...] | None:
-    """Several linear maps of a few rows in one call, whose fixed cost they share.
-
-    None where that cannot be: the parameters must lie `side_by_side`, and be for oneDNN.
-    """
-    if x.numel() > _FEW * x.shape[-1] or not _is_for_onednn(x, weights[0], biases[0]):
-        return None
-    given = [each for each in biases if each is not None]
-    if len(given) not in (0, len(biases)) or not has_values_on_host(*weights, *given):
-        return None
-    weight, bias = _as_one(weights), _as_one(given) if given else None
-    if weight is None or (given and bias is None):
-        return None
-    return linear(x, weight, bias).split([each.shape[0] for each in weights], dim=-1)
-
-
-def side_by_side(tensors: Sequence[Float[Tensor, "_ *width"]]) -> list[Tensor]:
-    """Copies of tensors on the CPU, one behind the other in memory.
-
-    To torch each has a memory of its own: tools that save or divide a model see nothing special.
-    """
-    memory, end, copies = in_huge_pages(sum(each.nbytes for each in tensors)), 0, []
-    for each in tensors:
-        start, end = end, end + each.nbytes
-        copies.append(torch.from_numpy(memory[start:end]).view(each.dtype).view(each.shape))
-        copies[-1].copy_(each)
-    return copies
-
-
-def _as_one(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Float32 tensors that lie one behind the other in memory, as one tensor."""
-    start = end = tensors[0].data_ptr()
-    rows, width = 0, tensors[0].shape[1:]
-    for each in tensors:
-        if each.data_ptr() != end or each.dtype is not torch.float32 or not each.is_contiguous():
-            return None
-        end, rows = end + each.nbytes, rows + each.shape[0]
-    return _floats_at(start, (rows, *width))
-
-
-@lru_cache(maxsize=1024)
-def _floats_at(address: int, shape: tuple[int, ...]) -> Tensor:
-    """Numbers in the memory of others: to be read only while these are seen to be there."""
-    data = {"data": (address, False), "shape": shape, "typestr": "=f4", "version": 3}
-    return torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=data)))
 
 
 def in_common_dtype(*tensors: Any) -> tuple[Any, ...]:

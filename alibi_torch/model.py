@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer, Num
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table, slopes
@@ -44,7 +43,7 @@ from alibi_torch.dispatch import (
 )
 from alibi_torch.divided import own, placed_like, whole
 from alibi_torch.kernels.finite import has_values_on_host
-from alibi_torch.linear import Packed, in_common_dtype, linear, linear_as_one
+from alibi_torch.linear import Packed, in_common_dtype, linear
 from alibi_torch.positions import Positions
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
@@ -202,21 +201,11 @@ class Attention(nn.Module):
         Float[Tensor, "batch kv_heads seq head_dim"],
         Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
-        query, key, value = map(self._clip, self._projected(x))
+        query, key, value = (self._clip(map_(x)) for map_ in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = map(self._split_heads, in_common_dtype(query, key, value))
         return query, key, value
-
-    def _projected(
-        self, x: Float[Tensor, "batch seq embed"]
-    ) -> tuple[Float[Tensor, "batch seq any_width"], ...]:
-        """Of the three maps; a step of generation asks them as one."""
-        maps, as_one = (self.query, self.key, self.value), None
-        if all(map(_is_as_it_was, maps)) and not _has_any_global_hook():
-            weights, biases = [each.weight for each in maps], [each.bias for each in maps]
-            as_one = linear_as_one(x, weights, biases)
-        return tuple(each(x) for each in maps) if as_one is None else as_one
 
     def _slopes(self, device: torch.device) -> Float[Tensor, " heads"]:
         if self.slopes is not None:
@@ -264,12 +253,6 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch seq width"]
     ) -> Float[Tensor, "batch any_heads seq head_dim"]:
         return x.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)
-
-
-def _is_as_it_was(module: nn.Module) -> bool:
-    """Whether nobody has put another map, a hook or another `forward` in the place of a map."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return type(module) is Linear and not any(hooks) and "forward" not in vars(module)
 
 
 class FeedForward(nn.Module):

@@ -5,24 +5,20 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_model
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS
-from alibi_torch import ALiBiLM, KVCache, generate
+from alibi_torch import ALiBiLM, generate
 from alibi_torch import linear as module
-from alibi_torch import model as model_module
-from alibi_torch.linear import Packed, linear, linear_as_one, packed_weights, side_by_side
+from alibi_torch.linear import Packed, linear, packed_weights
 from parity_tests.compare import assert_within
 
 IN, OUT = 512, 300
@@ -127,119 +123,6 @@ def test_recorders_see_an_ordinary_linear_map() -> None:
         found = functional_call(_Map(), state, X)
     expected = X @ (WEIGHT + 1).T
     assert_within(found.numpy(), expected.numpy(), LIMIT, "functional_call")
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_maps_side_by_side(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One product for a step; none where the parameters are not neighbours."""
-    monkeypatch.setattr(module, "_is_x86", lambda: True)
-    weights = [_drawn(rows, IN) for rows in (OUT, 256, 257)]
-    biases = [_drawn(len(each)) if has_bias else None for each in weights]
-    joined = side_by_side(weights)
-    joined_biases = side_by_side(biases) if has_bias else biases
-    for before, after in zip(weights, joined, strict=True):
-        assert torch.equal(before, after)
-    x = _drawn(1, 1, IN)
-    with torch.no_grad():
-        found = linear_as_one(x, joined, joined_biases)
-        assert found is not None
-        for y, weight, bias in zip(found, weights, biases, strict=True):
-            exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-            assert_within(y.numpy(), exact.numpy(), LIMIT, "", dtype="float32")
-        assert linear_as_one(_drawn(3, 1, IN), joined, joined_biases) is None
-        assert linear_as_one(x, weights, joined_biases) is None
-        assert linear_as_one(x, [joined[0], joined[2], joined[1]], joined_biases) is None
-        assert linear_as_one(x, joined, [joined_biases[0], None, _drawn(257)]) is None
-        if has_bias:
-            assert linear_as_one(x, joined, biases) is None
-        assert linear_as_one(x, [joined[0], joined[1].double(), joined[2]], joined_biases) is None
-    assert linear_as_one(x, joined, joined_biases) is None, "gradients may be asked for"
-
-
-def test_a_loaded_model_asks_once_for_query_key_and_value(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And for each of them where somebody watches or replaces a map, or moves a weight."""
-    monkeypatch.setattr(module, "_is_x86", lambda: True)
-    config = ALiBiConfig(num_layers=1, d_model=512, num_heads=8, num_kv_heads=4, vocab_size=5)
-    torch.manual_seed(0)
-    drawn = ALiBiLM(config).eval()
-    drawn.save_pretrained(tmp_path / "model")
-    as_one = model_module.linear_as_one
-    asked: list[bool] = []
-
-    def spied(*arguments: Any) -> Any:
-        result = as_one(*arguments)
-        asked.append(result is not None)
-        return result
-
-    monkeypatch.setattr(model_module, "linear_as_one", spied)
-    tokens = torch.tensor([[3, 1]])
-
-    def step(model: ALiBiLM) -> list[bool]:
-        cache = KVCache.empty(config, 1, 2)
-        with torch.no_grad():
-            asked.clear()
-            _, cache = model(tokens[:, :1], cache=cache)
-            found, _ = model(tokens[:, 1:], cache=cache)
-        assert_within(found.numpy(), exact[:, 1:], LIMIT, "", dtype="float32")
-        return list(asked)
-
-    def loaded() -> tuple[ALiBiLM, Any]:
-        model = ALiBiLM.from_pretrained(tmp_path / "model")
-        return model, model.transformer.layers[0].attn
-
-    exact = drawn.double()(tokens).detach().numpy()
-    assert step(loaded()[0]) == [True, True]
-    assert step(copy.deepcopy(loaded()[0])) == [False, False]
-    model, attn = loaded()
-    attn.key.weight = torch.nn.Parameter(attn.key.weight.detach().clone())
-    assert step(model) == [False, False]
-    model, attn = loaded()
-    attn.value.bias = torch.nn.Parameter(attn.value.bias.detach().clone())
-    assert step(model) == [False, False]
-    seen: list[Any] = []
-
-    def see(*_: Any) -> None:
-        seen.append(1)
-
-    def replace_forward(attn: Any) -> None:
-        forward = attn.value.forward
-        attn.value.forward = lambda x: (see(), forward(x))[1]
-
-    for watch in (
-        lambda attn: attn.key.register_forward_hook(see),
-        lambda attn: attn.query.register_forward_pre_hook(see),
-        replace_forward,
-        lambda _: register_module_forward_hook(see),
-    ):
-        model, attn = loaded()
-        handle: Any = watch(attn)
-        seen.clear()
-        assert step(model) == []
-        assert len(seen) >= 2
-        if handle is not None:
-            handle.remove()
-
-
-def test_maps_side_by_side_are_ordinary_parameters(tmp_path: Path) -> None:
-    """To tools that look at memory, and to the backward pass, in which an optimizer may step."""
-    config = ALiBiConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=5)
-    torch.manual_seed(0)
-    ALiBiLM(config).save_pretrained(tmp_path / "model")
-    results = []
-    for lies_as_loaded in (True, False):
-        model = ALiBiLM.from_pretrained(tmp_path / "model")
-        save_model(model, str(tmp_path / "saved"))
-        model = model if lies_as_loaded else copy.deepcopy(model)
-        for parameter in model.parameters():
-            assert parameter.untyped_storage().nbytes() == parameter.nbytes
-            step = torch.optim.SGD([parameter], lr=0.1).step
-            parameter.register_post_accumulate_grad_hook(lambda _, step=step: step())
-        model(torch.tensor([[3, 1, 4]])).square().sum().backward()
-        results.append({name: each.detach().numpy() for name, each in model.named_parameters()})
-    for name, found in results[0].items():
-        assert_within(found, results[1][name], LIMIT, name)
 
 
 ON_X86 = pytest.mark.skipif(not module._is_x86(), reason="weights are packed on x86 only")
