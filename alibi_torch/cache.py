@@ -229,7 +229,8 @@ class KVCache:
     ) -> Float[Tensor, "batch kv_heads"] | None:
         """`largest` of a layer, the newest keys included; None where nothing asks for it."""
         smallest = min(ring.size for ring in self.rings[layer])
-        if smallest == self.capacity and smallest < nearest.PAYS_FROM[key.itemsize]:
+        is_for_steps = smallest >= nearest.PAYS_FROM[key.itemsize] and has_values_on_host(key)
+        if smallest == self.capacity and not is_for_steps:
             return None
         dtype = torch.promote_types(key.dtype, torch.float32)
         norms = torch.linalg.vector_norm(key, dim=-1, dtype=dtype)
@@ -285,8 +286,12 @@ def _selected(x: Tensor, axis: int, indices: list[int]) -> Tensor:
 
 
 def _memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Numbers, not set, of the dtype of a tensor and where it is."""
-    if 0 in shape or not has_values_on_host(like):
+    """Numbers, not set, of the dtype of a tensor and where it is.
+
+    Long ones are in huge pages: a short text takes one of them for each head.
+    """
+    is_long = shape[2] >= nearest.PAYS_FROM[like.itemsize]
+    if 0 in shape or not is_long or not has_values_on_host(like):
         return like.new_empty(shape)
     found = torch.from_numpy(in_huge_pages(math.prod(shape) * like.itemsize))
     return found.view(like.dtype).view(shape)

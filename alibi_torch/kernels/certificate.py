@@ -99,7 +99,7 @@ def keys_needed(
 ) -> Float[Tensor, "batch heads query_len"]:
     """How many keys, its own included, each query of a cache needs; inf if that is not provable.
 
-    `largest` is that of all keys that were ever read, float64 (SPEC.md §16).
+    `largest` is that of all keys that were ever read (SPEC.md §16).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = query.unflatten(1, (own_key.shape[1], -1)).to(dtype)

@@ -1,7 +1,7 @@
 """One query for each sequence, against a long cache on the CPU, read from the newest key on.
 
 The logits with the newest keys prove how many more keys each head needs (SPEC.md §16), and the
-logits with these, how many values. Nothing else is read.
+logits with these, how many values. Heads that are read together read as many as the neediest.
 """
 
 from __future__ import annotations
