@@ -176,8 +176,7 @@ class KVCache:
         slot = (self.length - 1) % ring.size
         if self.length > ring.size and mask is not None:
             inputs["attention_mask"] = mask.roll(slot + 1, dims=1)
-        start = key.shape[2] - 1
-        call = Call(**inputs, query_start=start, tolerance=0.0, dropout=None)
+        call = Call(**inputs, query_start=key.shape[2] - 1, tolerance=0.0, dropout=None)
         is_in_order = self.length <= ring.size
         if is_in_order and largest is not None and nearest.refuses(call) is None:
             return nearest.attention(call, largest)
@@ -229,7 +228,8 @@ class KVCache:
     ) -> Float[Tensor, "batch kv_heads"] | None:
         """`largest` of a layer, the newest keys included; None where nothing asks for it."""
         smallest = min(ring.size for ring in self.rings[layer])
-        is_for_steps = smallest >= nearest.PAYS_FROM[key.itemsize] and has_values_on_host(key)
+        # The same at every call of a cache: the norm of a key that was left out would be missed.
+        is_for_steps = key.is_cpu and smallest >= nearest.PAYS_FROM[key.itemsize]
         if smallest == self.capacity and not is_for_steps:
             return None
         dtype = torch.promote_types(key.dtype, torch.float32)

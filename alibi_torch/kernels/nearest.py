@@ -2,6 +2,7 @@
 
 The logits with the newest keys prove how many more keys each head needs (SPEC.md §16), and the
 logits with these, how many values. Heads that are read together read as many as the neediest.
+Half precision is converted to float32 for as many heads at a time as there are threads.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,7 @@ def _attention(
 ) -> Float[Tensor, "batch heads 1 value_dim"]:
     batch, heads, _, head_dim = call.query.shape
     kv_heads, key_len = call.key.shape[1:3]
-    group, first = heads // kv_heads, min(NEAREST, key_len)
+    group, near = heads // kv_heads, min(NEAREST, key_len)
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     # The heads of all sequences are one axis; those that share keys are queries of one head.
     query = call.query.to(dtype).reshape(batch * kv_heads, group, head_dim)
@@ -75,47 +75,66 @@ def _attention(
 
     # Half of the tolerance for keys, and half for values.
     allowed_mass = tolerance_of("dtype", str(call.query.dtype).removeprefix("torch.")) / 2
-    nearest = logits(slice(None), first)
+    limit = query.new_full((len(query), group, 1), allowed_mass)
+    nearest = logits(slice(None), near)
     shares = nearest.softmax(dim=2)
-    found = (nearest.amax(dim=2), shares.amax(dim=2), torch.linalg.vector_norm(query, dim=2))
-    top, share, norm, m, bound = (x.flatten().tolist() for x in (*found, slope, largest))
-    facts: Any = {"count": first, "head_dim": head_dim, "epsilon": torch.finfo(dtype).eps}
-    facts["allowed_mass"] = allowed_mass
-    needed = [
-        keys_needed_after(
-            top[head] - math.log(share[head]),
-            call.scale * norm[head],
-            bound[head // group],
-            m[head],
-            **facts,
-        )
-        for head in range(batch * heads)
-    ]
-    needed = [max(needed[head : head + group]) for head in range(0, len(needed), group)]
-    limit, parts = query.new_full((len(query), group, 1), allowed_mass), []
-    for rows, count in _runs(needed, first, key_len):
+    needed = _needed(nearest, shares, query, slope, largest, call.scale, allowed_mass)
+    parts = []
+    for rows, count in _runs(needed, near, key_len):
         weights, unread = shares[rows], 0
-        if count > first:
+        if count > near:
             weights = logits(rows, count).softmax(dim=2)
             # The oldest whose weights sum to almost nothing.
             sums = weights.cumsum(dim=2)
             unread = min(torch.searchsorted(sums, limit[rows]).flatten().tolist())
-            unread = min(unread, count - first)  # some are read in any case: a sum can be NaN
+            unread = min(unread, count - near)  # some are read in any case: a sum can be NaN
             weights = weights[:, :, unread:]
         parts.append(torch.bmm(weights, value[rows, key_len - count + unread :].to(dtype)))
     attended = parts[0] if len(parts) == 1 else torch.cat(parts)
     return attended.view(batch, heads, 1, value.shape[2]).to(call.query.dtype)
 
 
-def _runs(needed: list[float], first: int, key_len: int) -> Iterator[tuple[slice, int]]:
+def _needed(
+    nearest: Float[Tensor, "rows group near"],
+    shares: Float[Tensor, "rows group near"],
+    query: Float[Tensor, "rows group head_dim"],
+    slope: Float[Tensor, "rows group 1"],
+    largest: Float[Tensor, "batch kv_heads"],
+    scale: float,
+    allowed_mass: float,
+) -> list[float]:
+    """How many keys each row needs: the neediest of the queries that share them.
+
+    Args:
+        nearest: biased logits with the newest keys.
+        shares: their softmax.
+    """
+    (_, group, head_dim), count = query.shape, nearest.shape[2]
+    # The largest share cannot underflow, and gives the log-sum sooner than `logsumexp`.
+    facts = (nearest.amax(dim=2), shares.amax(dim=2), torch.linalg.vector_norm(query, dim=2))
+    top, share, norm, m, bound = (x.flatten().tolist() for x in (*facts, slope, largest))
+    needed = [
+        keys_needed_after(
+            *(top[head] - math.log(share[head]), scale * norm[head], bound[head // group], m[head]),
+            count=count,
+            head_dim=head_dim,
+            epsilon=torch.finfo(query.dtype).eps,
+            allowed_mass=allowed_mass,
+        )
+        for head in range(len(top))
+    ]
+    return [max(needed[head : head + group]) for head in range(0, len(needed), group)]
+
+
+def _runs(needed: list[float], near: int, key_len: int) -> Iterator[tuple[slice, int]]:
     """Neighbours among the rows, and how many keys they are read with.
 
-    All that the first keys suffice for; of the others as many as there are threads, each of which
+    All that the nearest keys suffice for; of the others as many as there are threads, each of which
     multiplies a matrix.
     """
-    counts = [max(first, math.ceil(min(each, key_len))) for each in needed]
+    counts = [max(near, math.ceil(min(each, key_len))) for each in needed]
     together, start = torch.get_num_threads(), 0
-    for is_near, run in groupby(counts, key=first.__eq__):
+    for is_near, run in groupby(counts, key=near.__eq__):
         several = list(run)
         step = len(several) if is_near else together
         for place in range(0, len(several), step):

@@ -533,8 +533,8 @@ FAULTS = (
     Mutant(
         "a long step reads for the head that needs least",
         "alibi_torch/kernels/nearest.py",
-        "needed = [max(needed[head : head + group])",
-        "needed = [min(needed[head : head + group])",
+        "return [max(needed[head : head + group])",
+        "return [min(needed[head : head + group])",
         "test_nearest.py -k all_keys_give",
     ),
     Mutant(
@@ -552,6 +552,27 @@ FAULTS = (
         "test_nearest.py -k long_ago",
     ),
     Mutant(
+        "the norms of keys that a compiled program read are not kept",
+        "alibi_torch/cache.py",
+        "is_for_steps = key.is_cpu and",
+        "is_for_steps = has_values_on_host(key) and",
+        "test_nearest.py -k long_ago",
+    ),
+    Mutant(
+        "the nearest keys' proof forgets the rounding of products",
+        "alibi_spec/certificate.py",
+        "slack = 2 * epsilon * (head_dim + 8) * reach * largest",
+        "slack = 0.0",
+        "test_nearest.py -k rounding",
+    ),
+    Mutant(
+        "the nearest keys' proof forgets the rounding of biases",
+        "alibi_spec/certificate.py",
+        "slack += 2 * epsilon * (count * (1 + slope) + 2 * abs(floor))",
+        "slack += 0.0",
+        "test_nearest.py -k rounding",
+    ),
+    Mutant(
         "a long step reads as few keys as the first of a pair of heads needs",
         "alibi_torch/kernels/nearest.py",
         "yield slice(start, start + len(some)), max(some)",
@@ -561,21 +582,21 @@ FAULTS = (
     Mutant(
         "a long step reads all keys",
         "alibi_torch/kernels/nearest.py",
-        "max(first, math.ceil(min(each, key_len)))",
+        "max(near, math.ceil(min(each, key_len)))",
         "key_len",
         "test_nearest.py -k not_read",
     ),
     Mutant(
         "a long step reads the values of all these keys",
         "alibi_torch/kernels/nearest.py",
-        "unread = min(unread, count - first)",
+        "unread = min(unread, count - near)",
         "unread = 0",
         "test_nearest.py -k not_read",
     ),
     Mutant(
         "a sum that is NaN leaves out all values",
         "alibi_torch/kernels/nearest.py",
-        "unread = min(unread, count - first)",
+        "unread = min(unread, count - near)",
         "unread = unread + 0",
         "test_nearest.py -k not_finite",
     ),
