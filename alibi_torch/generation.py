@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from alibi_spec.checks import (
     check_array,
@@ -206,10 +207,13 @@ def _steps(
     capacity = prompt_len + max_new_tokens - 1
     cache = KVCache.empty(model.config, batch, capacity, windows=windows)
     cache, logits = replace(cache, interpolated_len=prompt_len), torch.empty(0)
+    # Operators cost less in inference mode, and nothing that leaves this function is made in it.
+    reading = torch.inference_mode if _is_unobserved(model) else torch.no_grad
     for start in range(0, prompt_len, prefill_chunk):
         chunk = slice(start, start + prefill_chunk)
         mask = None if visible is None else visible[:, chunk]
-        logits, cache = model(prompts[:, chunk], mask, cache=cache, logits_to_keep=1)
+        with reading():
+            logits, cache = model(prompts[:, chunk], mask, cache=cache, logits_to_keep=1)
     cache, is_there = replace(cache, interpolated_len=None), None
     if sampling.repetition_penalty != 1.0:
         shown = torch.ones_like(prompts) if visible is None else visible.to(prompts.dtype)
@@ -226,7 +230,27 @@ def _steps(
             return
         if is_there is not None:
             is_there = is_there.scatter(1, new[:, None], True)
-        logits, cache = model(new[:, None], cache=cache, logits_to_keep=1)
+        with reading():
+            logits, cache = model(new[:, None], cache=cache, logits_to_keep=1)
+
+
+def _is_unobserved(model: nn.Module) -> bool:
+    """Whether no code but ours sees what a model computes.
+
+    No gradient can ever pass through a tensor of inference mode: modules of other libraries, hooks
+    and FSDP could keep one, and the training that follows would fail.
+    """
+    ours = ("alibi_torch.model", "torch.nn.modules.")
+    return (
+        all(type(each) is nn.Parameter for each in model.parameters())
+        and all(type(each).__module__.startswith(ours) for each in model.modules())
+        and not any(map(_has_hooks, model.modules()))
+        and not _has_any_global_hook()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _log_probabilities(

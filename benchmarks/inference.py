@@ -129,14 +129,17 @@ PEERS: dict[str, Callable[[Path], Generate]] = {
 
 
 def torch_products(seq: int) -> Callable[[], Any]:
-    """The matrix products of the blocks, for one prompt, in PyTorch."""
+    """The matrix products of the blocks, for one prompt, in PyTorch, by the call of the model."""
     import torch
 
+    from alibi_torch.linear import linear
+
     torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)] * LAYERS
     weights = [torch.randn(shape) for shape in shapes]
     inputs = {width: torch.randn(seq, width) for width in (WIDTH, 4 * WIDTH)}
-    return lambda: [inputs[weight.shape[1]] @ weight.T for weight in weights]
+    return lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights]
 
 
 def flax_products(seq: int) -> Callable[[], Any]:

@@ -130,20 +130,19 @@ def batch(seed: int, rows: int = 8) -> dict[str, torch.Tensor]:
 
 
 def computed(model: ALiBiLM) -> Results:
-    """Logits, gradients and their norm, and the next tokens of a decoder."""
-    whole_batch = batch(1)
+    """The next tokens of a decoder, logits, gradients and their norm."""
+    whole_batch, found = batch(1), {}
+    if model.config.causal:  # first: FSDP keeps what it gathers here, for the gradients too
+        made = generate(model, whole_batch["tokens"], 6, return_log_probabilities=True)
+        found["tokens"] = made.tokens.numpy()
     options = {"token_type_ids": whole_batch["tokens"] % 2} if model.config.type_vocab_size else {}
-    found = {"logits": model(whole_batch["tokens"], **options).detach().numpy()}
+    found["logits"] = model(whole_batch["tokens"], **options).detach().numpy()
     total, _ = loss(model, own_part(whole_batch | options, model.mesh))
     total.backward()
     gradients = {name: each.grad for name, each in model.named_parameters()}
     found["loss"] = summed(total.detach(), model.mesh).numpy()
     found["norm"] = total_norm([each for each in gradients.values() if each is not None]).numpy()
-    found |= {f"gradient {name}": whole(each).numpy() for name, each in gradients.items()}
-    if model.config.causal:
-        made = generate(model, whole_batch["tokens"], 6, return_log_probabilities=True)
-        found["tokens"] = made.tokens.numpy()
-    return found
+    return found | {f"gradient {name}": whole(each).numpy() for name, each in gradients.items()}
 
 
 def trained(model: ALiBiLM, compute_dtype: str = "float32") -> Results:

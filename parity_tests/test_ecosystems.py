@@ -213,6 +213,8 @@ _FSDP = """
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         model.to_empty(device="cpu")
         model.reset_parameters()
+        # What FSDP keeps of generation serves the training that follows.
+        alibi_torch.generate(model.eval(), torch.arange(10)[None], 2)
         logits = model(torch.arange(10)[None])
         assert logits.dtype == torch.bfloat16 and logits.isfinite().all(), logits
         logits.float().square().mean().backward()

@@ -305,6 +305,71 @@ def test_stream_is_generate(backend: str) -> None:
     assert_bitwise(streamed.astype(expected.dtype), expected[:, PROMPT_LEN:], "tokens")
 
 
+class _Remembering(torch.nn.Module):
+    """A module of another library, which keeps what it sees."""
+
+    def __init__(self, inner: torch.nn.Module, seen: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, seen
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.inner(input))
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize("observer", ["hook", "hook of all modules", "forward", "module"])
+def test_what_is_seen_of_generation_can_be_trained_on(observer: str) -> None:
+    model, seen = alibi_torch.ALiBiLM(CONFIG).eval(), []
+    ffn: Any = model.transformer.layers[0].ffn
+    hook = None
+    if observer == "hook":
+        ffn.register_forward_hook(lambda _module, _inputs, result: seen.append(result))
+    elif observer == "hook of all modules":
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, _inputs, result: seen.append(result) if module is ffn else None
+        )
+    elif observer == "forward":  # as accelerate does it
+        ffn.forward = _Remembering(alibi_torch.model.FeedForward.forward.__get__(ffn), seen).forward
+    else:
+        model.transformer.layers[0].ffn = _Remembering(ffn, seen)
+    try:
+        alibi_torch.generate(model, torch.from_numpy(PROMPTS), 3)
+    finally:
+        if hook is not None:
+            hook.remove()
+    probe = torch.nn.Linear(CONFIG.d_model, 1)
+    probe(seen[0]).sum().backward()
+    assert len(seen) == 3
+    assert probe.weight.grad is not None
+
+
+class _Quantised(torch.nn.Parameter):
+    """Weights of another library."""
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_only_plain_models_generate_in_inference_mode(
+    is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing that leaves `generate` and `stream` is made in it."""
+    model, modes = alibi_torch.ALiBiLM(CONFIG).eval(), []
+    attend, tokens = alibi_torch.KVCache.attend, torch.from_numpy(PROMPTS)
+    if not is_plain:
+        fc1: Any = model.transformer.layers[0].ffn.fc1
+        fc1.weight = _Quantised(fc1.weight.detach())
+
+    def noted(*arguments: Any) -> Any:
+        modes.append(torch.is_inference_mode_enabled())
+        return attend(*arguments)
+
+    monkeypatch.setattr(alibi_torch.KVCache, "attend", noted)
+    found: Any = alibi_torch.generate(model, tokens, 3, return_log_probabilities=True)
+    assert modes == [is_plain] * 3
+    results = [found.tokens, found.log_probabilities, *alibi_torch.stream(model, tokens, 2)]
+    assert not any(each.is_inference() for each in results)
+    model(found.tokens).sum().backward()
+
+
 def test_flax_compiles_once_for_prompts_of_a_bucket() -> None:
     """Of any length in it, and for any number of steps that ends in the same bucket.
 

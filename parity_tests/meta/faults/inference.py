@@ -6,6 +6,55 @@ from parity_tests.meta.mutant import Mutant
 
 FAULTS = (
     Mutant(
+        "tensors of inference mode reach hooks",
+        "alibi_torch/generation.py",
+        "        and not any(map(_has_hooks, model.modules()))\n",
+        "",
+        "test_generation.py -k trained_on",
+    ),
+    Mutant(
+        "tensors of inference mode reach hooks of all modules",
+        "alibi_torch/generation.py",
+        "        and not _has_any_global_hook()\n",
+        "",
+        "test_generation.py -k trained_on",
+    ),
+    Mutant(
+        "tensors of inference mode reach other libraries",
+        "alibi_torch/generation.py",
+        'ours = ("alibi_torch.model", "torch.nn.modules.")',
+        'ours = ("",)',
+        "test_generation.py -k trained_on",
+    ),
+    Mutant(
+        "FSDP keeps tensors of inference mode",
+        "alibi_torch/generation.py",
+        "torch.inference_mode if _is_unobserved(model) else torch.no_grad",
+        "torch.inference_mode",
+        "test_ecosystems.py -k under_fsdp",
+    ),
+    Mutant(
+        "weights of other libraries in inference mode",
+        "alibi_torch/generation.py",
+        "all(type(each) is nn.Parameter for each in model.parameters())",
+        "True",
+        "test_generation.py -k inference_mode",
+    ),
+    Mutant(
+        "tensors of inference mode reach a forward of somebody else",
+        "alibi_torch/generation.py",
+        ' or "forward" in vars(module)',
+        "",
+        "test_generation.py -k trained_on",
+    ),
+    Mutant(
+        "generation without inference mode",
+        "alibi_torch/generation.py",
+        "torch.inference_mode if _is_unobserved(model) else torch.no_grad",
+        "torch.no_grad",
+        "test_generation.py -k inference_mode",
+    ),
+    Mutant(
         "a step rewards far keys",
         "alibi_flax/kernels/decode.py",
         "relative = -age.astype(dtype)",
