@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
-from alibi_flax.dispatch import attention
+from alibi_flax.dispatch import attention_within
 from alibi_flax.kernels import decode
 from alibi_flax.kernels.call import wide_dtype
 from alibi_flax.kernels.certificate import bounding_norm, keys_needed
@@ -198,8 +198,9 @@ class KVCache:
             kept = _both(lambda x, y: jax.lax.dynamic_update_slice(x, y, where), old, new)
             if new_len == 1:
                 return self._step(inputs, *kept), kept
-            # Unused positions move before the oldest key, and are hidden.
-            seen = _both(lambda x, _: jnp.roll(x, size - self.length, axis=2), kept, new)
+            # Positions after the newest are not used yet: no query sees them.
+            seen, query_start = kept, self.length - new_len
+            visible = jnp.roll(self.visible, self.length, axis=1)[:, :size]
         else:
             # The first of these queries see keys that the last ones overwrite.
             seen = _both(
@@ -208,16 +209,15 @@ class KVCache:
             kept = _both(
                 lambda x, _: jnp.roll(x[:, :, -size:], self.length % size, axis=2), seen, new
             )
-        if self.is_new:  # nothing of the cache need be moved for the queries
-            inputs = inputs | {"attention_mask": self.visible[:, -new_len:]}
-            return attention(**inputs, implementation=implementation), kept
-        # The certificate gathers keys by position; without this, XLA would move the keys of the
-        # whole cache into the layout that suits it, and back.
-        key = _in_order(seen[0])
-        key, value = key.swapaxes(1, 2), seen[1].swapaxes(1, 2)
-        mask = self.visible[:, -key.shape[1] :]
-        inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
-        return attention(**inputs, implementation=implementation), kept
+            query_start, visible = jnp.int32(size), self.visible[:, -size - new_len :]
+        if self.is_new:  # the queries see no keys but the new ones
+            query_start, visible = jnp.int32(0), self.visible[:, -new_len:]
+        else:
+            key, value = _both(lambda x, _: x.swapaxes(1, 2), seen, new)
+            inputs = inputs | {"key": key, "value": value}
+        options: Any = {"implementation": implementation, "query_start": query_start}
+        inputs = inputs | {"attention_mask": visible}
+        return attention_within(None, **inputs, **options), kept
 
     def _step(
         self, inputs: Any, key: _Heads, value: _Heads

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.export import is_symbolic_dim
-from jaxtyping import Bool, Float, Integer, Key
+from jaxtyping import Bool, Float, Int32, Integer, Key
 
 from alibi_flax.kernels import KERNELS, certificate, dense
 from alibi_flax.kernels.call import Call, has_values_on_host
@@ -107,24 +107,27 @@ def attention_within(
     causal: bool,
     scale: float | None,
     attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None,
-    segment_ids: Integer[Array, "batch key_len"] | None,
+    segment_ids: Integer[Array, "batch key_len"] | None = None,
     implementation: str,
     distance: str,
-    dropout: float,
-    dropout_rng: Key[Array, ""] | None,
+    dropout: float = 0.0,
+    dropout_rng: Key[Array, ""] | None = None,
     tolerance: str | float = "dtype",
+    query_start: int | Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch query_len heads value_dim"]:
-    """`attention` of heads that are known to need no more keys than these, or None: `Call`."""
+    """`attention`, with what `Call` says of windows and of the first query's position."""
     call = _checked_call(
         *(query, key, value, slopes, causal, scale, attention_mask, segment_ids),
-        *(tolerance, distance),
+        *(tolerance, distance, query_start),
     )
     call = replace(call, windows=windows)
     check_attention_options(tolerance, dropout, implementation, attention_implementations())
     if dropout > 0:
         if dropout_rng is None:
             raise ValueError(f"dropout={dropout} needs dropout_rng; pass jax.random.key(seed)")
-        drawn = drawn_dropout(dropout, dropout_rng, query, call.query_start, key.shape[1])
+        drawn = drawn_dropout(
+            *(dropout, dropout_rng, call.query, call.query_start, call.key.shape[2])
+        )
         call = replace(call, dropout=drawn)
     return KERNELS[_chosen(call, implementation)].run(call)
 
@@ -189,7 +192,7 @@ def _chosen(call: Call, implementation: str) -> str:
     """The named implementation; for "auto" the first that is able, or "dense" for a small call."""
     if 0 in call.query.shape[:3]:  # an empty call has no blocks
         return "dense"
-    query_len, key_len = call.query.shape[1], call.key.shape[1]
+    query_len, key_len = call.query.shape[2], call.key.shape[2]
     is_symbolic = is_symbolic_dim(query_len) or is_symbolic_dim(key_len)
     if implementation == "auto":
         if is_symbolic:
@@ -225,16 +228,14 @@ def _checked_call(
     segment_ids: Array | None,
     tolerance: str | float,
     distance: str,
+    query_start: int | Int32[Array, ""] | None = None,
 ) -> Call:
     """The call that these arguments make, without dropout. Logits and plans need no value."""
     arrays = [query, key] if value is None else [query, key, value]
+    shapes = [_heads_first(array) for array in arrays]
     check_attention(
-        *(_heads_first(query), _heads_first(key)),
-        None if value is None else _heads_first(value),
-        slopes.shape,
-        [str(array.dtype) for array in arrays],
-        distance,
-        scale,
+        *(shapes[0], shapes[1], None if value is None else shapes[2]),
+        *(slopes.shape, [str(array.dtype) for array in arrays], distance, scale),
     )
     if has_values_on_host(slopes):
         check_slopes(bool(np.isfinite(slopes).all()))
@@ -242,11 +243,15 @@ def _checked_call(
         if mask is not None:
             is_integer = not jnp.issubdtype(mask.dtype, jnp.floating)
             check_mask(name, mask.shape, is_integer, query.shape[0], key.shape[1])
+    # XLA leaves out the exchange of axes where keys come from a cache: it holds them heads first.
+    query, key, *values = (array.swapaxes(1, 2) for array in arrays)
+    if query_start is None:
+        query_start = key.shape[2] - query.shape[2]  # the last query stands at the last key
     return Call(
-        *(query, key, key if value is None else value, slopes),
+        *(query, key, values[0] if values else key, slopes),
         causal=causal,
         scale=default_scale(scale, query.shape[-1]),
-        query_start=key.shape[1] - query.shape[1],  # the last query stands at the last key
+        query_start=query_start,
         attention_mask=attention_mask,
         segment_ids=segment_ids,
         tolerance=tolerance,

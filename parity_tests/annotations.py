@@ -351,6 +351,7 @@ def _run_kernels() -> None:
 
 
 def _trace_kernels_of_jax() -> None:
+    import alibi_flax
     from alibi_flax.kernels.call import Call
     from alibi_flax.kernels.dropout import drawn_dropout
     from alibi_flax.kernels.windowed import operator, pallas_gpu, pallas_tpu, xla_loops
@@ -360,8 +361,9 @@ def _trace_kernels_of_jax() -> None:
         call = Call(query, key, key, slopes, True, 1.0, 0, *masks, "dtype", "absolute", dropout)
         return operator.attention(call, passes, None if passes is pallas_gpu else 128).sum()
 
-    query, key = jnp.ones((2, LENGTH, 4, 64)), jnp.ones((2, LENGTH, 2, 64))
+    query, key = jnp.ones((2, 4, LENGTH, 64)), jnp.ones((2, 2, LENGTH, 64))
     masks = [jnp.broadcast_to(row, (2, LENGTH)) for row in MASKED.values()]
+    jax.eval_shape(alibi_flax.attention, *[query.swapaxes(1, 2)] * 3, jnp.ones(4))
     for passes in (xla_loops, pallas_tpu, pallas_gpu):
         gradients = jax.grad(partial(total, passes), argnums=(0, 1, 2))
         jax.eval_shape(gradients, query, key, jnp.ones(4), jax.random.key(0), masks)

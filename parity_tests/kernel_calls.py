@@ -137,13 +137,15 @@ class FlaxKernel(Kernel):
         if self.name == "dense":
             return alibi_flax.attention(**arrays, **options, implementation="dense")
         rate, rng = options.pop("dropout", 0.0), options.pop("dropout_rng")
-        key_len = arrays["key"].shape[1]
-        start = key_len - arrays["query"].shape[1]
+        slopes = arrays.pop("slopes")
+        arrays = {name: array.swapaxes(1, 2) for name, array in arrays.items()}
+        key_len = arrays["key"].shape[2]
+        start = key_len - arrays["query"].shape[2]
         dropout = drawn_dropout(rate, rng, arrays["query"], start, key_len) if rate else None
         defaults = {"causal": True, "attention_mask": None, "segment_ids": None}
         defaults |= {"tolerance": "dtype", "distance": "absolute"}
         call = flax_call.Call(
-            **arrays, **{**defaults, **options}, query_start=start, dropout=dropout
+            **arrays, slopes=slopes, **{**defaults, **options}, query_start=start, dropout=dropout
         )
         block = {"blockwise": BLOCK, "pallas_tpu": certificate.BLOCK_SIZE, "pallas_gpu": None}
         return flax_operator.attention(call, PASSES[self.name], block[self.name])

@@ -109,7 +109,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _call(shape: tuple[int, ...], dtype: str) -> Call:
     array: Any = jax.ShapeDtypeStruct(shape, dtype)
-    slopes: Any = jax.ShapeDtypeStruct(shape[2:3], jnp.float32)
+    slopes: Any = jax.ShapeDtypeStruct(shape[1:2], jnp.float32)
     options = (True, 1.0, 0, None, None, "dtype", "absolute", None)
     return Call(array, array, array, slopes, *options)
 

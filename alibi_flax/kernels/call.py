@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int32, Integer, Shaped
 
 from alibi_flax.kernels.dropout import Dropout
 from alibi_spec.checks import beyond_windows
@@ -22,27 +22,30 @@ HIGHEST = jax.lax.Precision.HIGHEST  # of float32; the default can be bfloat16 o
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("query", "key", "value", "slopes", "attention_mask", "segment_ids", "dropout"),
-    meta_fields=("causal", "scale", "query_start", "tolerance", "distance", "windows"),
+    data_fields=(
+        *("query", "key", "value", "slopes", "query_start"),
+        *("attention_mask", "segment_ids", "dropout"),
+    ),
+    meta_fields=("causal", "scale", "tolerance", "distance", "windows"),
 )
 @dataclass(frozen=True)
 class Call:
-    """The arguments of `alibi_flax.attention`, which documents them.
+    """The arguments of `alibi_flax.attention`, which documents them, with heads first.
 
     Attributes:
         scale: that of the call, or the default.
-        query_start: the position of the first query among the keys.
+        query_start: the position of the first query among the keys; of a cache, an array.
         windows: for each head, how many keys its queries are known to need, -1 for all; None if
             that is not known. Devices that divide the positions of a decoder send no others.
     """
 
-    query: Float[Array, "batch query_len heads head_dim"]
-    key: Float[Array, "batch key_len kv_heads head_dim"]
-    value: Float[Array, "batch key_len kv_heads value_dim"]
+    query: Float[Array, "batch heads query_len head_dim"]
+    key: Float[Array, "batch kv_heads key_len head_dim"]
+    value: Float[Array, "batch kv_heads key_len value_dim"]
     slopes: Float[Array, " heads"]
     causal: bool
     scale: float
-    query_start: int
+    query_start: int | Int32[Array, ""]
     attention_mask: Integer[Array, "batch key_len"] | Bool[Array, "batch key_len"] | None
     segment_ids: Integer[Array, "batch key_len"] | None
     tolerance: str | float
@@ -78,6 +81,13 @@ class Kernel:
 def refuses_bias(call: Call) -> str | None:
     """The reason why a kernel that computes only -m |i - j| cannot compute a call."""
     return beyond_windows(call.distance, call.causal)
+
+
+def of_queries(
+    x: Shaped[Array, "..."], query_start: int | Int32[Array, ""], query_len: int, axis: int = 1
+) -> Shaped[Array, "..."]:
+    """The part of an array with an axis of keys that is at the positions of the queries."""
+    return jax.lax.dynamic_slice_in_dim(x, query_start, query_len, axis)
 
 
 def wide_dtype(array: Float[Array, "..."]) -> Any:

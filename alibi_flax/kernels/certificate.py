@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import HIGHEST, Call, wide_dtype
+from alibi_flax.kernels.call import HIGHEST, Call, of_queries, wide_dtype
 from alibi_flax.kernels.partition import varying, varying_axes
 from alibi_spec.certificate import tolerance_of
 
@@ -47,14 +47,14 @@ class AttentionPlan:
 def attention_plan(call: Call, block_size: int) -> AttentionPlan:
     """Ranges of key blocks outside which every query's attention mass is at most `tolerance`."""
     query, key, causal, mask = call.query, call.key, call.causal, call.attention_mask
-    batch, query_len, heads, _ = query.shape
+    batch, heads, query_len, _ = query.shape
     if 0 in (batch, query_len, heads):
         none = jnp.zeros((batch, heads, -(-query_len // block_size)), jnp.int32)
         return AttentionPlan(none, none, none.sum(axis=-1) / 1, block_size)
     allowed_mass = tolerance_of(call.tolerance, str(query.dtype))
     visible = None if mask is None else mask.astype(jnp.bool_)
     queries = _Queries.of(call, visible, block_size)
-    norms = _block_norms(key, visible, block_size, query.shape[2])
+    norms = _block_norms(key, visible, block_size, heads)
     axes = varying_axes(query, key, call.slopes, visible, call.segment_ids)
     blocks, own_block = norms.shape[-1], (queries.position // block_size)[None]
     shape = queries.reach.shape[:3]
@@ -178,37 +178,39 @@ class _Queries:
     ) -> _Queries:
         """From the arrays of a call."""
         query, key, segment_ids, scale = call.query, call.key, call.segment_ids, call.scale
-        batch, query_len, heads, head_dim = query.shape
-        query_start, query_end = call.query_start, call.query_start + query_len
+        (batch, heads, query_len, head_dim), kv_heads = query.shape, key.shape[1]
         dtype = wide_dtype(query)
-        position = jnp.arange(query_start, query_end, dtype=jnp.int32)
+        position = call.query_start + jnp.arange(query_len, dtype=jnp.int32)
         if visible is None:
-            anchor, anchor_key = position[None], key[:, query_start:query_end]
+            anchor = position[None]
+            anchor_key = of_queries(key, call.query_start, query_len, axis=2)
         else:
-            anchor = _anchors(visible, call.causal)[:, query_start:query_end]
-            anchor_key = jax.vmap(lambda keys, index: keys[index])(key, anchor.clip(0))
+            anchor = of_queries(_anchors(visible, call.causal), call.query_start, query_len)
+            index = anchor.clip(0)[:, None, :, None]
+            anchor_key = jnp.take_along_axis(key, index, axis=2)
         is_anchored = anchor >= 0
         if segment_ids is not None:
             anchor_segment = jnp.take_along_axis(segment_ids, anchor.clip(0), axis=1)
-            is_anchored = is_anchored & (anchor_segment == segment_ids[:, query_start:query_end])
-        groups = (batch, query_len, key.shape[2], heads // key.shape[2])
+            own_segment = of_queries(segment_ids, call.query_start, query_len)
+            is_anchored = is_anchored & (anchor_segment == own_segment)
+        groups = (batch, kv_heads, heads // kv_heads, query_len)
         query = query.astype(dtype).reshape(*groups, head_dim)
         anchor_key = anchor_key.astype(dtype)
-        product = jnp.einsum("bngrd,bngd->bngr", query, anchor_key, precision=HIGHEST)
-        anchor_norm = jnp.broadcast_to(bounding_norm(anchor_key)[..., None], groups)
+        product = jnp.einsum("bgrnd,bgnd->bgrn", query, anchor_key, precision=HIGHEST)
+        anchor_norm = jnp.broadcast_to(bounding_norm(anchor_key)[:, :, None], groups)
 
         def in_blocks(x: Array, padding: float | bool = 0) -> Array:
             rest = [(0, 0)] * (x.ndim - 1)
             x = jnp.pad(x, [*rest, (0, -query_len % block_size)], constant_values=padding)
             return x.reshape(*x.shape[:-1], -1, block_size)
 
-        def heads_first(x: Float[Array, "batch query_len kv_heads group"]) -> Array:
-            return in_blocks(x.reshape(batch, query_len, heads).swapaxes(1, 2))
+        def of_heads(x: Float[Array, "batch kv_heads group query_len"]) -> Array:
+            return in_blocks(x.reshape(batch, heads, query_len))
 
         return cls(
-            reach=heads_first(scale * bounding_norm(query)),
-            anchor_logit=heads_first(scale * product),
-            anchor_norm=heads_first(anchor_norm),
+            reach=of_heads(scale * bounding_norm(query)),
+            anchor_logit=of_heads(scale * product),
+            anchor_norm=of_heads(anchor_norm),
             anchor_distance=in_blocks(jnp.abs(position[None] - anchor)),
             slope=call.slopes.astype(dtype)[None, :, None, None],
             is_anchored=in_blocks(is_anchored),
@@ -244,19 +246,19 @@ def bounding_norm(x: Float[Array, "*shape head_dim"]) -> Float[Array, "*shape"]:
 
 
 def _block_norms(
-    key: Float[Array, "batch key_len kv_heads head_dim"],
+    key: Float[Array, "batch kv_heads key_len head_dim"],
     visible: Bool[Array, "batch key_len"] | None,
     block_size: int,
     heads: int,
 ) -> Float[Array, "batch heads key_blocks"]:
     """The largest norm of a visible key in each block, -inf where there is none."""
-    batch, key_len, kv_heads, _ = key.shape
+    batch, kv_heads, key_len, _ = key.shape
     norms = bounding_norm(key.astype(wide_dtype(key)))
     if visible is not None:
-        norms = jnp.where(visible[..., None], norms, -math.inf)
-    pad = ((0, 0), (0, -key_len % block_size), (0, 0))
+        norms = jnp.where(visible[:, None], norms, -math.inf)
+    pad = ((0, 0), (0, 0), (0, -key_len % block_size))
     norms = jnp.pad(norms, pad, constant_values=-math.inf)
-    norms = norms.reshape(batch, -1, block_size, kv_heads).max(axis=2).swapaxes(1, 2)
+    norms = norms.reshape(batch, kv_heads, -1, block_size).max(axis=3)
     return jnp.repeat(norms, heads // kv_heads, axis=1)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from alibi_flax.kernels.call import HIGHEST, Call, wide_dtype
+from alibi_flax.kernels.call import HIGHEST, Call, of_queries, wide_dtype
 from alibi_flax.kernels.dropout import is_kept
 
 # Queries times keys below which "auto" takes dense attention. On two CPU cores, with 8 heads of
@@ -43,25 +43,25 @@ def attention(call: Call) -> Float[Array, "batch query_len heads value_dim"]:
     probabilities = jax.nn.softmax(jnp.where(visible, logits, hidden), axis=-1)
     if call.dropout is not None:
         rate, hashes, of_keys = call.dropout
-        kept = is_kept(rate, hashes.swapaxes(1, 2)[..., None], of_keys[None, None, None])
+        kept = is_kept(rate, hashes[..., None], of_keys[None, None, None])
         probabilities = jnp.where(kept, probabilities / (1 - rate), 0.0)
-    value = _shared_heads(call.value, call.query.shape[2])
+    value = _shared_heads(call.value, call.query.shape[1])
     probabilities = probabilities.astype(value.dtype)
-    attended = jnp.einsum("bhqk,bkhd->bqhd", probabilities, value, precision=HIGHEST)
+    attended = jnp.einsum("bhqk,bhkd->bqhd", probabilities, value, precision=HIGHEST)
     return jnp.where(no_key.swapaxes(1, 2), 0.0, attended)
 
 
 def _logits(call: Call) -> Float[Array, "batch heads query_len key_len"]:
     dtype = wide_dtype(call.query)
-    key = _shared_heads(call.key, call.query.shape[2])
+    key = _shared_heads(call.key, call.query.shape[1])
     products = jnp.einsum(
-        "bqhd,bkhd->bhqk",
+        "bhqd,bhkd->bhqk",
         call.query.astype(dtype),
         key.astype(dtype),
         precision=HIGHEST,
     )
     if call.distance == "bfloat16":
-        bias = rounded_bias(call.slopes, key.shape[1], call.attention_mask)
+        bias = rounded_bias(call.slopes, key.shape[2], call.attention_mask)
         return call.scale * (products + bias.astype(dtype))
     relative = _relative_position(call)
     if call.distance == "absolute":
@@ -71,9 +71,9 @@ def _logits(call: Call) -> Float[Array, "batch heads query_len key_len"]:
 
 
 def _shared_heads(
-    x: Float[Array, "batch key_len kv_heads width"], num_heads: int
-) -> Float[Array, "batch key_len heads width"]:
-    return x if x.shape[2] == num_heads else jnp.repeat(x, num_heads // x.shape[2], axis=2)
+    x: Float[Array, "batch kv_heads key_len width"], num_heads: int
+) -> Float[Array, "batch heads key_len width"]:
+    return x if x.shape[1] == num_heads else jnp.repeat(x, num_heads // x.shape[1], axis=1)
 
 
 def rounded_bias(
@@ -98,8 +98,8 @@ def rounded_bias(
 
 def _relative_position(call: Call) -> Integer[Array, "query_len key_len"]:
     """j - i for every query i and key j."""
-    query_position = jnp.arange(call.query_start, call.query_start + call.query.shape[1])
-    return jnp.arange(call.key.shape[1])[None, :] - query_position[:, None]
+    query_position = call.query_start + jnp.arange(call.query.shape[2], dtype=jnp.int32)
+    return jnp.arange(call.key.shape[2], dtype=jnp.int32)[None, :] - query_position[:, None]
 
 
 def _visible_keys(call: Call) -> Bool[Array, "#batch 1 query_len key_len"]:
@@ -109,6 +109,6 @@ def _visible_keys(call: Call) -> Bool[Array, "#batch 1 query_len key_len"]:
     if call.attention_mask is not None:
         visible = visible & call.attention_mask.astype(jnp.bool_)[:, None, None, :]
     if segments is not None:
-        query_segment = segments[:, call.query_start : call.query_start + relative.shape[0]]
+        query_segment = of_queries(segments, call.query_start, relative.shape[0])
         visible = visible & (query_segment[:, None, :, None] == segments[:, None, None, :])
     return visible

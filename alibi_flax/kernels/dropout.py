@@ -27,7 +27,7 @@ class Dropout(NamedTuple):
     """
 
     rate: float
-    query_hashes: Int32[Array, "batch query_len heads"]
+    query_hashes: Int32[Array, "batch heads query_len"]
     key_hashes: Int32[Array, " key_len"]
 
 
@@ -43,26 +43,29 @@ def is_kept(
 def drawn_dropout(
     rate: float,
     rng: Key[Array, ""],
-    query: Float[Array, "batch query_len heads head_dim"],
-    query_start: int,
+    query: Float[Array, "batch heads query_len head_dim"],
+    query_start: int | Int32[Array, ""],
     key_len: int,
 ) -> Dropout:
     """Dropout for one call of attention, with a seed from the key."""
     seed = jax.lax.bitcast_convert_type(jax.random.bits(rng, (2,), jnp.uint32), jnp.int32)
-    batch, query_len, heads, _ = query.shape
-    hashes = query_hashes(seed, batch, heads, query_len, query_start)
+    hashes = query_hashes(seed, *query.shape[:3], query_start=query_start)
     return Dropout(rate, hashes, key_hashes(key_len))
 
 
 def query_hashes(
-    seed: Int32[Array, "2"], batch: int, heads: int, query_len: int, query_start: int
-) -> Int32[Array, "batch query_len heads"]:
+    seed: Int32[Array, "2"],
+    batch: int,
+    heads: int,
+    query_len: int,
+    query_start: int | Int32[Array, ""],
+) -> Int32[Array, "batch heads query_len"]:
     """A hash of each query of each head; the first stands at `query_start` among the keys."""
     start = _mixed(jnp.bitwise_xor(_mixed(seed[:1]), seed[1:]))
     sequence = _mixed(start + _count(batch))
     head = _mixed(sequence[:, None] + _count(heads)[None])
     position = _count(query_len) + jnp.int32(query_start)
-    return _mixed(head[:, None, :] + position[None, :, None])
+    return _mixed(head[:, :, None] + position[None, None])
 
 
 def key_hashes(key_len: int) -> Int32[Array, " key_len"]:

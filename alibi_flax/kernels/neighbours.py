@@ -42,13 +42,13 @@ def attend(
         causal, scale: of the call.
         windows: for each head, how many keys its queries need; -1 is all; None for all heads.
     """
-    devices, own = jax.lax.axis_size(axes), arrays["query"].shape[1]
+    devices, own = jax.lax.axis_size(axes), arrays["query"].shape[2]
     if not causal:
         hops = range(devices - 1, -devices, -1)
         return attend_here((devices - 1) * own, _joined(arrays, axes, layouts, hops))
-    kv_heads = arrays["key"].shape[2]
-    group = arrays["query"].shape[2] // kv_heads
-    needed = neighbours_needed(windows, arrays["query"].shape[2], own, devices)
+    heads, kv_heads = (arrays[name].shape[1] for name in ("query", "key"))
+    group = heads // kv_heads
+    needed = neighbours_needed(windows, heads, own, devices)
     of_keys = [max(needed[head * group : (head + 1) * group]) for head in range(kv_heads)]
     parts, order = [], []
     for count in sorted(set(of_keys)):
@@ -69,7 +69,7 @@ def attend(
 def _of_heads(
     arrays: Arrays, layouts: Mapping[str, str], keys: list[int], queries: list[int]
 ) -> Arrays:
-    if len(queries) == arrays["query"].shape[2]:
+    if len(queries) == arrays["query"].shape[1]:
         return arrays
     chosen = {"heads": jnp.array(queries), "kv_heads": jnp.array(keys)}
 
@@ -114,7 +114,7 @@ def _is_proved(arrays: Arrays, axes: MeshAxes, scale: float, before: int) -> Boo
 
     Those are the keys of this device, and of `before` positions before them.
     """
-    query, key = (jax.lax.stop_gradient(arrays[name]).swapaxes(1, 2) for name in ("query", "key"))
+    query, key = (jax.lax.stop_gradient(arrays[name]) for name in ("query", "key"))
     is_seen = arrays["attention_mask"].astype(jnp.bool_)[:, None]
     norms = jnp.where(is_seen, bounding_norm(key.astype(wide_dtype(key))), 0)
     largest = jax.lax.pmax(norms.max(axis=-1), axes)

@@ -54,7 +54,7 @@ def divided(
         return function(dict(zip(given, operands, strict=True)))
 
     def specs(mesh: Any, shapes: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        batch, _, heads, _ = (*shapes[query].sharding.spec, *[None] * 4)[:4]
+        batch, heads, *_ = (*shapes[query].sharding.spec, *[None] * 2)
         if kv_heads > 1 and kv_heads % _devices(mesh, heads):
             heads = None
         places = {"batch": batch, "heads": heads, "kv_heads": heads if kv_heads > 1 else None}
@@ -71,14 +71,13 @@ def divided(
     def inferred(mesh: Any, shapes: Any, _: Any) -> tuple[Any, ...]:
         return specs(mesh, shapes)[1]
 
-    rule, whole, factor_sizes = _sharding_rule(axes, axes_of_results, kv_heads, group)
+    rule, whole = _sharding_rule(axes, axes_of_results, kv_heads, group)
     partitioned: Any = custom_partitioning(local)
     partitioned.def_partition(
         partition,
         infer_sharding_from_operands=inferred,
         sharding_rule=rule,
         need_replication_factors=whole,
-        **factor_sizes,
     )
     # Under vmap the arrays have one more axis, and XLA decides how to divide them.
     mapped = custom_vmap(partitioned)
@@ -94,14 +93,17 @@ def divided(
 
 def _sharding_rule(
     operands: list[list[str]], results: list[list[str]], kv_heads: int, group: int
-) -> tuple[str, tuple[str, ...], dict[str, int]]:
-    """Shardy's sharding rule, its undivided factors, and the sizes of factors in products."""
-    factors, sizes = {"batch": "batch", "heads": "heads"}, {}
+) -> tuple[str, tuple[str, ...]]:
+    """Shardy's sharding rule, and its undivided factors.
+
+    Fewer heads of keys than of queries are a factor of their own: more devices than heads of keys
+    would otherwise divide these over a part of a mesh's axis, which JAX cannot express.
+    """
+    factors = {"batch": "batch", "heads": "heads"}
     if group == 1:
         factors["kv_heads"] = "heads"
     elif kv_heads > 1:
-        factors |= {"heads": "(kv_heads group)", "kv_heads": "kv_heads"}
-        sizes = {"group": group}
+        factors["kv_heads"] = "kv_heads"
     lines = [
         " ".join(factors.get(name, f"{name}{number}") for name in names)
         for number, names in enumerate([*operands, *results])
@@ -109,7 +111,7 @@ def _sharding_rule(
     left, right = ", ".join(lines[: len(operands)]), ", ".join(lines[len(operands) :])
     in_order = dict.fromkeys(re.findall(r"\w+", f"{left} {right}"))
     whole = tuple(name for name in in_order if name not in ("batch", "heads", "kv_heads"))
-    return f"{left} -> {right}", whole, sizes
+    return f"{left} -> {right}", whole
 
 
 def _devices(mesh: Any, axes: Any) -> int:

@@ -9,7 +9,7 @@ always the same. Only dense attention has second and forward-mode derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int32, Integer, Shaped
 
 from alibi_flax.kernels import neighbours
-from alibi_flax.kernels.call import HIGHEST, Call, wide_dtype
+from alibi_flax.kernels.call import HIGHEST, Call, of_queries, wide_dtype
 from alibi_flax.kernels.certificate import attention_plan
 from alibi_flax.kernels.partition import automatic_mesh, divided, varying, varying_axes
 from alibi_spec.certificate import BLOCK_SIZE
@@ -32,23 +32,23 @@ from alibi_spec.sharding import activation_axes, devices_of
     jax.tree_util.register_dataclass,
     data_fields=(
         *("query", "key", "value", "slopes", "query_ids", "key_ids"),
-        *("query_hashes", "key_hashes", "first", "last"),
+        *("query_hashes", "key_hashes", "first", "last", "query_start"),
     ),
-    meta_fields=("causal", "scale", "dropout", "query_start", "block_size"),
+    meta_fields=("causal", "scale", "dropout", "block_size"),
 )
 @dataclass(frozen=True)
 class BlockedCall:
-    """The input of the passes: one call with heads first, and zeros to fill the last block.
+    """The input of the passes: one call, and zeros to fill the last block.
 
     Attributes:
         query, key, value: heads of key and value serve consecutive heads of queries.
         slopes: m of each head, in the dtype of logits and sums.
         query_ids, key_ids: a query sees only keys with its own id; None if it sees all.
-        first, last: half-open ranges of key blocks for each block of queries.
         query_hashes, key_hashes: of dropout; None without.
+        first, last: half-open ranges of key blocks for each block of queries.
+        query_start: the position of the first query among the keys.
         causal, scale: as in the call.
         dropout: the share of probabilities that is dropped.
-        query_start: the position of the first query among the keys.
         block_size: positions in a block.
     """
 
@@ -62,10 +62,10 @@ class BlockedCall:
     key_hashes: Int32[Array, "1 keys"] | None
     first: Integer[Array, "batch heads query_blocks"]
     last: Integer[Array, "batch heads query_blocks"]
+    query_start: Int32[Array, "1"]
     causal: bool
     scale: float
     dropout: float
-    query_start: int
     block_size: int
 
     @property
@@ -143,13 +143,14 @@ class Passes(Protocol):
 
 # The axes of every array, by name: what can be divided among devices.
 LAYOUTS = {
-    "query": "batch query_len heads head_dim",
-    "key": "batch key_len kv_heads head_dim",
-    "value": "batch key_len kv_heads value_dim",
+    "query": "batch heads query_len head_dim",
+    "key": "batch kv_heads key_len head_dim",
+    "value": "batch kv_heads key_len value_dim",
     "slopes": "heads",
+    "query_start": "one",
     "attention_mask": "batch key_len",
     "segment_ids": "batch key_len",
-    "query_hashes": "batch query_len heads",
+    "query_hashes": "batch heads query_len",
     "key_hashes": "key_len",
     "attended": "batch query_len heads value_dim",
     "gradient": "batch query_len heads value_dim",
@@ -165,7 +166,10 @@ LAYOUTS = {
 _OF_KEYS = ("key", "value")
 _NAMES = ("query", "key", "value", "slopes", "attention_mask", "segment_ids")  # of a call
 # Of the arguments.
-NOT_DIFFERENTIATED = ("attention_mask", "segment_ids", "query_hashes", "key_hashes")
+NOT_DIFFERENTIATED = (
+    *("query_start", "attention_mask", "segment_ids"),
+    *("query_hashes", "key_hashes"),
+)
 
 
 def attention(
@@ -174,13 +178,11 @@ def attention(
     """Attention of one call, up to its tolerance, in blocks of this size or the passes' own."""
     size = passes.block_size(call) if block_size is None else block_size
     # Few queries need no large block. Sizes are multiples of 128, the width of a TPU's registers.
-    size = min(size, -(-call.query.shape[1] // BLOCK_SIZE) * BLOCK_SIZE)
+    size = min(size, -(-call.query.shape[2] // BLOCK_SIZE) * BLOCK_SIZE)
     rate, *hashes = (0.0, None, None) if call.dropout is None else call.dropout
-    options = _Options(
-        *(passes, call.causal, call.scale, call.query_start, call.tolerance, rate, size),
-        call.windows,
-    )
+    options = _Options(*(passes, call.causal, call.scale, call.tolerance, rate, size, call.windows))
     arrays = {name: getattr(call, name) for name in _NAMES}
+    arrays["query_start"] = jnp.full(1, call.query_start, jnp.int32)
     return _in_place(
         options, arrays | dict(zip(("query_hashes", "key_hashes"), hashes, strict=True))
     )
@@ -191,7 +193,6 @@ class _Options:
     passes: Passes
     causal: bool
     scale: float
-    query_start: int
     tolerance: str | float
     dropout: float
     block_size: int
@@ -215,7 +216,7 @@ def _in_place(options: _Options, arrays: Arrays) -> Array:
     shardings = [jax.typeof(x).sharding for x in arrays.values() if x is not None]
     if not any(axes is not None for sharding in shardings for axes in sharding.spec):
         return _attend_alike(options, arrays)
-    batch, _, heads, _ = jax.typeof(arrays["query"]).sharding.spec
+    batch, heads, *_ = jax.typeof(arrays["query"]).sharding.spec
     places = {"batch": batch, "heads": heads, "kv_heads": heads}
     specs = {name: PartitionSpec(*map(places.get, LAYOUTS[name].split())) for name in arrays}
     mesh = jax.typeof(arrays["query"]).sharding.mesh
@@ -231,11 +232,11 @@ def _by_rules(options: _Options, mesh: AbstractMesh, arrays: Arrays) -> Array:
 
     Where the devices are a multiple of the heads of keys, several get the same one.
     """
-    (batch, seq, heads, _), key_len = arrays["query"].shape, arrays["key"].shape[1]
+    (batch, heads, seq, _), (_, kv_heads, key_len, _) = arrays["query"].shape, arrays["key"].shape
     axes = activation_axes({"batch": batch, "seq": seq, "heads": heads}, mesh.shape)
-    devices, kv_heads = devices_of(axes["heads"], mesh.shape), arrays["key"].shape[2]
+    devices = devices_of(axes["heads"], mesh.shape)
     if devices % kv_heads == 0:
-        copies = {name: jnp.repeat(arrays[name], devices // kv_heads, 2) for name in _OF_KEYS}
+        copies = {name: jnp.repeat(arrays[name], devices // kv_heads, 1) for name in _OF_KEYS}
         arrays = arrays | copies
     elif kv_heads % devices:
         axes["heads"] = ()
@@ -255,12 +256,14 @@ def _by_rules(options: _Options, mesh: AbstractMesh, arrays: Arrays) -> Array:
 def _mapped(
     attend: Callable[[Arrays], Array], mesh: Any, specs: Mapping[str, PartitionSpec]
 ) -> Any:
-    return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=specs["query"])
+    batch, heads, query_len, _ = specs["query"]
+    goal = PartitionSpec(batch, query_len, heads)
+    return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=goal)
 
 
 def _attend_with_neighbours(options: _Options, axes: tuple[str, ...], arrays: Arrays) -> Array:
     def attend_here(query_start: int, arrays: Arrays) -> Array:
-        return _attend_alike(replace(options, query_start=query_start), arrays)
+        return _attend_alike(options, arrays | {"query_start": jnp.full(1, query_start, jnp.int32)})
 
     return neighbours.attend(
         *(attend_here, arrays, axes, LAYOUTS),
@@ -301,8 +304,8 @@ def _backward(
 
     def grouped(x: Float[Array, "batch heads keys width"], like: Array) -> Array:
         """The sum over the heads of queries that share a head of keys."""
-        shape = (x.shape[0], like.shape[2], -1, *x.shape[2:])
-        return x.reshape(shape).sum(axis=2).swapaxes(1, 2).astype(like.dtype)
+        shape = (x.shape[0], like.shape[1], -1, *x.shape[2:])
+        return x.reshape(shape).sum(axis=2).astype(like.dtype)
 
     gradients = {
         "query": of_query,
@@ -336,7 +339,7 @@ def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
         **named,
         causal=options.causal,
         scale=options.scale,
-        query_start=options.query_start,
+        query_start=arrays["query_start"][0],
         tolerance=options.tolerance,
         distance="absolute",
         dropout=None,
@@ -344,7 +347,7 @@ def _forward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
     plan = attention_plan(call, options.block_size)
     ranges = {"first": plan.first, "last": plan.last}
     attended, log_total = options.passes.attended(_blocked(options, arrays | ranges))
-    return _seq_first(attended, arrays["query"].shape[1]), log_total, plan.first, plan.last
+    return _seq_first(attended, arrays["query"].shape[2]), log_total, plan.first, plan.last
 
 
 def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
@@ -352,15 +355,16 @@ def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
     query, key = arrays["query"], arrays["key"]
     blocked = _blocked(options, arrays)
     gradient, attended = (
-        _heads_first(arrays[name], options.block_size) for name in ("gradient", "attended")
+        _padded(arrays[name].swapaxes(1, 2), options.block_size)
+        for name in ("gradient", "attended")
     )
     shift = blocked.dot("bhqd,bhqd->bhq", gradient, attended)
     per_query = PerQuery(gradient, arrays["log_total"], shift)
     of_query, of_slopes = options.passes.query_gradients(blocked, per_query)
     of_key, of_value = options.passes.key_gradients(blocked, per_query)
     return (
-        _seq_first(of_query, query.shape[1]).astype(query.dtype),
-        *(x[:, :, : key.shape[1]] for x in (of_key, of_value)),
+        of_query[:, :, : query.shape[2]].astype(query.dtype),
+        *(x[:, :, : key.shape[2]] for x in (of_key, of_value)),
         of_slopes.sum(axis=2),
     )
 
@@ -368,23 +372,22 @@ def _backward_here(options: _Options, arrays: Arrays) -> tuple[Array, ...]:
 def _blocked(options: _Options, arrays: Arrays) -> BlockedCall:
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     attention_mask, segment_ids = arrays.get("attention_mask"), arrays.get("segment_ids")
-    size, query_start = options.block_size, options.query_start
+    (batch, _, query_len, _), key_len, size = query.shape, key.shape[2], options.block_size
     query_ids, key_ids = None, None
-    is_padded = not options.causal and key.shape[1] % size > 0  # causal queries see no padding
+    is_padded = not options.causal and key_len % size > 0  # causal queries see no padding
     if attention_mask is not None or segment_ids is not None or is_padded:
-        ids = jnp.zeros(key.shape[:2], jnp.int32) if segment_ids is None else _ranks(segment_ids)
-        padding = ((0, 0), (0, -query.shape[1] % size))
-        query_ids = jnp.pad(ids[:, query_start : query_start + query.shape[1]], padding)
+        ids = jnp.zeros((batch, key_len), jnp.int32) if segment_ids is None else _ranks(segment_ids)
+        own = of_queries(ids, arrays["query_start"][0], query_len)
+        query_ids = jnp.pad(own, ((0, 0), (0, -query_len % size)))
         if attention_mask is not None:  # -1 is the id of no query
             ids = jnp.where(attention_mask.astype(jnp.bool_), ids, -1)
-        padding = ((0, 0), (0, -key.shape[1] % size))
-        key_ids = jnp.pad(ids, padding, constant_values=-1)
+        key_ids = jnp.pad(ids, ((0, 0), (0, -key_len % size)), constant_values=-1)
     query_hashes, key_hashes = arrays.get("query_hashes"), arrays.get("key_hashes")
     if query_hashes is not None and key_hashes is not None:
-        query_hashes = _heads_first(query_hashes[..., None], size)[..., 0]
-        key_hashes = jnp.pad(key_hashes, (0, -key.shape[1] % size))[None]
+        query_hashes = jnp.pad(query_hashes, ((0, 0), (0, 0), (0, -query_len % size)))
+        key_hashes = jnp.pad(key_hashes, (0, -key_len % size))[None]
     return BlockedCall(
-        *(_heads_first(x, size) for x in (query, key, value)),
+        *(_padded(x, size) for x in (query, key, value)),
         slopes=arrays["slopes"].astype(wide_dtype(query)),
         query_ids=query_ids,
         key_ids=key_ids,
@@ -392,10 +395,10 @@ def _blocked(options: _Options, arrays: Arrays) -> BlockedCall:
         key_hashes=key_hashes,
         first=arrays["first"],
         last=arrays["last"],
+        query_start=arrays["query_start"],
         causal=options.causal,
         scale=options.scale,
         dropout=options.dropout,
-        query_start=query_start,
         block_size=size,
     )
 
@@ -409,11 +412,10 @@ def _ranks(segment_ids: Integer[Array, "batch key_len"]) -> Int32[Array, "batch 
     return jax.vmap(ranks)(segment_ids)
 
 
-def _heads_first(
-    x: Shaped[Array, "batch seq heads width"], block_size: int
+def _padded(
+    x: Shaped[Array, "batch heads seq width"], block_size: int
 ) -> Shaped[Array, "batch heads padded_seq width"]:
-    padding = ((0, 0), (0, -x.shape[1] % block_size), (0, 0), (0, 0))
-    return jnp.pad(x, padding).swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % block_size), (0, 0)))
 
 
 def _seq_first(

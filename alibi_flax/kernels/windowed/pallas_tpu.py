@@ -32,7 +32,26 @@ _LANES = 128  # numbers in a row of a register
 
 Refs = list[Any]
 Step = Callable[[Array, list[Array]], None]
-Program = Callable[[Array, Array, Refs, Refs, Refs], tuple[Step, Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a program knows about its head.
+
+    Attributes:
+        slope: m.
+        query_start: the position of the first query among the keys.
+    """
+
+    slope: Array
+    query_start: Array
+
+    def start(self, blocked: BlockedCall, query_block: Array, key_block: Array) -> Array:
+        """The position of the first key of a block, minus that of the first query of another."""
+        return (key_block - query_block) * blocked.block_size - self.query_start
+
+
+Program = Callable[[_Head, Array, Refs, Refs, Refs], tuple[Step, Callable[[], None]]]
 
 
 def refuses(call: Call) -> str | None:
@@ -52,7 +71,7 @@ def block_size(call: Call) -> int:  # noqa: ARG001
 def attended(blocked: BlockedCall) -> Attended:
     """The result, in the dtype of the values; log Σ_j exp(s_ij), inf if it sees no key."""
 
-    def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
+    def program(head: _Head, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
         largest, total, weighted = state
         largest[...] = jnp.full(largest.shape, -math.inf, largest.dtype)
         total[...], weighted[...] = _zeros(total), _zeros(weighted)
@@ -61,9 +80,9 @@ def attended(blocked: BlockedCall) -> Attended:
 
         def step(key_block: Array, others: list[Array]) -> None:
             key, value, *key_rows = others
-            start = _start(blocked, block, key_block)
+            start = head.start(blocked, block, key_block)
             ids, hashes = _ids_and_hashes(blocked, columns, key_rows)
-            logits, _ = _logits(blocked, slope, query[0], key, start, 1, ids)
+            logits, _ = _logits(blocked, head.slope, query[0], key, start, 1, ids)
             new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
             base = jnp.where(new == -math.inf, 0.0, new)  # else -inf - -inf would be NaN
             weights, decay = jnp.exp(logits - base), jnp.exp(largest[...] - base)
@@ -98,7 +117,7 @@ def attended(blocked: BlockedCall) -> Attended:
 def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
     """Gradients of the queries, and each query's share of the gradient of m."""
 
-    def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
+    def program(head: _Head, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
         of_query, of_slope = state
         of_query[...], of_slope[...] = _zeros(of_query), _zeros(of_slope)
         query, gradient, *vectors = own
@@ -106,9 +125,9 @@ def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
 
         def step(key_block: Array, others: list[Array]) -> None:
             key, value, *key_rows = others
-            start = _start(blocked, block, key_block)
+            start = head.start(blocked, block, key_block)
             ids, hashes = _ids_and_hashes(blocked, columns, key_rows)
-            logits, distance = _logits(blocked, slope, query[0], key, start, 1, ids)
+            logits, distance = _logits(blocked, head.slope, query[0], key, start, 1, ids)
             weights = jnp.exp(logits - log_total)
             of_weights = _dropped(blocked, _dot(gradient[0], value, 1, 1), hashes)
             of_logits = weights * (of_weights - shift)
@@ -138,7 +157,7 @@ def query_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfQueries:
 def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
     """Gradients of the keys and values, for each head of queries."""
 
-    def program(slope: Array, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
+    def program(head: _Head, block: Array, own: Refs, state: Refs, outputs: Refs) -> Any:
         of_key, of_value = state
         of_key[...], of_value[...] = _zeros(of_key), _zeros(of_value)
         key, value, *vectors = own
@@ -147,9 +166,9 @@ def key_gradients(blocked: BlockedCall, per_query: PerQuery) -> OfKeys:
         def step(query_block: Array, others: list[Array]) -> None:
             # Logits are [keys, queries] here, so that rows per query need no transpose.
             query, gradient, log_total, shift, *query_rows = others
-            start = _start(blocked, query_block, block)
+            start = head.start(blocked, query_block, block)
             ids, hashes = _ids_and_hashes(blocked, columns, query_rows)
-            logits, _ = _logits(blocked, slope, key[0], query, start, 0, ids)
+            logits, _ = _logits(blocked, head.slope, key[0], query, start, 0, ids)
             weights = jnp.exp(logits - log_total)
             of_weights = _dropped(blocked, _dot(value[0], gradient, 1, 1), hashes)
             of_logits = weights * (of_weights - shift)
@@ -318,13 +337,13 @@ def _sweep(
 ) -> list[Array]:
     """Call `program` for every head and block, and its step for the blocks from first to last.
 
-    A program takes its slope, its block, its blocks of `own`, memory for its state, and its
+    A program takes its head, its block, its blocks of `own`, memory for its state, and its
     outputs. It returns a step, which takes one block of `others`, and a function that writes the
     outputs.
     """
     size, (batch, heads, blocks) = blocked.block_size, first.shape
 
-    def kernel(slopes: Any, first: Any, last: Any, *refs: Any) -> None:
+    def kernel(slopes: Any, query_start: Any, first: Any, last: Any, *refs: Any) -> None:
         rest = iter(refs)  # in the order of the arguments of pallas_call below
         groups = (own, others, outputs, state, others)
         own_refs, sources, output_refs, state_refs, buffers = (
@@ -332,22 +351,23 @@ def _sweep(
         )
         (semaphores,) = rest
         head, block = pl.program_id(0), pl.program_id(1)
-        slope = slopes[jax.lax.rem(head, jnp.int32(heads))]
-        step, finish = program(slope, block, own_refs, state_refs, output_refs)
+        of_head = _Head(slopes[jax.lax.rem(head, jnp.int32(heads))], query_start[0])
+        step, finish = program(of_head, block, own_refs, state_refs, output_refs)
         stream = _Stream(others, sources, buffers, semaphores, head, size)
         stream.visit(first[0, 0, block], last[0, 0, block], step)
         finish()
 
-    def of_head(head: Array, _: Array) -> tuple[Array, Array, Array]:
+    def own_bounds(head: Array, _: Array) -> tuple[Array, Array, Array]:
         return head, jnp.int32(0), jnp.int32(0)
 
     axes = varying_axes(blocked.query)
-    bounds = pl.BlockSpec((1, 1, blocks), of_head, memory_space=pltpu.SMEM)
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    bounds = pl.BlockSpec((1, 1, blocks), own_bounds, memory_space=pltpu.SMEM)
     results = pl.pallas_call(
         kernel,
         grid=(batch * heads, blocks),
         in_specs=[
-            *(pl.BlockSpec(memory_space=pltpu.SMEM), bounds, bounds),
+            *(scalars, scalars, bounds, bounds),
             *(operand.own_block(size) for operand in own),
             *(pl.BlockSpec(memory_space=pl.ANY) for _ in others),
         ],
@@ -360,7 +380,7 @@ def _sweep(
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(
-        blocked.slopes,
+        *(blocked.slopes, blocked.query_start),
         *(x.astype(jnp.int32).reshape(batch * heads, 1, blocks) for x in (first, last)),
         *(operand.array for operand in (*own, *others)),
     )
@@ -368,11 +388,6 @@ def _sweep(
         x.reshape(batch, heads, *(x.shape[1:] if operand.axis == 1 else x.shape[2:]))
         for x, operand in zip(results, outputs, strict=True)
     ]
-
-
-def _start(blocked: BlockedCall, query_block: Array, key_block: Array) -> Array:
-    """The position of the first key of a block, minus that of the first query of another."""
-    return (key_block - query_block) * blocked.block_size - blocked.query_start
 
 
 def _logits(

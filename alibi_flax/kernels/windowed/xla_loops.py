@@ -224,7 +224,8 @@ def _logits(
     shape = (size, size)
     # The index of the key, and of the query, in their blocks.
     index = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (key_axis, 1 - key_axis)]
-    relative = index[0] - index[1] + (key_block - query_block) * size - blocked.query_start
+    relative = index[0] - index[1] + (key_block - query_block) * size
+    relative -= blocked.query_start[0]
     distance = jnp.abs(relative).astype(blocked.slopes.dtype)
     products = blocked.dot("id,jd->ij", left, right)
     slope = blocked.slopes[jax.lax.rem(head, jnp.int32(heads))]

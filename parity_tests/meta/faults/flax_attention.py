@@ -149,7 +149,7 @@ FAULTS = (
     Mutant(
         "padding of the last block is seen",
         "alibi_flax/kernels/windowed/operator.py",
-        "is_padded = not options.causal and key.shape[1] % size > 0",
+        "is_padded = not options.causal and key_len % size > 0",
         "is_padded = False",
         "test_kernel_numbers.py -k 'float64 and flax'",
     ),
@@ -177,7 +177,7 @@ FAULTS = (
     Mutant(
         "queries counted from the first key",
         "alibi_flax/kernels/windowed/pallas_tpu.py",
-        "blocked.block_size - blocked.query_start",
+        "blocked.block_size - self.query_start",
         "blocked.block_size",
         "test_kernel_numbers.py -k 'narrow and pallas_tpu'",
     ),

@@ -40,8 +40,8 @@ FAULTS = (
     Mutant(
         "devices with keys of other heads",
         "alibi_flax/kernels/windowed/operator.py",
-        "jnp.repeat(arrays[name], devices // kv_heads, 2)",
-        "jnp.tile(arrays[name], (1, 1, devices // kv_heads, 1))",
+        "jnp.repeat(arrays[name], devices // kv_heads, 1)",
+        "jnp.tile(arrays[name], (1, devices // kv_heads, 1, 1))",
         f"{_RULES} 'one_device and tensor'",
     ),
     Mutant(
