@@ -90,13 +90,6 @@ FAULTS = (
         "test_cache.py -k 'cached_is_uncached and flax'",
     ),
     Mutant(
-        "heads of keys that are divided like the more heads of queries",
-        "alibi_flax/kernels/partition.py",
-        'factors["kv_heads"] = "kv_heads"',
-        'factors["kv_heads"] = "heads"',
-        "test_kernel_export.py -k sharded",
-    ),
-    Mutant(
         "queries counted from the first key in loops of XLA",
         "alibi_flax/kernels/windowed/xla_loops.py",
         "relative -= blocked.query_start[0]",
