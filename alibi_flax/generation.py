@@ -68,7 +68,7 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 1024,
     windows: Int[np.ndarray, "layers heads"] | None = None,
     return_log_probabilities: bool = False,
 ) -> Generated:
@@ -139,7 +139,7 @@ def stream(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 1024,
     windows: Int[np.ndarray, "layers heads"] | None = None,
 ) -> Iterator[Integer[Array, " batch"]]:
     """The new tokens of `generate`, [batch], as they come. Arguments and errors are the same."""

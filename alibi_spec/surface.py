@@ -99,7 +99,7 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 1024,
     windows: Any = None,
     return_log_probabilities: bool = False,
 ) -> Any: ...
@@ -122,7 +122,7 @@ def stream(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 1024,
     windows: Any = None,
 ) -> Any: ...
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from alibi_spec.checks import (
     check_array,
@@ -22,7 +21,7 @@ from alibi_spec.checks import (
 )
 from alibi_spec.sampling import Endings, Sampling, left_padded, uniforms
 from alibi_torch.cache import KVCache
-from alibi_torch.model import ALiBiLM, AttentionMask, checked_tokens
+from alibi_torch.model import ALiBiLM, AttentionMask, checked_tokens, has_observers
 from alibi_torch.sampling import chosen_tokens
 
 
@@ -62,7 +61,7 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 1024,
     windows: Int[np.ndarray, "layers heads"] | None = None,
     return_log_probabilities: bool = False,
 ) -> Generated:
@@ -129,7 +128,7 @@ def stream(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 1024,
     windows: Int[np.ndarray, "layers heads"] | None = None,
 ) -> Iterator[Integer[Tensor, " batch"]]:
     """The new tokens of `generate`, [batch], as they come. Arguments and errors are the same."""
@@ -244,13 +243,8 @@ def _is_unobserved(model: nn.Module) -> bool:
     return (
         all(type(each) is nn.Parameter for each in model.parameters())
         and all(type(each).__module__.startswith(ours) for each in model.modules())
-        and not any(map(_has_hooks, model.modules()))
-        and not _has_any_global_hook()
+        and not any(map(has_observers, model.modules()))
     )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _log_probabilities(

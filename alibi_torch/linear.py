@@ -8,10 +8,10 @@ faster still with weights in a layout of its own, of which `packed_weights` make
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -25,6 +25,16 @@ from alibi_torch.kernels.finite import has_values_on_host
 
 _LEAST = 2**17  # elements of a weight for which oneDNN's fixed cost of about 15 µs is worth it
 _FEW = 2  # rows for which weights are read as fast where they lie
+
+Activation = Callable[[Tensor], Tensor]
+gelu_tanh: Activation = partial(F.gelu, approximate="tanh")
+# What oneDNN can compute without another pass over the results of a map. ReLU is left out: there
+# that of NaN is 0.
+_ACTIVATIONS: dict[Activation | None, tuple[str, list[float], str]] = {
+    None: ("none", [], ""),
+    F.gelu: ("gelu", [], "none"),
+    gelu_tanh: ("gelu", [], "tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +106,29 @@ def linear(
 ) -> Float[Tensor, "*batch features"]:
     """A linear map in the common dtype of its input and its parameters (SPEC.md §5.1)."""
     if _is_for_onednn(x, weight, bias):
-        operators: Any = torch.ops.mkldnn
-        if packed is not None and packed.serves(x, weight):
-            weight = packed.values
-        return operators._linear_pointwise(x, weight, bias, "none", [], "")
+        return by_onednn(x, weight, bias, packed)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)  # autocast has its own rule
     return F.linear(*in_common_dtype(x, weight, bias))
+
+
+def is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> bool:
+    """Whether `by_onednn` may be asked for the activation of a map."""
+    return activation in _ACTIVATIONS and _is_for_onednn(x, weight, bias)
+
+
+def by_onednn(
+    x: Float[Tensor, "*batch width"],
+    weight: Float[Tensor, "features width"],
+    bias: Float[Tensor, " features"] | None,
+    packed: Packed | None,
+    activation: Activation | None = None,
+) -> Float[Tensor, "*batch features"]:
+    """The activation of a linear map."""
+    operators: Any = torch.ops.mkldnn
+    if packed is not None and packed.serves(x, weight):
+        weight = packed.values
+    return operators._linear_pointwise(x, weight, bias, *_ACTIVATIONS[activation])
 
 
 def in_common_dtype(*tensors: Any) -> tuple[Any, ...]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer, Num
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from alibi_spec import ALiBiConfig, model_slopes, parameter_table, slopes
@@ -43,7 +43,15 @@ from alibi_torch.dispatch import (
 )
 from alibi_torch.divided import own, placed_like, whole
 from alibi_torch.kernels.finite import has_values_on_host
-from alibi_torch.linear import Packed, in_common_dtype, linear
+from alibi_torch.linear import (
+    Activation,
+    Packed,
+    by_onednn,
+    gelu_tanh,
+    in_common_dtype,
+    is_fused,
+    linear,
+)
 from alibi_torch.positions import Positions
 
 AttentionMask = Integer[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]
@@ -51,9 +59,9 @@ SegmentIds = Integer[Tensor, "batch seq"]
 Windows = tuple[tuple[int, ...], ...]  # of layers and heads; -1 is all keys
 
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Activation] = {
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "relu": F.relu,
     "silu": F.silu,
 }
@@ -66,6 +74,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch features"]:
         return linear(input, self.weight, self.bias, self.packed)
+
+
+def has_observers(module: nn.Module) -> bool:
+    """Whether hooks, or a `forward` of its own, see what a module computes."""
+    has_hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    return bool(has_hooks) or "forward" in vars(module)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -270,7 +284,14 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq embed"]:
         if self.is_gated:
             return self.fc2(self.fc1(x) * self.activation(self.gate(x)))
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self._activated(x))
+
+    def _activated(self, x: Float[Tensor, "batch seq embed"]) -> Float[Tensor, "batch seq ffn"]:
+        fc1, activation = self.fc1, self.activation
+        is_plain = type(fc1) is Linear and not has_observers(fc1)
+        if is_plain and is_fused(x, fc1.weight, fc1.bias, activation):
+            return by_onednn(x, fc1.weight, fc1.bias, fc1.packed, activation)
+        return activation(fc1(x))
 
 
 class Block(nn.Module):

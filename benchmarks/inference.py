@@ -254,7 +254,7 @@ class Worker:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, **pipes)
 
-    def ask(self, kind: str, batch: int, seq: int, new: int = 0) -> dict[str, Any]:
+    def ask(self, kind: str, batch: int, seq: int, new: int) -> dict[str, Any]:
         """The answer of `serve`."""
         stdin: Any = self._process.stdin
         stdout: Any = self._process.stdout
@@ -267,20 +267,27 @@ class Worker:
         self._process.communicate()
 
 
-def in_turns(workers: dict[str, Worker], *case: Any) -> list[dict[str, Any]]:
-    """One row per peer; the first round compiles and loads."""
-    first = {peer: worker.ask(*case) for peer, worker in workers.items()}
-    raw: dict[str, list[float]] = {peer: [] for peer in workers}
-    for _ in range(ROUNDS):
-        for peer, worker in workers.items():
-            raw[peer].append(worker.ask(*case)["seconds"])
-    kind, batch, seq, new = (*case, 0)[:4]
-    ours, rows = next(iter(first.values()))["tokens"], []
-    for peer, seconds in raw.items():
-        row = {"peer": peer, "kind": kind, "batch": batch, "seq": seq, "new": new}
+def in_turns(
+    workers: dict[str, Worker], kind: str, batch: int, seq: int, new: int
+) -> list[dict[str, Any]]:
+    """A row per peer, and of prompts one of their products; the first round compiles and loads."""
+    asked = []
+    for peer in workers:
+        asked.append((peer, kind))
+        if kind == "prefill" and peer in PRODUCTS:  # right after, so that both meet the same load
+            asked.append((peer, "products"))
+    answers: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in asked}
+    for _ in range(1 + ROUNDS):
+        for peer, part in asked:
+            answers[peer, part].append(workers[peer].ask(part, batch, seq, new))
+    rows = []
+    for (peer, part), (first, *rest) in answers.items():
+        seconds = [answer["seconds"] for answer in rest]
+        row = {"peer": peer, "kind": part, "batch": batch, "seq": seq, "new": new}
         row |= {"seconds": statistics.median(seconds), "raw": seconds}
-        row["same_tokens"] = first[peer]["tokens"] == ours
-        print(f"{peer:28} {kind:9} {batch} x {seq:5} {row['seconds'] * 1e3:9.1f} ms", flush=True)
+        if part != "products":
+            row["same_tokens"] = first["tokens"] == answers["alibi_torch", kind][0]["tokens"]
+        print(f"{peer:28} {part:9} {batch} x {seq:5} {row['seconds'] * 1e3:9.1f} ms", flush=True)
         rows.append(row)
     return rows
 
@@ -302,8 +309,6 @@ def main() -> int:
         workers.pop(PACKED).close()  # of one long prompt it is the same
         for seq in PREFILLS:
             rows += in_turns(workers, "prefill", 1, seq, 1)
-            with_products = {peer: workers[peer] for peer in PRODUCTS}
-            rows += in_turns(with_products, "products", 1, seq)
         for worker in workers.values():
             worker.close()
     for context in CONTEXTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +20,8 @@ from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS
 from alibi_torch import ALiBiLM, generate
 from alibi_torch import linear as module
-from alibi_torch.linear import Packed, linear, packed_weights
+from alibi_torch.linear import Packed, is_fused, linear, packed_weights
+from alibi_torch.model import ACTIVATION_FUNCTIONS, FeedForward, Linear
 from parity_tests.compare import assert_within
 
 IN, OUT = 512, 300
@@ -205,6 +208,81 @@ def test_models_that_cannot_be_packed() -> None:
             packed_weights(model),
         ):
             pass
+
+
+def _feed_forward(activation: str) -> FeedForward:
+    torch.manual_seed(0)
+    sizes: Any = {"num_layers": 1, "d_model": 384, "num_heads": 4, "activation": activation}
+    return FeedForward(ALiBiConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
+@torch.no_grad()
+def test_activations(activation: str) -> None:
+    """Computed with the map before them they are the same, of numbers that are not finite too."""
+    ffn, x = _feed_forward(activation), 3 * _drawn(2, 5, 384)
+    for row, number in enumerate((math.nan, math.inf, -math.inf, 1e38)):
+        x[1, row, row] = number
+    assert is_fused(x, ffn.fc1.weight, ffn.fc1.bias, ffn.activation) == (
+        module._is_x86() and activation.startswith("gelu")
+    )
+    expected = ffn.activation(F.linear(x.double(), ffn.fc1.weight.double(), ffn.fc1.bias.double()))
+    found, ordinary = ffn._activated(x), [*range(5), 9]
+    found, expected = found.flatten(0, 1), expected.float().flatten(0, 1)
+    assert_within(found[ordinary].numpy(), expected[ordinary].numpy(), LIMIT, activation)
+    assert torch.equal(found.isnan(), ffn.activation(ffn.fc1(x)).flatten(0, 1).isnan())
+
+
+@pytest.mark.parametrize(
+    "observer", ["hook", "pre-hook", "hook of all modules", "forward", "class"]
+)
+@torch.no_grad()
+def test_what_observers_see(observer: str) -> None:
+    """The results of the map, before the activation."""
+    ffn, x, seen = _feed_forward("gelu"), _drawn(2, 5, 384), []
+    fc1: Any = ffn.fc1
+    mapped, expected = F.linear(x, fc1.weight, fc1.bias), ffn(x)
+
+    def note(_module: object, _inputs: object, result: torch.Tensor) -> None:
+        if _module is fc1:
+            seen.append(result)
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        seen.append(type(fc1).forward(fc1, x))
+        return seen[-1]
+
+    hook: Any = None
+    if observer == "hook":
+        hook = fc1.register_forward_hook(note)
+    elif observer == "pre-hook":
+        hook = fc1.register_forward_pre_hook(lambda fc1, inputs: note(fc1, None, mapped) or inputs)
+    elif observer == "hook of all modules":
+        hook = torch.nn.modules.module.register_module_forward_hook(note)
+    elif observer == "forward":
+        fc1.forward = noted
+    else:
+        ffn.fc1 = _Noting(fc1, seen)
+    try:
+        found = ffn(x)
+    finally:
+        if hook is not None:
+            hook.remove()
+    assert len(seen) == 1
+    assert_within(seen[0].numpy(), mapped.numpy(), LIMIT, "what is seen")
+    assert_within(found.numpy(), expected.numpy(), LIMIT, "results")
+
+
+class _Noting(Linear):
+    """A map as another library wraps it."""
+
+    def __init__(self, wrapped: Linear, seen: list[torch.Tensor]) -> None:
+        super().__init__(wrapped.in_features, wrapped.out_features)
+        self.load_state_dict(wrapped.state_dict())
+        self.seen = seen
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.seen.append(super().forward(input))
+        return self.seen[-1]
 
 
 class _Map(torch.nn.Module):

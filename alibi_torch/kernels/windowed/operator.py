@@ -31,10 +31,9 @@ from alibi_torch.kernels.windowed.tiles import (
     Strip,
     Tiles,
     add_key_tiles,
-    in_order,
     key_tiles,
     query_tiles,
-    reversing_order,
+    reversed_query_tiles,
     strips_of,
     windows_of,
 )
@@ -142,12 +141,11 @@ def _attend(
             strip, sequences = part
             tiles, is_empty = cut.tiles(strip, sequences)
             result, log_total = work.passes.forward(tiles)
-            query_tiles(attended, strip, sequences).copy_(_cleared(result, is_empty))
-            query_tiles(log_totals, strip, sequences).copy_(log_total)
+            query_tiles(attended, strip, sequences).copy_(_cleared(result, is_empty).flip(2))
+            query_tiles(log_totals, strip, sequences).copy_(log_total.flip(2))
 
         for _ in team.each(compute_strip, cut.parts):
             pass  # no two strips write the same queries
-        attended, log_totals = in_order(attended, cut.order), in_order(log_totals, cut.order)
         if work.broken is not None:
             attended = attended.masked_fill(work.broken, math.nan)
         return attended, log_totals, windows
@@ -182,19 +180,19 @@ def _attend_backward(
 
     def compute() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cut = _Cut(work, windows)
-        reversed_arrays = [in_order(x, cut.order) for x in (gradient, attended, log_totals)]
 
         def compute_strip(part: tuple[Strip, slice]) -> Gradients:
             strip, sequences = part
             tiles, is_empty = cut.tiles(strip, sequences)
             cotangent, result, log_total = (
-                query_tiles(x, strip, sequences) for x in reversed_arrays
+                reversed_query_tiles(x, strip, sequences) for x in (gradient, attended, log_totals)
             )
             distance = cut.bias.distance(strip) if needs_slopes else None
             cotangent = _cleared(cotangent, is_empty)
-            return work.passes.backward(tiles, cotangent, result, log_total, distance)
+            of_tiles = work.passes.backward(tiles, cotangent, result, log_total, distance)
+            return of_tiles[0].flip(2), *of_tiles[1:]
 
-        of_query = torch.zeros_like(cut.query)
+        of_query = call.query.new_zeros(call.query.shape)
         # Tiles overlap in keys: the gradients of a key are summed in the dtype of the logits.
         of_key, of_value, of_slopes = (
             x.new_zeros(x.shape, dtype=cut.bias.dtype) for x in (call.key, call.value, call.slopes)
@@ -206,7 +204,7 @@ def _attend_backward(
             add_key_tiles(of_value, of_tiles[2], strip, sequences, cut.group)
             if of_tiles[3] is not None:
                 of_slopes[strip.heads] += of_tiles[3]
-        of_query, of_slopes = in_order(of_query, cut.order), of_slopes.to(call.slopes.dtype)
+        of_slopes = of_slopes.to(call.slopes.dtype)
         return of_query, of_key.to(call.key.dtype), of_value.to(call.value.dtype), of_slopes
 
     return team.lead(compute)
@@ -239,8 +237,6 @@ class _Cut:
 
     Attributes:
         parts: every strip with the sequences that it is computed for at once.
-        order: of the queries: those of every tile are reversed.
-        query: the call's, in that order.
         group: query heads per head of keys.
     """
 
@@ -263,13 +259,9 @@ class _Cut:
             for strip in strips
             for each in (all_at_once if strip.tiles == 1 else one_by_one)
         ]
-        self.order = reversing_order(strips, heads, query_len, call.query.device)
-        self.query = in_order(call.query, self.order)
+        self._query = call.query
         self._key, self._value = _with_dense_rows(call.key), _with_dense_rows(call.value)
-        self._dropout = dropout
-        if dropout is not None:
-            self._dropout = dropout._replace(query_hashes=in_order(dropout[1], self.order))
-        self._scale, self._is_ordinary = call.scale, work.is_ordinary
+        self._dropout, self._scale, self._is_ordinary = dropout, call.scale, work.is_ordinary
 
     def tiles(
         self, strip: Strip, sequences: slice
@@ -280,10 +272,10 @@ class _Cut:
         if dropout is not None:
             first = replace(strip, heads=slice(0, 1))  # keys have one hash for all heads
             of_key = key_tiles(dropout.key_hashes[None, None], first, slice(0, 1), 1)
-            of_query = query_tiles(dropout.query_hashes, strip, sequences)
+            of_query = reversed_query_tiles(dropout.query_hashes, strip, sequences)
             dropout = Dropout(dropout.rate, of_query, of_key)
         tiles = Tiles(
-            _cleared(query_tiles(self.query, strip, sequences), is_empty),
+            _cleared(reversed_query_tiles(self._query, strip, sequences), is_empty),
             key_tiles(self._key, strip, sequences, self.group),
             key_tiles(self._value, strip, sequences, self.group),
             *(bias, self._scale, dropout, self._is_ordinary),

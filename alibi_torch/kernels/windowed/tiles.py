@@ -217,25 +217,6 @@ def _neighbours(heads: list[int], group: int, limit: int) -> list[tuple[int, int
     return ranges
 
 
-def reversing_order(
-    strips: list[Strip], heads: int, query_len: int, device: torch.device
-) -> Integer[Tensor, " all_queries"]:
-    """The index of each query of each head in [heads, query_len], with every tile reversed.
-
-    The order is its own inverse.
-    """
-    order = torch.arange(heads * query_len, device=device).view(heads, query_len)
-    for strip in strips:
-        tiles = order[strip.heads, strip.first_query : strip.first_query + strip.queries]
-        tiles.copy_(tiles.unflatten(1, (strip.tiles, strip.height)).flip(2).flatten(1))
-    return order.flatten()
-
-
-def in_order(x: Tensor, order: Integer[Tensor, " all_queries"]) -> Tensor:
-    """A copy of x [batch, heads, query_len, …] with its queries in the order given."""
-    return x.contiguous().flatten(1, 2).index_select(1, order).unflatten(1, x.shape[1:3])
-
-
 def query_tiles(x: Tensor, strip: Strip, sequences: slice) -> Tensor:
     """A view of x [batch, heads, query_len, …] as [tiles, heads, height, …].
 
@@ -244,6 +225,11 @@ def query_tiles(x: Tensor, strip: Strip, sequences: slice) -> Tensor:
     x = x[sequences, strip.heads, strip.first_query : strip.first_query + strip.queries]
     x = x.unflatten(2, (strip.tiles, strip.height))
     return x[:, :, 0] if strip.tiles == 1 else x[0].transpose(0, 1)
+
+
+def reversed_query_tiles(x: Tensor, strip: Strip, sequences: slice) -> Tensor:
+    """A copy of `query_tiles` with the queries of each tile in reverse order, and dense rows."""
+    return query_tiles(x, strip, sequences).contiguous().flip(2)
 
 
 def key_tiles(x: Tensor, strip: Strip, sequences: slice, group: int) -> Tensor:

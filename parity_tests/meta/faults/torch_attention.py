@@ -176,8 +176,8 @@ FAULTS = (
     Mutant(
         "dropout: hashes of a tile that are not in reverse order",
         "alibi_torch/kernels/windowed/operator.py",
-        "in_order(dropout[1], self.order)",
-        "dropout[1]",
+        "of_query = reversed_query_tiles(dropout",
+        "of_query = query_tiles(dropout",
         "test_kernel_numbers.py -k 'float64 and torch'",
     ),
     Mutant(
