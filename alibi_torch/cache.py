@@ -171,15 +171,22 @@ class KVCache:
         )
         mask = None if self.visible is None else self.visible[:, -key.shape[2] :]
         inputs = inputs | {"key": key, "value": value, "attention_mask": mask}
-        if inputs["query"].shape[2] > 1:
-            return attention(**inputs, implementation=implementation)
-        slot = (self.length - 1) % ring.size
-        if self.length > ring.size and mask is not None:
-            inputs["attention_mask"] = mask.roll(slot + 1, dims=1)
-        call = Call(**inputs, query_start=key.shape[2] - 1, tolerance=0.0, dropout=None)
+        start = key.shape[2] - inputs["query"].shape[2]
+        call = Call(**inputs, query_start=start, tolerance=0.0, dropout=None)
         is_in_order = self.length <= ring.size
-        if is_in_order and largest is not None and nearest.refuses(call) is None:
+        if not is_in_order or nearest.refuses(call) is not None:
+            largest = None  # and all keys are read
+        if inputs["query"].shape[2] > 1:
+            if largest is not None and implementation != "dense":
+                first = nearest.first_needed(call, largest)
+                inputs |= {"key": key[:, :, first:], "value": value[:, :, first:]}
+                inputs |= {"attention_mask": None if mask is None else mask[:, first:]}
+            return attention(**inputs, implementation=implementation)
+        if largest is not None:
             return nearest.attention(call, largest)
+        slot = (self.length - 1) % ring.size
+        if mask is not None and not is_in_order:
+            call = replace(call, attention_mask=mask.roll(slot + 1, dims=1))
         return decode.attention(call, slot)
 
     def _with_newest(

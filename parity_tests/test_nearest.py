@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from functools import partial
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import alibi_torch.cache
 from alibi_convert.tensors import as_numpy
 from alibi_spec import ALiBiConfig
 from alibi_spec.budgets import BUDGETS
-from alibi_spec.certificate import TOLERANCES, keys_needed_after
+from alibi_spec.certificate import TOLERANCES, keys_needed, keys_needed_after
 from alibi_spec.memory import in_huge_pages
-from alibi_torch import KVCache
+from alibi_torch import KVCache, attention
 from alibi_torch.kernels import dense, nearest
 from alibi_torch.kernels.call import Call
 from parity_tests.compare import assert_within
@@ -148,6 +150,76 @@ def test_a_large_key_long_ago_is_seen(reads: str, monkeypatch: pytest.MonkeyPatc
         found = cache.attend(0, {"query": query, **part, **given}, "dense")
     exact = _dense(call)
     assert np.abs(exact - call.value[:, :, 3:4].numpy()).max() < 1e-6  # all mass is on that key
+    _assert_like_dense(found, call, "float32")
+
+
+CHUNKS = (400, 420, 640, KEYS)  # ends of the chunks that a cache is read in
+
+
+def _read_in_chunks(
+    call: Call, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, list[int]]:
+    """The values that the queries of a cache attend to, and how many keys each chunk was given."""
+    config = ALiBiConfig(num_layers=1, d_model=24, num_heads=3)
+    cache, mask = KVCache.empty(config, 2, KEYS), call.attention_mask
+    names = ("slopes", "causal", "scale", "distance", "segment_ids")
+    rest: Any = {name: getattr(call, name) for name in names}
+    given, found = [], []
+
+    def attend(**inputs: Any) -> torch.Tensor:
+        given.append(inputs["key"].shape[2])
+        return attention(**inputs)
+
+    monkeypatch.setattr(alibi_torch.cache, "attention", attend)
+    for start, end in itertools.pairwise((0, *CHUNKS)):
+        new_mask = None if mask is None else mask[:, start:end]
+        cache = cache.grown(cache.config, (2, end - start), new_mask)
+        part = {name: getattr(call, name)[:, :, start:end] for name in ("query", "key", "value")}
+        inputs = part | rest | {"attention_mask": new_mask}
+        found.append(cache.attend(0, inputs, implementation))
+    return torch.cat(found, dim=2), given
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("implementation", ["auto", "dense"])
+def test_a_chunk_is_given_the_keys_that_it_needs(
+    implementation: str, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are; a chunk with padding is given all."""
+    call, _ = _call(2, 3, 3, "float32", slopes=(0.9, 0.5, 0.3))
+    call.key[1, 2, 7] *= 3  # the largest, long ago
+    query = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, KEYS, 8))).float()
+    call = dataclasses.replace(call, query=query, query_start=0)
+    if is_padded:
+        mask = torch.ones(2, KEYS, dtype=torch.int64)
+        mask[0, :30], mask[1, 410:415], mask[1, -1] = 0, 0, 0
+        call = dataclasses.replace(call, attention_mask=mask)
+    found, given = _read_in_chunks(call, implementation, monkeypatch)
+    _assert_like_dense(found, call, "float32")
+    expected, norms = [], call.key.double().norm(dim=-1)
+    if is_padded:
+        norms[0, :, :30] = 0
+    for start, end in itertools.pairwise((0, *CHUNKS)):
+        chunk, largest = slice(start, end), norms[:, :, :end].amax(dim=-1).numpy()
+        arrays = (query[:, :, chunk].numpy(), call.key[:, :, chunk].numpy(), largest)
+        needed = keys_needed(*arrays, call.slopes.numpy(), scale=call.scale)
+        first = (np.arange(start + 1, end + 1) - needed).min()
+        has_padding = is_padded and end != 640
+        reads_all = implementation == "dense" or has_padding
+        expected.append(end if reads_all else end - max(0, math.floor(first)))
+    assert given == expected
+    if implementation == "auto":
+        assert given[2] < 300 + 220
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.1])
+def test_a_chunk_is_given_all_keys_where_nothing_is_provable(
+    slope: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, _ = _call(2, 3, 3, "float32", slopes=(0.9, 0.5, slope))
+    call = dataclasses.replace(call, query=call.key.flip(2), query_start=0)
+    found, given = _read_in_chunks(call, "auto", monkeypatch)
+    assert given == [*CHUNKS]
     _assert_like_dense(found, call, "float32")
 
 

@@ -194,7 +194,7 @@ def test_the_largest_norm_is_not_forgotten(first: int, backend: str) -> None:
     kind, array = (alibi_torch, torch.tensor) if is_torch else (alibi_flax, jnp.asarray)
     cache: Any = kind.KVCache.empty(config, 1, None, windows=np.array([[40]]))
     options = {"causal": True, "scale": 1.0, "attention_mask": None, "distance": "absolute"}
-    options["slopes"] = array([0.5])
+    options |= {"slopes": array([0.5]), "segment_ids": None}
     is_refused = False
     for start, end in ((0, 30), (30, 60), (60, 80)):
         part = array(key[:, :, start:end] if is_torch else key[:, :, start:end].swapaxes(1, 2))

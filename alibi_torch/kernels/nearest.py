@@ -1,8 +1,10 @@
-"""One query for each sequence, against a long cache on the CPU, read from the newest key on.
+"""A long cache on the CPU, read from the newest key on, and no farther than needed (SPEC.md §16).
 
-The logits with the newest keys prove how many more keys each head needs (SPEC.md §16), and the
-logits with these, how many values. Heads that are read together read as many as the neediest.
-Half precision is converted to float32 for as many heads at a time as there are threads.
+Of one query for each sequence, the logits with the newest keys prove how many more keys each head
+needs, and the logits with these, how many values. Heads that are read together read as many as the
+neediest. Half precision is converted to float32 for as many heads at a time as there are threads.
+
+For a chunk of queries the other kernels are given the keys from `first_needed` on.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from alibi_spec.certificate import keys_needed_after, tolerance_of
 from alibi_torch.kernels.call import Call, refuses_bias, without_autocast
+from alibi_torch.kernels.certificate import keys_needed
 from alibi_torch.kernels.finite import has_values_on_host
 
 # Keys from which this is faster than to read all, by bytes of a number. The fused kernel reads
@@ -26,7 +29,7 @@ NEAREST = 1024  # keys of every head that are read before the proof
 
 
 def refuses(call: Call) -> str | None:
-    """The reason why a call of one query cannot be computed here, or not faster."""
+    """The reason why a call of the newest queries cannot read only a part, or not faster."""
     if not has_values_on_host(call.query, call.key):
         return "how much is read depends on values, for which a device would stand still"
     if call.key.shape[2] < PAYS_FROM[call.key.itemsize]:
@@ -34,9 +37,21 @@ def refuses(call: Call) -> str | None:
     if len(call.query) == 0:
         return "there is no query"
     mask = call.attention_mask
-    if mask is not None and not bool(mask[:, -1].all()):
+    if mask is not None and not bool(mask[:, call.query_start :].all()):
         return "nothing can be proved for a query that does not see its own key"
     return refuses_bias(call)
+
+
+def first_needed(call: Call, largest: Float[Tensor, "batch kv_heads"]) -> int:
+    """The oldest key that some query needs; each stands at a key of its own, not padding.
+
+    Args:
+        largest: the largest norm of a key of each head.
+    """
+    own_key = call.key[:, :, call.query_start :]
+    needed = keys_needed(call.query, own_key, largest, call.slopes, call.scale)
+    end = torch.arange(call.query_start + 1, call.key.shape[2] + 1)
+    return int(max(0.0, (end - needed).amin().item()))
 
 
 def attention(

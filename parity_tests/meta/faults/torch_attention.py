@@ -174,6 +174,27 @@ FAULTS = (
         "test_kernel_numbers.py -k 'dropped and torch'",
     ),
     Mutant(
+        "the results of a tile stay in reverse order",
+        "alibi_torch/kernels/windowed/operator.py",
+        "_cleared(result, is_empty).flip(2)",
+        "_cleared(result, is_empty)",
+        "test_kernel_numbers.py -k 'float64 and torch'",
+    ),
+    Mutant(
+        "the log-sums of a tile stay in reverse order",
+        "alibi_torch/kernels/windowed/operator.py",
+        "copy_(log_total.flip(2))",
+        "copy_(log_total)",
+        "test_kernel_numbers.py -k 'float64 and torch'",
+    ),
+    Mutant(
+        "the gradients of a tile's queries stay in reverse order",
+        "alibi_torch/kernels/windowed/operator.py",
+        "of_tiles[0].flip(2)",
+        "of_tiles[0]",
+        "test_kernel_numbers.py -k 'float64 and torch'",
+    ),
+    Mutant(
         "dropout: hashes of a tile that are not in reverse order",
         "alibi_torch/kernels/windowed/operator.py",
         "of_query = reversed_query_tiles(dropout",
