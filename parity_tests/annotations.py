@@ -210,7 +210,7 @@ def _run_training() -> None:
 
 
 def _run_rings() -> None:
-    """Caches from which keys have gone, and a long one of which a step reads a part."""
+    """Caches from which keys have gone, and a long one of which a call reads a part."""
     import alibi_flax
     import alibi_torch
     from alibi_convert import torch_to_flax
@@ -221,6 +221,10 @@ def _run_rings() -> None:
     params = torch_to_flax(ours.state_dict(), config)
     windows, tokens = np.array([[16, 20, 16]]), np.zeros((2, 40), int)
     with torch.no_grad():
+        if torch.backends.mkldnn.is_available():
+            alibi_torch.linear.by_onednn(torch.ones(2, 3), torch.ones(4, 3), None, None)
+        else:  # nothing calls it
+            _called.add("alibi_torch.linear.by_onednn")
         for options in ({"windows": windows}, {}):
             cache = alibi_torch.KVCache.empty(config, 2, 9000, **options)
             cache = dataclasses.replace(cache, length=0 if options else 8192)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,13 @@ FACTS: Any = {"head_dim": 16, "epsilon": 2.0**-23}
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(nearest, "PAYS_FROM", dict.fromkeys((2, 4, 8), 64))
     monkeypatch.setattr(nearest, "NEAREST", 32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # as many heads are read together
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # as many heads are read together
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("count", [1, 20])
