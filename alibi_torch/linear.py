@@ -28,8 +28,8 @@ _FEW = 2  # rows for which weights are read as fast where they lie
 
 Activation = Callable[[Tensor], Tensor]
 gelu_tanh: Activation = partial(F.gelu, approximate="tanh")
-# What oneDNN can compute without another pass over the results of a map. ReLU is left out: there
-# that of NaN is 0.
+# What oneDNN can compute without another pass over the results of a map. Its ReLU is left out: of
+# NaN it gives 0.
 _ACTIVATIONS: dict[Activation | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
     F.gelu: ("gelu", [], "none"),
@@ -124,7 +124,7 @@ def by_onednn(
     packed: Packed | None,
     activation: Activation | None = None,
 ) -> Float[Tensor, "*batch features"]:
-    """The activation of a linear map."""
+    """The activation of a linear map, None for the map alone, if `is_fused` allows it."""
     operators: Any = torch.ops.mkldnn
     if packed is not None and packed.serves(x, weight):
         weight = packed.values
